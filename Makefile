@@ -1,0 +1,39 @@
+# `make test` and `make bench` need nothing but a Python: the first run makes .venv and installs the package into it.
+PYTHON ?= python3
+TORCH  := torch==2.13.0 triton==3.7.1
+BUDGET ?= 540
+PY     := .venv/bin/python
+STAMP  := .venv/.installed
+
+.PHONY: test bench lint lint-kernels wheel gpu-report clean
+
+# two processes of one thread each: the kernels' tests run in Triton's interpreter, which is plain Python
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+
+bench: $(STAMP)
+	$(PY) benchmarks/attn_speed.py $(ARGS)
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+lint-kernels: $(STAMP)
+	$(PY) benchmarks/kernel_lint.py --all
+
+# without the old build/: setuptools would pack what lies there, deleted modules too
+wheel: $(STAMP)
+	rm -rf build dist
+	$(PY) -m pip wheel -q . --no-deps --no-build-isolation -w dist
+
+# in the environment at hand: installs nothing
+gpu-report:
+	$(PYTHON) benchmarks/gpu_report.py --budget $(BUDGET) $(if $(OUT),--out "$(OUT)")
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+
+$(STAMP): pyproject.toml Makefile
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -qq --disable-pip-version-check $(TORCH) -e '.[bench,dev]'
+	touch $@

@@ -1,0 +1,522 @@
+"""Attention of a few packed queries over a position-indexed K/V cache, bidirectional.
+
+For query i of row b and head h, with S = the valid columns of row b and h_k = h // (nheads / nheads_k):
+
+    out[i, h] = sum_{j in S} softmax_j(softmax_scale * q[i, h] . k_cache[b, j, h_k]) v_cache[b, j, h_k]
+
+Layouts: q (total, nheads, headdim) packed by row as `cu_seqlens_q` says; caches (batch, seqlen_cache, nheads_k, headdim),
+any strides with the last dim contiguous. The query heads that share a K/V head are further rows of the same tile, so K
+and V are read once for all of them, whatever their number. Few rows over many keys leave most of a GPU idle: then the
+keys are split, each split writes a normalised partial result, and a second kernel merges them by their log-sum-exp
+(Dao et al., "Flash-Decoding for long-context inference", 2023).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from dkv.kernels import checks, reference
+from dkv.kernels.launch import attention_launch, merge_launch, num_splits_heuristic, processors
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _attend_tile(
+    q,
+    k_ptrs,
+    v_ptrs,
+    valid,
+    acc,
+    row_max,
+    row_sum,
+    scale_log2,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One online-softmax step over a tile of keys; scores are in units of log2(e)."""
+    if MASKED:
+        # [HEADDIM, BLOCK_N]
+        k = tl.load(k_ptrs, mask=valid[None, :], other=0.0)
+    else:
+        k = tl.load(k_ptrs)
+    # [BLOCK_M, BLOCK_N]
+    scores = tl.dot(q, k, input_precision=PRECISION) * scale_log2
+    if MASKED:
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    # a row that has met no valid key yet keeps -inf: a finite pivot keeps exp2(-inf - -inf) from being NaN
+    pivot = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
+    probs = tl.exp2(scores - pivot[:, None])
+    rescale = tl.exp2(row_max - pivot)
+    row_sum = row_sum * rescale + tl.sum(probs, 1)
+    if MASKED:
+        # [BLOCK_N, HEADDIM]
+        v = tl.load(v_ptrs, mask=valid[:, None], other=0.0)
+    else:
+        v = tl.load(v_ptrs)
+    acc = tl.dot(probs.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+    return acc, new_max, row_sum
+
+
+@triton.jit(do_not_specialize=["batch", "total", "blocks", "seqlen_cache", "max_keys"])
+def _delayed_attention_kernel(
+    # pointers
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    cu_seqlens_q_ptr,
+    leftpad_ptr,
+    seqlens_ptr,
+    mask_ptr,
+    index_ptr,
+    # strides
+    stride_q_token,
+    stride_q_head,
+    stride_k_row,
+    stride_k_column,
+    stride_k_head,
+    stride_v_row,
+    stride_v_column,
+    stride_v_head,
+    stride_mask_row,
+    stride_index_row,
+    # sizes
+    batch,
+    total,
+    blocks,
+    seqlen_cache,
+    max_keys,
+    # scalars
+    softmax_scale,
+    # constants
+    GROUP: tl.constexpr,
+    NHEADS_K: tl.constexpr,
+    HEADDIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_LEFTPAD: tl.constexpr,
+    HAS_SEQLENS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    FULL_TILES_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # the query blocks of one (row, K/V head) run next to each other, so that K and V come from the L2 after the first
+    block = tl.program_id(0) % blocks
+    row = tl.program_id(0) // blocks // NHEADS_K
+    head_k = tl.program_id(0) // blocks % NHEADS_K
+    split = tl.program_id(1)
+    NHEADS: tl.constexpr = GROUP * NHEADS_K
+    offs_d = tl.arange(0, HEADDIM)
+
+    # the programs of row `batch` exist in unsplit launches only: they clear the padding queries behind the last row
+    if row == batch:
+        first_token = tl.minimum(tl.load(cu_seqlens_q_ptr + batch), total) + block * BLOCK_M
+        for start in range(first_token, total, blocks * BLOCK_M):
+            padding = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
+            for group in range(GROUP):
+                head = head_k * GROUP + group
+                out_ptrs = out_ptr + (padding[:, None] * NHEADS + head) * HEADDIM + offs_d[None, :]
+                zeros = tl.zeros([BLOCK_M, HEADDIM], dtype=out_ptr.dtype.element_ty)
+                tl.store(out_ptrs, zeros, mask=(padding < total)[:, None])
+                tl.store(lse_ptr + head * total.to(tl.int64) + padding, float("-inf"), mask=padding < total)
+        return
+
+    query_start = tl.load(cu_seqlens_q_ptr + row)
+    queries = tl.minimum(tl.load(cu_seqlens_q_ptr + row + 1), total) - query_start
+    if block * BLOCK_M >= queries * GROUP:
+        return
+
+    # tile row r is query r // GROUP, query head r % GROUP of this K/V head
+    offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    in_range = offs_m < queries * GROUP
+    tokens = (query_start + offs_m // GROUP).to(tl.int64)
+    heads = head_k * GROUP + offs_m % GROUP
+    # [BLOCK_M, HEADDIM]
+    q_ptrs = q_ptr + tokens[:, None] * stride_q_token + heads[:, None] * stride_q_head + offs_d[None, :]
+    q = tl.load(q_ptrs, mask=in_range[:, None], other=0.0)
+
+    first_key = 0
+    if HAS_LEFTPAD:
+        first_key = tl.maximum(tl.load(leftpad_ptr + row), 0)
+    end_key = seqlen_cache
+    if HAS_SEQLENS:
+        end_key = tl.minimum(tl.load(seqlens_ptr + row), seqlen_cache)
+    # the loop walks columns, or entries of the key index
+    loop_start = first_key
+    loop_end = end_key
+    if HAS_INDEX:
+        loop_start = 0
+        loop_end = max_keys
+    if SPLITS > 1:
+        tiles_per_split = tl.cdiv(tl.cdiv(loop_end - loop_start, BLOCK_N), SPLITS)
+        loop_start += split * tiles_per_split * BLOCK_N
+        loop_end = tl.minimum(loop_end, loop_start + tiles_per_split * BLOCK_N)
+
+    row64 = row.to(tl.int64)
+    k_base = k_ptr + row64 * stride_k_row + head_k.to(tl.int64) * stride_k_head
+    v_base = v_ptr + row64 * stride_v_row + head_k.to(tl.int64) * stride_v_head
+    scale_log2 = softmax_scale * LOG2_E
+    acc = tl.zeros([BLOCK_M, HEADDIM], dtype=tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    row_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+
+    tail_start = loop_start
+    if FULL_TILES_FIRST:
+        # whole tiles without a mask, then one masked tail: fewer registers where wgmma holds the scores
+        tail_start = loop_start + tl.maximum(loop_end - loop_start, 0) // BLOCK_N * BLOCK_N
+        for start in range(loop_start, tail_start, BLOCK_N):
+            columns = (start + offs_n).to(tl.int64)
+            k_ptrs = k_base + columns[None, :] * stride_k_column + offs_d[:, None]
+            v_ptrs = v_base + columns[:, None] * stride_v_column + offs_d[None, :]
+            acc, row_max, row_sum = _attend_tile(
+                q, k_ptrs, v_ptrs, columns, acc, row_max, row_sum, scale_log2, MASKED=False, PRECISION=PRECISION
+            )
+    for start in range(tail_start, loop_end, BLOCK_N):
+        columns = start + offs_n
+        valid = columns < loop_end
+        if HAS_INDEX:
+            columns = tl.load(index_ptr + row64 * stride_index_row + columns, mask=valid, other=-1)
+            valid = (columns >= first_key) & (columns < end_key)
+        columns = columns.to(tl.int64)
+        if HAS_MASK:
+            valid = valid & (tl.load(mask_ptr + row64 * stride_mask_row + columns, mask=valid, other=0) != 0)
+        k_ptrs = k_base + columns[None, :] * stride_k_column + offs_d[:, None]
+        v_ptrs = v_base + columns[:, None] * stride_v_column + offs_d[None, :]
+        acc, row_max, row_sum = _attend_tile(
+            q, k_ptrs, v_ptrs, valid, acc, row_max, row_sum, scale_log2, MASKED=True, PRECISION=PRECISION
+        )
+
+    # no valid key: zeros and lse = -inf
+    empty = row_sum == 0.0
+    row_sum = tl.where(empty, 1.0, row_sum)
+    acc = acc / row_sum[:, None]
+    lse = tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN_2)
+    first_out = split.to(tl.int64) * total * NHEADS
+    out_ptrs = out_ptr + (first_out + tokens * NHEADS + heads)[:, None] * HEADDIM + offs_d[None, :]
+    lse_ptrs = lse_ptr + first_out + heads * total.to(tl.int64) + tokens
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=in_range[:, None])
+    tl.store(lse_ptrs, lse, mask=in_range)
+
+    # queries beyond the caller's max_seqlen_q have no program of their own: make the mistake loud
+    if block == blocks - 1:
+        for start in range((block + 1) * BLOCK_M, queries * GROUP, BLOCK_M):
+            beyond = start + tl.arange(0, BLOCK_M)
+            tokens = (query_start + beyond // GROUP).to(tl.int64)
+            out_rows = first_out + tokens * NHEADS + head_k * GROUP + beyond % GROUP
+            nans = tl.full([BLOCK_M, HEADDIM], float("nan"), dtype=tl.float32).to(out_ptr.dtype.element_ty)
+            out_ptrs = out_ptr + out_rows[:, None] * HEADDIM + offs_d[None, :]
+            tl.store(out_ptrs, nans, mask=(beyond < queries * GROUP)[:, None])
+            lse_ptrs = lse_ptr + first_out + (head_k * GROUP + beyond % GROUP) * total.to(tl.int64) + tokens
+            tl.store(lse_ptrs, float("nan"), mask=beyond < queries * GROUP)
+
+
+@triton.jit(do_not_specialize=["batch", "total"])
+def _merge_splits_kernel(
+    # pointers
+    partial_out_ptr,
+    partial_lse_ptr,
+    out_ptr,
+    lse_ptr,
+    cu_seqlens_q_ptr,
+    # sizes
+    batch,
+    total,
+    # constants
+    NHEADS: tl.constexpr,
+    HEADDIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Merges the partial results of the splits; a tile row is one query of one head."""
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, HEADDIM)
+    tokens = offs_m // NHEADS
+    # lse is laid out (nheads, total), out (total, nheads, headdim)
+    lse_offs = offs_m % NHEADS * total + tokens
+    rows = total.to(tl.int64) * NHEADS
+    # nothing was written for the padding queries behind the last row
+    written = tokens < tl.minimum(tl.load(cu_seqlens_q_ptr + batch), total)
+
+    max_lse = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    for split in tl.static_range(SPLITS):
+        lse = tl.load(partial_lse_ptr + split * rows + lse_offs, mask=written, other=float("-inf"))
+        max_lse = tl.maximum(max_lse, lse)
+    pivot = tl.where(max_lse == float("-inf"), 0.0, max_lse)
+
+    # [BLOCK_M, HEADDIM]
+    acc = tl.zeros([BLOCK_M, HEADDIM], dtype=tl.float32)
+    weight_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
+    for split in tl.static_range(SPLITS):
+        lse = tl.load(partial_lse_ptr + split * rows + lse_offs, mask=written, other=float("-inf"))
+        weight = tl.exp2((lse - pivot) * LOG2_E)
+        partial_ptrs = partial_out_ptr + (split * rows + offs_m)[:, None] * HEADDIM + offs_d[None, :]
+        acc += weight[:, None] * tl.load(partial_ptrs, mask=written[:, None], other=0.0)
+        weight_sum += weight
+
+    empty = weight_sum == 0.0
+    weight_sum = tl.where(empty, 1.0, weight_sum)
+    acc = acc / weight_sum[:, None]
+    lse = tl.where(empty, float("-inf"), pivot + tl.log2(weight_sum) * LN_2)
+    out_ptrs = out_ptr + offs_m[:, None] * HEADDIM + offs_d[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(offs_m < rows)[:, None])
+    tl.store(lse_ptr + lse_offs, lse, mask=offs_m < rows)
+
+
+def _launch(
+    q,
+    k_cache,
+    v_cache,
+    cu_seqlens_q,
+    max_seqlen_q,
+    cache_leftpad,
+    cache_seqlens,
+    key_mask,
+    key_index,
+    softmax_scale,
+    num_splits,
+):
+    total, nheads, headdim = q.shape
+    batch, seqlen_cache, nheads_k, _ = k_cache.shape
+    group = nheads // nheads_k
+    out = torch.empty((total, nheads, headdim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((nheads, total), dtype=torch.float32, device=q.device)
+    if total == 0:
+        return out, lse
+
+    max_rows = max_seqlen_q * group
+    max_keys = seqlen_cache if key_index is None else key_index.shape[1]
+    launch = attention_launch(q.device, q.dtype, headdim, max_rows)
+    blocks = triton.cdiv(max_rows, launch.block_m)
+    if num_splits is None:
+        num_splits = num_splits_heuristic(
+            programs=blocks * batch * nheads_k,
+            tiles=triton.cdiv(max_keys, launch.block_n),
+            rows=max_rows,
+            keys=max_keys,
+            row_groups=batch * nheads_k,
+            headdim=headdim,
+            processors=processors(q.device),
+        )
+    partial_out, partial_lse = out, lse
+    if num_splits > 1:
+        partial_out = torch.empty((num_splits, total, nheads, headdim), dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty((num_splits, nheads, total), dtype=torch.float32, device=q.device)
+
+    # the extra row of an unsplit launch clears the padding queries; with splits the merge does that
+    grid = (blocks * (batch + (num_splits == 1)) * nheads_k, num_splits)
+    with checks.device_guard(q):
+        _delayed_attention_kernel[grid](
+            q_ptr=q,
+            k_ptr=k_cache,
+            v_ptr=v_cache,
+            out_ptr=partial_out,
+            lse_ptr=partial_lse,
+            cu_seqlens_q_ptr=cu_seqlens_q,
+            leftpad_ptr=cache_leftpad,
+            seqlens_ptr=cache_seqlens,
+            mask_ptr=key_mask,
+            index_ptr=key_index,
+            stride_q_token=q.stride(0),
+            stride_q_head=q.stride(1),
+            stride_k_row=k_cache.stride(0),
+            stride_k_column=k_cache.stride(1),
+            stride_k_head=k_cache.stride(2),
+            stride_v_row=v_cache.stride(0),
+            stride_v_column=v_cache.stride(1),
+            stride_v_head=v_cache.stride(2),
+            stride_mask_row=0 if key_mask is None else key_mask.stride(0),
+            stride_index_row=0 if key_index is None else key_index.stride(0),
+            batch=batch,
+            total=total,
+            blocks=blocks,
+            seqlen_cache=seqlen_cache,
+            max_keys=max_keys,
+            softmax_scale=softmax_scale,
+            GROUP=group,
+            NHEADS_K=nheads_k,
+            HEADDIM=headdim,
+            BLOCK_M=launch.block_m,
+            BLOCK_N=launch.block_n,
+            SPLITS=num_splits,
+            HAS_LEFTPAD=cache_leftpad is not None,
+            HAS_SEQLENS=cache_seqlens is not None,
+            HAS_MASK=key_mask is not None,
+            HAS_INDEX=key_index is not None,
+            FULL_TILES_FIRST=launch.full_tiles_first and key_mask is None and key_index is None,
+            PRECISION="ieee",
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
+        if num_splits > 1:
+            merge = merge_launch(headdim)
+            _merge_splits_kernel[(triton.cdiv(total * nheads, merge.block_m),)](
+                partial_out_ptr=partial_out,
+                partial_lse_ptr=partial_lse,
+                out_ptr=out,
+                lse_ptr=lse,
+                cu_seqlens_q_ptr=cu_seqlens_q,
+                batch=batch,
+                total=total,
+                NHEADS=nheads,
+                HEADDIM=headdim,
+                SPLITS=num_splits,
+                BLOCK_M=merge.block_m,
+                num_warps=merge.num_warps,
+            )
+    return out, lse
+
+
+@torch.library.custom_op("dkv::delayed_attention", mutates_args=())
+def _delayed_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    max_seqlen_q: int,
+    cache_leftpad: torch.Tensor | None,
+    cache_seqlens: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    key_index: torch.Tensor | None,
+    softmax_scale: float,
+    num_splits: int | None,
+    return_softmax_lse: bool,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if impl == "triton":
+        return _launch(
+            q,
+            k_cache,
+            v_cache,
+            cu_seqlens_q,
+            max_seqlen_q,
+            cache_leftpad,
+            cache_seqlens,
+            key_mask,
+            key_index,
+            softmax_scale,
+            num_splits,
+        )
+    result = reference.delayed_attention(
+        q,
+        k_cache,
+        v_cache,
+        cu_seqlens_q,
+        cache_leftpad=cache_leftpad,
+        cache_seqlens=cache_seqlens,
+        key_mask=key_mask,
+        key_index=key_index,
+        softmax_scale=softmax_scale,
+        return_softmax_lse=return_softmax_lse,
+    )
+    return result if return_softmax_lse else (result, q.new_empty((0, 0), dtype=torch.float32))
+
+
+@_delayed_attention.register_fake
+def _(q, k_cache, v_cache, cu_seqlens_q, *options):
+    return_softmax_lse, impl = options[-2:]
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    lse_shape = (q.shape[1], q.shape[0]) if return_softmax_lse or impl == "triton" else (0, 0)
+    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=lse_dtype)
+
+
+def delayed_attention(
+    q,
+    k_cache,
+    v_cache,
+    cu_seqlens_q,
+    *,
+    max_seqlen_q=None,
+    cache_leftpad=None,
+    cache_seqlens=None,
+    key_mask=None,
+    key_index=None,
+    k_descale=None,
+    v_descale=None,
+    softmax_scale=None,
+    num_splits=None,
+    return_softmax_lse=False,
+    impl="auto",
+):
+    """Attends packed queries over all valid slots of their row of a position-indexed K/V cache, without causal mask.
+
+    Nothing is mutated: write the K/V of the active tokens first, with `rope_cache_update`.
+
+    Args:
+        q: (total, nheads, headdim), float16, bfloat16 or float32 (float64: impl "reference" only). Rotated queries,
+            packed by batch row; the last dim contiguous. headdim is 16, 32, 64 or 128.
+        k_cache, v_cache: (batch, seqlen_cache, nheads_k, headdim), the dtype of q, any strides with the last dim
+            contiguous. nheads is a multiple of nheads_k: query head h reads K/V head h // (nheads / nheads_k).
+        cu_seqlens_q: (batch + 1,) int32. The queries of row b are cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1; a row may
+            have none. Queries from cu_seqlens_q[-1] on are padding: they get zeros and lse -inf.
+        max_seqlen_q: an upper bound, known on the host, of the number of queries of any row. None: total. Queries of a
+            row beyond the bound get NaN.
+        cache_leftpad, cache_seqlens: (batch,) int32. The valid columns of row b are cache_leftpad[b] ..
+            cache_seqlens[b] - 1. None: 0 and seqlen_cache.
+        key_mask: (batch, seqlen_cache) bool, True for columns that may be attended, besides the bounds above.
+        key_index: (batch, max_keys) int32. Only these columns are read, as far as they are valid; each once, padded
+            with -1.
+        k_descale, v_descale: reserved for 8-bit caches; must be None.
+        softmax_scale: a float; None: headdim ** -0.5.
+        num_splits: into how many parts the keys of a row are split. None: as many as the GPU needs to be busy.
+        return_softmax_lse: also return the log-sum-exp of the scaled scores.
+        impl: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "reference".
+
+    Returns:
+        out (total, nheads, headdim) in q's dtype; with return_softmax_lse also softmax_lse (nheads, total) float32
+        (float64 for float64), natural logarithm. A query with no valid key gets zeros and -inf.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or strides that do not fit together.
+        NotImplementedError: another headdim, 8-bit caches, an implementation that cannot run here.
+
+    Source: Dao et al., FlashAttention (arXiv 2205.14135) and Flash-Decoding; the terms are FlashAttention's.
+
+    Example:
+        >>> q_rotated = rope_cache_update(q, k, v, cos, sin, positions, slots, k_cache, v_cache)
+        >>> out = delayed_attention(q_rotated, k_cache, v_cache, cu_seqlens_q)
+    """
+    checks.check_no_descale(k_descale, v_descale)
+    checks.check_no_grad(q=q, k_cache=k_cache, v_cache=v_cache)
+    checks.check_floating("q", q)
+    checks.check_shape("q", q, (None, None, None), "(total, nheads, headdim)")
+    total, nheads, headdim = q.shape
+    checks.check_headdim(headdim)
+    cache_shape = "(batch, seqlen_cache, nheads_k, headdim)"
+    checks.check_shape("k_cache", k_cache, (None, None, None, headdim), cache_shape)
+    checks.check_shape("v_cache", v_cache, k_cache.shape, cache_shape)
+    batch, seqlen_cache, nheads_k, _ = k_cache.shape
+    checks.check_heads(nheads, nheads_k)
+    checks.check_same("q", q, k_cache=k_cache, v_cache=v_cache)
+    checks.check_last_dim_contiguous(q=q, k_cache=k_cache, v_cache=v_cache)
+    checks.check_index("cu_seqlens_q", cu_seqlens_q, q, (batch + 1,), "(batch + 1,)")
+    checks.check_index("cache_leftpad", cache_leftpad, q, (batch,), "(batch,)")
+    checks.check_index("cache_seqlens", cache_seqlens, q, (batch,), "(batch,)")
+    checks.check_index("key_index", key_index, q, (batch, None), "(batch, max_keys)")
+    checks.check_index("key_mask", key_mask, q, (batch, seqlen_cache), "(batch, seqlen_cache)", torch.bool)
+    max_seqlen_q = total if max_seqlen_q is None else checks.check_count("max_seqlen_q", max_seqlen_q, 0)
+    if num_splits is not None:
+        checks.check_count("num_splits", num_splits, 1)
+    impl = checks.resolve_impl(impl, _delayed_attention_kernel, q)
+    out, lse = torch.ops.dkv.delayed_attention(
+        q,
+        k_cache,
+        v_cache,
+        cu_seqlens_q,
+        max_seqlen_q,
+        cache_leftpad,
+        cache_seqlens,
+        key_mask,
+        key_index,
+        headdim**-0.5 if softmax_scale is None else float(softmax_scale),
+        num_splits,
+        return_softmax_lse,
+        impl,
+    )
+    return (out, lse) if return_softmax_lse else out

@@ -1,0 +1,135 @@
+"""Argument checks and the choice of implementation, shared by every operator of `dkv.kernels`."""
+
+import contextlib
+
+import torch
+from triton.runtime.interpreter import InterpretedFunction
+
+IMPLS = ("auto", "triton", "reference")
+HEADDIMS = (16, 32, 64, 128)
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def resolve_impl(impl, kernel, tensor):
+    """Returns "triton" or "reference" for `impl`; `kernel` is the jitted function that would run on `tensor`.
+
+    Raises:
+        ValueError: an unknown name.
+        NotImplementedError: "triton" was asked for and cannot run these tensors here.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}.")
+    if impl == "auto":
+        return "triton" if tensor.is_cuda and tensor.dtype != torch.float64 else "reference"
+    if impl == "triton":
+        if tensor.dtype == torch.float64:
+            raise NotImplementedError("impl='triton' has no float64 kernels; use impl='reference' for float64.")
+        if not tensor.is_cuda:
+            if not isinstance(kernel, InterpretedFunction):
+                raise NotImplementedError(
+                    f"impl='triton' needs CUDA tensors, got {tensor.device}; use impl='reference', or set "
+                    "TRITON_INTERPRET=1 before importing dkv.kernels to run the kernels in Triton's interpreter."
+                )
+            if tensor.dtype == torch.bfloat16:
+                raise NotImplementedError(
+                    "Triton's interpreter computes bfloat16 wrongly; use float32 or float16 in it, or impl='reference'."
+                )
+    return impl
+
+
+def check_no_grad(**tensors):
+    """The operators have no backward pass: refuses tensors that require grad under grad mode."""
+    if torch.is_grad_enabled():
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.requires_grad:
+                raise ValueError(
+                    f"dkv.kernels is inference only, but {name} requires grad; "
+                    "call under torch.no_grad() or pass a detached tensor."
+                )
+
+
+def check_same(reference_name, reference, **tensors):
+    """Every tensor must be on the device of `reference` and have its dtype."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != reference.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of {reference_name}, {reference.dtype}, got {tensor.dtype}; cast it first."
+            )
+        check_device(reference_name, reference, **{name: tensor})
+
+
+def check_device(reference_name, reference, **tensors):
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != reference.device:
+            raise ValueError(
+                f"{name} must be on the device of {reference_name}, {reference.device}, "
+                f"got {tensor.device}; move it there."
+            )
+
+
+def check_shape(name, tensor, shape, meaning):
+    """`shape` may hold None for a free size; `meaning` spells the shape for the reader."""
+    if tensor.dim() != len(shape) or any(
+        want is not None and have != want for have, want in zip(tensor.shape, shape, strict=True)
+    ):
+        want = ", ".join("*" if s is None else str(s) for s in shape)
+        raise ValueError(f"{name} must have shape {meaning} = ({want}), got {tuple(tensor.shape)}.")
+
+
+def check_floating(name, tensor):
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}.")
+
+
+def check_index(name, tensor, reference, shape, meaning, *dtypes):
+    """An index tensor of one of `dtypes` (int32 unless given), on the device of `reference`, or None."""
+    if tensor is None:
+        return
+    dtypes = dtypes or (torch.int32,)
+    if tensor.dtype not in dtypes:
+        names = [str(d).removeprefix("torch.") for d in dtypes]
+        raise TypeError(f"{name} must be {' or '.join(names)}, got {tensor.dtype}; cast it with .to(torch.{names[0]}).")
+    check_shape(name, tensor, shape, meaning)
+    check_device("the other tensors", reference, **{name: tensor})
+    check_last_dim_contiguous(**{name: tensor})
+
+
+def check_count(name, value, least):
+    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
+    return value
+
+
+def check_last_dim_contiguous(**tensors):
+    for name, tensor in tensors.items():
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(
+                f"the last dim of {name} must be contiguous (stride 1), got stride {tensor.stride(-1)}; "
+                "call .contiguous() on it."
+            )
+
+
+def check_headdim(headdim):
+    if headdim not in HEADDIMS:
+        raise NotImplementedError(f"headdim must be one of {HEADDIMS}, got {headdim}.")
+
+
+def check_heads(nheads, nheads_k):
+    if nheads_k == 0 or nheads % nheads_k:
+        raise ValueError(
+            f"nheads must be a multiple of nheads_k (grouped-query attention), got {nheads} and {nheads_k}."
+        )
+
+
+def check_no_descale(k_descale, v_descale):
+    if k_descale is not None or v_descale is not None:
+        raise NotImplementedError(
+            "k_descale and v_descale are reserved for 8-bit caches, which do not exist yet; pass None."
+        )
+
+
+def device_guard(tensor):
+    """Triton launches on the current device, which need not be the one of the tensors."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,139 @@
+"""Launch parameters by architecture, head dim, dtype and size: tables, no autotuning, so runs are deterministic.
+
+The tables come from ahead-of-time compilation for each architecture (registers, spills, shared memory) and the rule that
+a streaming multiprocessor needs 32 to 64 KiB of loads in flight to reach its share of the memory bandwidth.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class AttentionLaunch:
+    """Tile of (query, head) rows by keys, warps and pipeline stages of `delayed_attention`."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    full_tiles_first: bool = False
+
+
+@dataclass(frozen=True)
+class MergeLaunch:
+    """(query, head) rows per program and warps of the merge of key splits."""
+
+    block_m: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class RopeLaunch:
+    """Tokens and heads per program and warps of `rope_cache_update`."""
+
+    block_t: int
+    block_h: int
+    num_warps: int
+
+
+# rows are query heads of one K/V head: the first entry with block_m >= rows is used, else the last one
+HALF_PRECISION = {
+    90: (
+        AttentionLaunch(16, 64, num_warps=4, num_stages=4, full_tiles_first=True),
+        AttentionLaunch(32, 64, num_warps=4, num_stages=3, full_tiles_first=True),
+        AttentionLaunch(64, 64, num_warps=4, num_stages=3, full_tiles_first=True),
+        AttentionLaunch(128, 64, num_warps=8, num_stages=3, full_tiles_first=True),
+    ),
+    80: (
+        AttentionLaunch(16, 64, num_warps=4, num_stages=4),
+        AttentionLaunch(32, 64, num_warps=4, num_stages=3),
+        AttentionLaunch(64, 64, num_warps=4, num_stages=3),
+        AttentionLaunch(128, 64, num_warps=8, num_stages=2),
+    ),
+    # 99 KiB of shared memory
+    86: (
+        AttentionLaunch(16, 64, num_warps=4, num_stages=2),
+        AttentionLaunch(32, 64, num_warps=4, num_stages=2),
+        AttentionLaunch(64, 64, num_warps=4, num_stages=2),
+        AttentionLaunch(128, 64, num_warps=8, num_stages=2),
+    ),
+}
+# without tensor cores small tiles keep everything in registers
+FULL_PRECISION = (
+    AttentionLaunch(16, 32, num_warps=4, num_stages=2),
+    AttentionLaunch(32, 32, num_warps=4, num_stages=2),
+)
+# the interpreter's time goes by tile, not by element
+INTERPRETER = (AttentionLaunch(16, 64, 4, 1, full_tiles_first=True), AttentionLaunch(64, 64, 4, 1))
+
+
+def attention_table(arch, dtype):
+    """The tile sizes to choose from on compute capability `arch` (90 for 9.0); None: the interpreter."""
+    if arch is None:
+        return INTERPRETER
+    if dtype == torch.float32:
+        return FULL_PRECISION
+    return HALF_PRECISION[{80: 80, 90: 90, 100: 90}.get(arch, 86)]
+
+
+def attention_launch(device, dtype, headdim, rows):
+    """The launch of `delayed_attention` for `rows` = queries per row times query heads per K/V head."""
+    table = attention_table(architecture(device), dtype)
+    return next((launch for launch in table if launch.block_m >= rows), table[-1])
+
+
+def merge_launch(headdim):
+    return MergeLaunch(block_m=16, num_warps=4)
+
+
+def num_splits_heuristic(*, programs, tiles, rows, keys, row_groups, headdim, processors):
+    """Splits of the keys: 1 unless processors would idle, and never so many that the partial results dominate.
+
+    Args:
+        programs: programs of the unsplit launch.
+        tiles: key tiles of the longest row.
+        rows: tile rows per (batch row, K/V head) at most; row_groups: how many of those groups there are.
+        keys: columns of the longest row.
+        processors: streaming multiprocessors of the GPU.
+    """
+    if programs >= 0.8 * processors:
+        return 1
+    splits = min(2 * processors // programs, tiles // MIN_TILES_PER_SPLIT, MAX_SPLITS)
+    # float32 partial results are written and read once: against the K and V bytes, and free while they fit the L2
+    partial_bytes = 2 * 4 * rows * row_groups * headdim
+    kv_bytes = 2 * 2 * keys * row_groups * headdim
+    return max(1, min(splits, max(kv_bytes // 2, PARTIAL_BYTES_IN_L2) // max(partial_bytes, 1)))
+
+
+MAX_SPLITS = 16
+MIN_TILES_PER_SPLIT = 2
+PARTIAL_BYTES_IN_L2 = 8 * 2**20
+
+
+@functools.cache
+def _properties(index):
+    return torch.cuda.get_device_properties(index)
+
+
+def architecture(device):
+    """Compute capability as an int, 90 for 9.0; None for CPU tensors, which only the interpreter runs."""
+    if device.type != "cuda":
+        return None
+    properties = _properties(device.index if device.index is not None else torch.cuda.current_device())
+    return 10 * properties.major + properties.minor
+
+
+def processors(device):
+    """Streaming multiprocessors of the GPU; 1 for the interpreter, which runs one program at a time."""
+    if device.type != "cuda":
+        return 1
+    return _properties(device.index if device.index is not None else torch.cuda.current_device()).multi_processor_count
+
+
+def rope_launch(device, headdim):
+    """One token a program, so that a few tokens still fill the GPU; every thread loads 16 bytes of 16-bit elements."""
+    if architecture(device) is None:
+        return RopeLaunch(block_t=16, block_h=8, num_warps=4)
+    return RopeLaunch(block_t=1, block_h=8, num_warps=max(1, headdim // 64))

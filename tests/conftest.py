@@ -1,0 +1,93 @@
+"""What every test relies on: the kernels run without a GPU, `dkv` is found, unwritten memory shows, runs repeat."""
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+
+if not CUDA:
+    # read when a kernel is decorated: it must be set before any module of dkv.kernels is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
+ROOT = Path(__file__).resolve().parent.parent
+# `pytest` in a bare checkout; an installed dkv is tested as it is installed
+if importlib.util.find_spec("dkv") is None:
+    sys.path.insert(0, str(ROOT))
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+with contextlib.suppress(ImportError):
+    from hypothesis import settings
+
+    settings.register_profile("dkv", derandomize=True, database=None, deadline=None, max_examples=200 if CUDA else 20)
+    settings.load_profile("dkv")
+
+
+def pytest_collection_modifyitems(items):
+    if not CUDA:
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def device():
+    return "cuda" if CUDA else "cpu"
+
+
+def poisoned(allocate):
+    """`allocate`, but what the modules of dkv.kernels get from it is filled with NaN or the dtype's largest integer."""
+
+    def allocate_poisoned(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("dkv.kernels."):
+            if tensor.is_floating_point():
+                tensor.fill_(float("nan"))
+            elif tensor.dtype != torch.bool:
+                tensor.fill_(torch.iinfo(tensor.dtype).max)
+        return tensor
+
+    return allocate_poisoned
+
+
+@pytest.fixture(scope="session", autouse=True)
+def poison_unwritten_outputs():
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            patch.setattr(owner, name, poisoned(getattr(owner, name)))
+        yield
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory):
+    """A copy of the repository: what builds leave behind does not touch the real one."""
+    copy = tmp_path_factory.mktemp("checkout")
+    for name in ("pyproject.toml", "Makefile", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    for name in ("kernels", "dkv", "benchmarks", "tests"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    return copy
+
+
+@pytest.fixture(scope="session")
+def wheel(checkout):
+    """Path of what `make wheel` builds, without network, in a checkout where a deleted module was once built."""
+    for module in ("setuptools", "pip"):
+        pytest.importorskip(module)
+    stale = checkout / "build" / "lib" / "dkv" / "kernels" / "deleted.py"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    # an empty STAMP: with the Python at hand; MAKEFLAGS would bring the options of a make that runs these tests
+    env = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"} | {"PIP_NO_INDEX": "1"}
+    subprocess.run(["make", "wheel", f"PY={sys.executable}", "STAMP="], cwd=checkout, env=env, check=True, timeout=120)
+    (path,) = (checkout / "dist").iterdir()
+    return path
