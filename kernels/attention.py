@@ -4,9 +4,9 @@ For query i of row b and head h, with S = the valid columns of row b and h_k = h
 
     out[i, h] = sum_{j in S} softmax_j(softmax_scale * q[i, h] . k_cache[b, j, h_k]) v_cache[b, j, h_k]
 
-Layouts: q (total, nheads, headdim) packed by row as `cu_seqlens_q` says; caches (batch, seqlen_cache, nheads_k, headdim),
-any strides with the last dim contiguous. The query heads that share a K/V head are further rows of the same tile, so K
-and V are read once for all of them, whatever their number. Few rows over many keys leave most of a GPU idle: then the
+Layouts: q (total, nheads, headdim) packed by row as `cu_seqlens_q` says; caches (batch, seqlen_cache, nheads_k,
+headdim), any strides with the last dim contiguous. The query heads that share a K/V head are further rows of the same
+tile, so K and V are read once for all of them, whatever their number. Few rows over many keys leave most of a GPU idle: then the
 keys are split, each split writes a normalised partial result, and a second kernel merges them by their log-sum-exp
 (Dao et al., "Flash-Decoding for long-context inference", 2023).
 """
@@ -60,7 +60,7 @@ def _attend_tile(
     return acc, new_max, row_sum
 
 
-@triton.jit(do_not_specialize=["batch", "total", "blocks", "seqlen_cache", "max_keys"])
+@triton.jit(do_not_specialize=["batch", "total", "blocks", "seqlen_cache", "max_keys", "splits"])
 def _delayed_attention_kernel(
     # pointers
     q_ptr,
@@ -90,6 +90,7 @@ def _delayed_attention_kernel(
     blocks,
     seqlen_cache,
     max_keys,
+    splits,
     # scalars
     softmax_scale,
     # constants
@@ -98,7 +99,7 @@ def _delayed_attention_kernel(
     HEADDIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     HAS_LEFTPAD: tl.constexpr,
     HAS_SEQLENS: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -132,14 +133,29 @@ def _delayed_attention_kernel(
     if block * BLOCK_M >= queries * GROUP:
         return
 
-    # tile row r is query r // GROUP, query head r % GROUP of this K/V head
+    # scalar bases in 64 bits, offsets within the row in 32; tile row r is query r // GROUP, query head r % GROUP
+    first_token = query_start.to(tl.int64)
+    first_head = head_k.to(tl.int64) * GROUP
+    q_base = q_ptr + first_token * stride_q_token + first_head * stride_q_head
+    first_out = split.to(tl.int64) * total * NHEADS
+    out_base = out_ptr + (first_out + first_token * NHEADS + first_head) * HEADDIM
+    lse_base = lse_ptr + first_out + first_head * total + first_token
+
+    # queries beyond the caller's max_seqlen_q have no program of their own: make the mistake loud
+    if block == blocks - 1:
+        for start in range((block + 1) * BLOCK_M, queries * GROUP, BLOCK_M):
+            beyond = start + tl.arange(0, BLOCK_M)
+            nans = tl.full([BLOCK_M, HEADDIM], float("nan"), dtype=tl.float32).to(out_ptr.dtype.element_ty)
+            offs_out = beyond // GROUP * NHEADS + beyond % GROUP
+            out_ptrs = out_base + offs_out[:, None] * HEADDIM + offs_d[None, :]
+            tl.store(out_ptrs, nans, mask=(beyond < queries * GROUP)[:, None])
+            tl.store(lse_base + beyond % GROUP * total + beyond // GROUP, float("nan"), mask=beyond < queries * GROUP)
+
     offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     in_range = offs_m < queries * GROUP
-    tokens = (query_start + offs_m // GROUP).to(tl.int64)
-    heads = head_k * GROUP + offs_m % GROUP
     # [BLOCK_M, HEADDIM]
-    q_ptrs = q_ptr + tokens[:, None] * stride_q_token + heads[:, None] * stride_q_head + offs_d[None, :]
+    q_ptrs = q_base + (offs_m // GROUP * stride_q_token + offs_m % GROUP * stride_q_head)[:, None] + offs_d[None, :]
     q = tl.load(q_ptrs, mask=in_range[:, None], other=0.0)
 
     first_key = 0
@@ -154,8 +170,8 @@ def _delayed_attention_kernel(
     if HAS_INDEX:
         loop_start = 0
         loop_end = max_keys
-    if SPLITS > 1:
-        tiles_per_split = tl.cdiv(tl.cdiv(loop_end - loop_start, BLOCK_N), SPLITS)
+    if IS_SPLIT:
+        tiles_per_split = tl.cdiv(tl.cdiv(loop_end - loop_start, BLOCK_N), splits)
         loop_start += split * tiles_per_split * BLOCK_N
         loop_end = tl.minimum(loop_end, loop_start + tiles_per_split * BLOCK_N)
 
@@ -198,26 +214,13 @@ def _delayed_attention_kernel(
     row_sum = tl.where(empty, 1.0, row_sum)
     acc = acc / row_sum[:, None]
     lse = tl.where(empty, float("-inf"), (row_max + tl.log2(row_sum)) * LN_2)
-    first_out = split.to(tl.int64) * total * NHEADS
-    out_ptrs = out_ptr + (first_out + tokens * NHEADS + heads)[:, None] * HEADDIM + offs_d[None, :]
-    lse_ptrs = lse_ptr + first_out + heads * total.to(tl.int64) + tokens
+    offs_out = offs_m // GROUP * NHEADS + offs_m % GROUP
+    out_ptrs = out_base + offs_out[:, None] * HEADDIM + offs_d[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=in_range[:, None])
-    tl.store(lse_ptrs, lse, mask=in_range)
-
-    # queries beyond the caller's max_seqlen_q have no program of their own: make the mistake loud
-    if block == blocks - 1:
-        for start in range((block + 1) * BLOCK_M, queries * GROUP, BLOCK_M):
-            beyond = start + tl.arange(0, BLOCK_M)
-            tokens = (query_start + beyond // GROUP).to(tl.int64)
-            out_rows = first_out + tokens * NHEADS + head_k * GROUP + beyond % GROUP
-            nans = tl.full([BLOCK_M, HEADDIM], float("nan"), dtype=tl.float32).to(out_ptr.dtype.element_ty)
-            out_ptrs = out_ptr + out_rows[:, None] * HEADDIM + offs_d[None, :]
-            tl.store(out_ptrs, nans, mask=(beyond < queries * GROUP)[:, None])
-            lse_ptrs = lse_ptr + first_out + (head_k * GROUP + beyond % GROUP) * total.to(tl.int64) + tokens
-            tl.store(lse_ptrs, float("nan"), mask=beyond < queries * GROUP)
+    tl.store(lse_base + offs_m % GROUP * total + offs_m // GROUP, lse, mask=in_range)
 
 
-@triton.jit(do_not_specialize=["batch", "total"])
+@triton.jit(do_not_specialize=["batch", "total", "splits"])
 def _merge_splits_kernel(
     # pointers
     partial_out_ptr,
@@ -228,10 +231,10 @@ def _merge_splits_kernel(
     # sizes
     batch,
     total,
+    splits,
     # constants
     NHEADS: tl.constexpr,
     HEADDIM: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """Merges the partial results of the splits; a tile row is one query of one head."""
@@ -245,7 +248,7 @@ def _merge_splits_kernel(
     written = tokens < tl.minimum(tl.load(cu_seqlens_q_ptr + batch), total)
 
     max_lse = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    for split in tl.static_range(SPLITS):
+    for split in range(splits):
         lse = tl.load(partial_lse_ptr + split * rows + lse_offs, mask=written, other=float("-inf"))
         max_lse = tl.maximum(max_lse, lse)
     pivot = tl.where(max_lse == float("-inf"), 0.0, max_lse)
@@ -253,7 +256,7 @@ def _merge_splits_kernel(
     # [BLOCK_M, HEADDIM]
     acc = tl.zeros([BLOCK_M, HEADDIM], dtype=tl.float32)
     weight_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-    for split in tl.static_range(SPLITS):
+    for split in range(splits):
         lse = tl.load(partial_lse_ptr + split * rows + lse_offs, mask=written, other=float("-inf"))
         weight = tl.exp2((lse - pivot) * LOG2_E)
         partial_ptrs = partial_out_ptr + (split * rows + offs_m)[:, None] * HEADDIM + offs_d[None, :]
@@ -338,13 +341,14 @@ def _launch(
             blocks=blocks,
             seqlen_cache=seqlen_cache,
             max_keys=max_keys,
+            splits=num_splits,
             softmax_scale=softmax_scale,
             GROUP=group,
             NHEADS_K=nheads_k,
             HEADDIM=headdim,
             BLOCK_M=launch.block_m,
             BLOCK_N=launch.block_n,
-            SPLITS=num_splits,
+            IS_SPLIT=num_splits > 1,
             HAS_LEFTPAD=cache_leftpad is not None,
             HAS_SEQLENS=cache_seqlens is not None,
             HAS_MASK=key_mask is not None,
@@ -364,9 +368,9 @@ def _launch(
                 cu_seqlens_q_ptr=cu_seqlens_q,
                 batch=batch,
                 total=total,
+                splits=num_splits,
                 NHEADS=nheads,
                 HEADDIM=headdim,
-                SPLITS=num_splits,
                 BLOCK_M=merge.block_m,
                 num_warps=merge.num_warps,
             )

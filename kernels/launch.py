@@ -1,7 +1,7 @@
 """Launch parameters by architecture, head dim, dtype and size: tables, no autotuning, so runs are deterministic.
 
-The tables come from ahead-of-time compilation for each architecture (registers, spills, shared memory) and the rule that
-a streaming multiprocessor needs 32 to 64 KiB of loads in flight to reach its share of the memory bandwidth.
+The tables come from ahead-of-time compilation for each architecture (registers, spills, shared memory) and the rule
+that a streaming multiprocessor needs 32 to 64 KiB of loads in flight to reach its share of the memory bandwidth.
 """
 
 import functools
@@ -47,10 +47,10 @@ HALF_PRECISION = {
         AttentionLaunch(128, 64, num_warps=8, num_stages=3, full_tiles_first=True),
     ),
     80: (
-        AttentionLaunch(16, 64, num_warps=4, num_stages=4),
+        AttentionLaunch(16, 64, num_warps=4, num_stages=3),
         AttentionLaunch(32, 64, num_warps=4, num_stages=3),
-        AttentionLaunch(64, 64, num_warps=4, num_stages=3),
-        AttentionLaunch(128, 64, num_warps=8, num_stages=2),
+        AttentionLaunch(64, 32, num_warps=4, num_stages=4),
+        AttentionLaunch(128, 32, num_warps=8, num_stages=3),
     ),
     # 99 KiB of shared memory
     86: (
@@ -135,5 +135,4 @@ def processors(device):
 def rope_launch(device, headdim):
     """One token a program, so that a few tokens still fill the GPU; every thread loads 16 bytes of 16-bit elements."""
     if architecture(device) is None:
-        return RopeLaunch(block_t=16, block_h=8, num_warps=4)
-    return RopeLaunch(block_t=1, block_h=8, num_warps=max(1, headdim // 64))
+        return RopeLaunch(block_t=1, block_h=max(8, 512 // headdim), num_warps=max(1, headdim // 64))
