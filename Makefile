@@ -31,7 +31,7 @@ gpu-report:
 	$(PYTHON) benchmarks/gpu_report.py --budget $(BUDGET) $(if $(OUT),--out "$(OUT)")
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(STAMP): pyproject.toml Makefile
 	$(PYTHON) -m venv .venv

@@ -1,3 +1,25 @@
-"""Diffusion language models, fast: the delayed KV cache in fused Triton kernels."""
+"""Diffusion language models (LLaDA, Dream), fast: the delayed KV cache in fused Triton kernels."""
 
+from dkv.generate import GenerateOutput, GenerateStats, generate
+from dkv.models import from_pretrained
+from dkv.patch import replace_attention, reset, restore_attention
+from dkv.policy import Decode, DualCache, Greedy, NoCache, Policy, Prefill, PrefillDecode, PrefixCache
+
+__all__ = [
+    "Decode",
+    "DualCache",
+    "GenerateOutput",
+    "GenerateStats",
+    "Greedy",
+    "NoCache",
+    "Policy",
+    "Prefill",
+    "PrefillDecode",
+    "PrefixCache",
+    "from_pretrained",
+    "generate",
+    "replace_attention",
+    "reset",
+    "restore_attention",
+]
 __version__ = "0.1.0"

@@ -1,0 +1,171 @@
+"""A transformer as the engine sees it: modules by role, and one step of packed active tokens over the cache."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dkv.cache import KVCache
+from dkv.kernels import delayed_attention, rope_cache_update
+
+FAMILIES = []  # functions model -> Decoder or None, filled by `dkv.models`
+
+
+def find_decoder(model):
+    """The `Decoder` of a supported model; ValueError naming its class for any other."""
+    for find in FAMILIES:
+        decoder = find(model)
+        if decoder is not None:
+            return decoder
+    raise ValueError(
+        f"{type(model).__name__} is not supported: dkv runs LLaDA (LLaDA-8B, LLaDA-1.5) and Dream (Dream-v0, "
+        "Dream-Coder, DiffuCoder), native or of Hugging Face's remote code, and finetunes of the same module structure."
+    )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The modules of one decoder layer, whatever the model calls them."""
+
+    attn_norm: nn.Module
+    q: nn.Module
+    k: nn.Module
+    v: nn.Module
+    o: nn.Module
+    mlp_norm: nn.Module
+    gate: nn.Module
+    up: nn.Module
+    down: nn.Module
+
+
+@dataclass(frozen=True)
+class Family:
+    """What LLaDA and Dream do differently; one instance a family, in `dkv.models`.
+
+    Attributes:
+        shifted: whether the output at column j - 1 predicts column j.
+        remasking: the default rule; remasking_by_probability: the one for threshold and factor decoding.
+        divides_logits: whether temperature divides the logits before the confidence is taken (Dream), or only scales
+            the noise (LLaDA).
+        time_steps: whether the number of commits follows Dream's time steps, or LLaDA's even split.
+        end_of_turn_id: the token that ends a turn, besides the end of text.
+    """
+
+    name: str
+    shifted: bool
+    remasking: str
+    remasking_by_probability: str
+    divides_logits: bool
+    time_steps: bool
+    end_of_turn_id: int
+
+
+@dataclass(frozen=True, eq=False)
+class Decoder:
+    """A LLaDA or Dream, native or of Hugging Face's remote code, by the roles of its modules.
+
+    Attributes:
+        head: None where the embedding's weight is the head (tied).
+        max_positions: the length the model was made for.
+        mask_id, eos_token_id, pad_token_id: token ids below vocab_size.
+        make_output: logits -> what the model's own forward returns.
+        honours_attention_mask: whether the model's own forward does (the first revision of LLaDA's file ignores it).
+    """
+
+    family: Family
+    embed: nn.Module
+    layers: tuple[Layer, ...]
+    final_norm: nn.Module
+    head: nn.Module | None
+    nheads: int
+    nheads_k: int
+    headdim: int
+    rope_theta: float
+    vocab_size: int
+    max_positions: int
+    mask_id: int
+    eos_token_id: int
+    pad_token_id: int
+    make_output: Callable
+    honours_attention_mask: bool = True
+    _tables: dict = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def weight(self):
+        """The embedding's weight: its device and dtype are the model's."""
+        return self.embed.weight
+
+    def new_cache(self, batch, seqlen, leftpad=None, key_mask=None):
+        """A `KVCache` for `batch` rows of `seqlen` columns."""
+        return KVCache(
+            len(self.layers),
+            batch,
+            seqlen,
+            self.nheads_k,
+            self.headdim,
+            leftpad=leftpad,
+            key_mask=key_mask,
+            dtype=self.weight.dtype,
+            device=self.weight.device,
+        )
+
+    def rope_tables(self, length, device):
+        """cos, sin (at least length, headdim // 2) float32 of the half-split RoPE, kept and grown by doubling.
+
+        Frequencies and angles are computed in float32, as both models do.
+        """
+        known = self._tables.get(device)
+        if known is None or known[0].shape[0] < length:
+            # tables made under inference mode could not be used in training later
+            with torch.inference_mode(False), torch.no_grad():
+                length = length if known is None else max(length, 2 * known[0].shape[0])
+                exponents = torch.arange(0, self.headdim, 2, dtype=torch.float32, device=device) / self.headdim
+                angles = torch.outer(
+                    torch.arange(length, dtype=torch.float32, device=device), 1 / self.rope_theta**exponents
+                )
+                self._tables[device] = angles.cos(), angles.sin()
+        return self._tables[device]
+
+    def step(self, ids, active, positions, cache, impl):
+        """Recomputes the active positions over the cache, in which their K/V are replaced.
+
+        Args:
+            ids, positions: (batch, seqlen) int64: tokens and RoPE positions.
+            active: (batch, seqlen) bool.
+            cache: a `KVCache` of the same batch and seqlen; its valid columns are attended.
+
+        Returns:
+            hidden (total_active, hidden_size): outputs of the last layer before the final norm, packed by row.
+        """
+        rows, columns = active.nonzero(as_tuple=True)
+        counts = active.sum(1)
+        cu_seqlens_q = F.pad(counts.cumsum(0), (1, 0)).int()
+        max_seqlen_q = ids.shape[1]
+        slots = rows * ids.shape[1] + columns
+        positions = positions[active]
+        cos, sin = self.rope_tables(ids.shape[1], ids.device)
+        x = self.embed(ids[active])
+        for layer, k_cache, v_cache in zip(self.layers, cache.k, cache.v, strict=True):
+            h = layer.attn_norm(x)
+            q, k, v = (project(h).unflatten(-1, (-1, self.headdim)) for project in (layer.q, layer.k, layer.v))
+            q = rope_cache_update(q, k, v, cos, sin, positions, slots, k_cache, v_cache, impl=impl)
+            attended = delayed_attention(
+                q,
+                k_cache,
+                v_cache,
+                cu_seqlens_q,
+                max_seqlen_q=max_seqlen_q,
+                cache_leftpad=cache.leftpad,
+                key_mask=cache.key_mask,
+                impl=impl,
+            )
+            x = x + layer.o(attended.flatten(1))
+            h = layer.mlp_norm(x)
+            x = x + layer.down(F.silu(layer.gate(h)) * layer.up(h))
+        return x
+
+    def logits(self, hidden):
+        """Logits (rows, vocab) of hidden states after the final norm."""
+        return F.linear(hidden, self.weight) if self.head is None else self.head(hidden)

@@ -1,0 +1,138 @@
+"""Dream: Dream-v0 Base and Instruct, Dream-Coder, DiffuCoder, and models of the same structure."""
+
+import torch
+
+from dkv.decoder import Family
+from dkv.models.layout import Fields, Layout, Settings, module_at, read_decoder
+from dkv.models.native import NativeModel, Output
+
+FAMILY = Family(
+    name="Dream",
+    shifted=True,
+    remasking="entropy",
+    remasking_by_probability="maskgit_plus",
+    divides_logits=True,
+    time_steps=True,
+    end_of_turn_id=151645,
+)
+
+LAYOUT = Layout(
+    embed="model.embed_tokens",
+    layers="model.layers",
+    final_norm="model.norm",
+    head="lm_head",
+    layer={
+        "attn_norm": "input_layernorm",
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "o": "self_attn.o_proj",
+        "mlp_norm": "post_attention_layernorm",
+        "gate": "mlp.gate_proj",
+        "up": "mlp.up_proj",
+        "down": "mlp.down_proj",
+    },
+)
+
+
+def read_settings(config, owner):
+    """The `Settings` of a config; ValueError naming the owner for what is missing or not supported."""
+    fields = Fields(config, owner)
+    fields.must_be("hidden_act", "silu", default="silu")
+    fields.must_be("use_sliding_window", False, default=False)
+    fields.must_be("use_mrope", False, default=False)
+    # transformers 5 keeps the parameters of the plain RoPE in a dict, under either name
+    rope = fields.get("rope_parameters", None) or fields.get("rope_scaling", None) or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        raise ValueError(f"{owner}: dkv supports the default RoPE only, got rope_scaling={rope!r}.")
+    rope_theta = fields.get("rope_theta", None) or rope.get("rope_theta", 10000.0)
+    hidden_size, nheads = fields.count("hidden_size"), fields.count("num_attention_heads")
+    vocab_size = fields.count("vocab_size")
+    return Settings(
+        **fields.heads(hidden_size, nheads, fields.get("num_key_value_heads", None) or nheads),
+        **fields.token_ids(vocab_size),
+        mlp_size=fields.count("intermediate_size"),
+        layers=fields.count("num_hidden_layers"),
+        rope_theta=rope_theta,
+        eps=fields.get("rms_norm_eps", 1e-6),
+        vocab_size=vocab_size,
+        max_positions=fields.count("max_position_embeddings", 32768),
+        tied=fields.get("tie_word_embeddings", False),
+        biased=("q", "k", "v"),
+    )
+
+
+def describes(config):
+    """Whether a config is of this family.
+
+    Structure alone does not say: Llama and Qwen2 have the same modules, but attend causally.
+    """
+    return str(getattr(config, "model_type", None)).lower() == "dream"
+
+
+def find(model):
+    """The `Decoder` of a Dream, native or of Hugging Face's remote code; None for any other model."""
+    if module_at(model, LAYOUT.embed) is None or not describes(getattr(model, "config", None)):
+        return None
+    return read_decoder(
+        model,
+        LAYOUT,
+        read_settings(model.config, type(model).__name__),
+        family=FAMILY,
+        make_output=Output if isinstance(model, Dream) else _hugging_face_output,
+    )
+
+
+def _hugging_face_output(logits):
+    from transformers.modeling_outputs import MaskedLMOutput
+
+    return MaskedLMOutput(logits=logits)
+
+
+class Dream(NativeModel):
+    """A Dream of the official checkpoint layout; `dkv.from_pretrained` makes it."""
+
+    layout, read_settings, find = LAYOUT, staticmethod(read_settings), staticmethod(find)
+    describes = staticmethod(describes)
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        *,
+        past_key_values=None,
+        use_cache=None,
+    ):
+        """Logits of every position; those of column j predict the token of column j + 1.
+
+        Args:
+            input_ids: (batch, seqlen) int64; or inputs_embeds (batch, seqlen, hidden_size).
+            attention_mask: None or "full", or (batch, 1, seqlen, seqlen) bool, True where the query attends to the key.
+                A query without any key gets zeros.
+            position_ids: (batch or 1, seqlen) int64, the RoPE positions; None: columns.
+            past_key_values, use_cache: must be None or False.
+
+        Returns:
+            `Output` with logits (batch, seqlen, vocab).
+        """
+        self._check_no_cache(past_key_values, use_cache)
+        x = self._embedded(input_ids, inputs_embeds)
+        batch, seqlen = x.shape[:2]
+        if isinstance(attention_mask, str) and attention_mask == "full":
+            attention_mask = None
+        if attention_mask is not None:
+            shape, dtype = getattr(attention_mask, "shape", None), getattr(attention_mask, "dtype", None)
+            if dtype != torch.bool or shape not in ((batch, 1, seqlen, seqlen), (1, 1, seqlen, seqlen)):
+                got = repr(attention_mask) if shape is None else f"{tuple(shape)} of {dtype}"
+                raise ValueError(
+                    f"attention_mask must be None, 'full' or bool of shape (batch, 1, seqlen, seqlen) = "
+                    f"{(batch, 1, seqlen, seqlen)}, got {got}."
+                )
+        if position_ids is not None and position_ids.shape not in ((batch, seqlen), (1, seqlen)):
+            raise ValueError(
+                f"position_ids must have shape (batch, seqlen) = {(batch, seqlen)}, got {tuple(position_ids.shape)}."
+            )
+        return self._run(x, position_ids, attention_mask)

@@ -1,0 +1,130 @@
+"""LLaDA: LLaDA-8B Base and Instruct, LLaDA-1.5, and models of the same structure."""
+
+import torch
+
+from dkv.decoder import Family
+from dkv.models.layout import Fields, Layout, Settings, module_at, read_decoder
+from dkv.models.native import NativeModel, Output
+
+FAMILY = Family(
+    name="LLaDA",
+    shifted=False,
+    remasking="low_confidence",
+    remasking_by_probability="low_confidence",
+    divides_logits=False,
+    time_steps=False,
+    end_of_turn_id=126348,
+)
+
+LAYOUT = Layout(
+    embed="model.transformer.wte",
+    layers="model.transformer.blocks",
+    final_norm="model.transformer.ln_f",
+    head="model.transformer.ff_out",
+    layer={
+        "attn_norm": "attn_norm",
+        "q": "q_proj",
+        "k": "k_proj",
+        "v": "v_proj",
+        "o": "attn_out",
+        "mlp_norm": "ff_norm",
+        "gate": "ff_proj",
+        "up": "up_proj",
+        "down": "ff_out",
+    },
+)
+
+
+def read_settings(config, owner):
+    """The `Settings` of a config; ValueError naming the owner for what is missing or not supported."""
+    fields = Fields(config, owner)
+    fields.must_be("block_type", "llama", default="sequential")
+    fields.must_be("block_group_size", 1, default=1)
+    fields.must_be("layer_norm_type", "rms", default="default")
+    fields.must_be("layer_norm_with_affine", True, default=True)
+    fields.must_be("include_bias", False, default=False)
+    if fields.get("bias_for_layer_norm", None) is not None:  # None: as include_bias
+        fields.must_be("bias_for_layer_norm", False)
+    fields.must_be("attention_layer_norm", False, default=False)
+    fields.must_be("activation_type", "silu", default="swiglu")
+    fields.must_be("rope", True, default=False)
+    fields.must_be("alibi", False, default=False)
+    fields.must_be("input_emb_norm", False, default=False)
+    fields.must_be("scale_logits", False, default=False)
+    fields.must_be("clip_qkv", None, default=None)
+    hidden_size, nheads = fields.count("d_model"), fields.count("n_heads")
+    nheads_k = fields.get("n_kv_heads", None) or (1 if fields.get("multi_query_attention", None) else nheads)
+    vocab_size = fields.get("embedding_size", None) or fields.count("vocab_size")
+    return Settings(
+        **fields.heads(hidden_size, nheads, nheads_k),
+        **fields.token_ids(vocab_size),
+        mlp_size=fields.get("mlp_hidden_size", None) or fields.count("mlp_ratio", 4) * hidden_size,
+        layers=fields.count("n_layers"),
+        rope_theta=fields.get("rope_theta", 10000.0),
+        eps=fields.get("rms_norm_eps", 1e-5),
+        vocab_size=vocab_size,
+        max_positions=fields.count("max_sequence_length", 1024),
+        tied=fields.get("weight_tying", True),
+        biased=("q", "k", "v") if fields.get("include_qkv_bias", False) else (),
+    )
+
+
+def find(model):
+    """The `Decoder` of a LLaDA, native or of Hugging Face's remote code; None for a model of another structure."""
+    if module_at(model, LAYOUT.embed) is None:
+        return None
+    inner = model.model
+    # the first revision of the official file builds a mask and leaves it unused; its methods tell the two apart
+    ignores_mask = hasattr(inner, "get_alibi_attention_bias") and not hasattr(inner, "get_bidirectional_attention_bias")
+    return read_decoder(
+        model,
+        LAYOUT,
+        read_settings(getattr(model, "config", None), type(model).__name__),
+        family=FAMILY,
+        make_output=Output if isinstance(model, LLaDA) else _hugging_face_output,
+        honours_attention_mask=not ignores_mask,
+    )
+
+
+def _hugging_face_output(logits):
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    return CausalLMOutputWithPast(logits=logits)
+
+
+class LLaDA(NativeModel):
+    """A LLaDA of the official checkpoint layout; `dkv.from_pretrained` makes it."""
+
+    layout, read_settings, find = LAYOUT, staticmethod(read_settings), staticmethod(find)
+
+    @staticmethod
+    def describes(config):
+        """Whether a config.json is of this family; LLaDA-MoE calls itself "llada" too, but has no d_model."""
+        return getattr(config, "model_type", None) == "llada" and hasattr(config, "d_model")
+
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, *, past_key_values=None, use_cache=None):
+        """Logits of every position; positions for RoPE are columns, padded or not.
+
+        Args:
+            input_ids: (batch, seqlen) int64; or inputs_embeds (batch, seqlen, hidden_size).
+            attention_mask: (batch, seqlen), 0 or False where a key is padding: no query attends to it, its own query
+                attends to the others. A row without any key attends to all of them equally, as in the official code.
+            past_key_values, use_cache: must be None or False.
+
+        Returns:
+            `Output` with logits (batch, seqlen, vocab).
+        """
+        self._check_no_cache(past_key_values, use_cache)
+        x = self._embedded(input_ids, inputs_embeds)
+        bias = None
+        if attention_mask is not None:
+            if attention_mask.shape != x.shape[:2]:
+                raise ValueError(
+                    f"attention_mask must have shape (batch, seqlen) = {tuple(x.shape[:2])}, "
+                    f"got {tuple(attention_mask.shape)}."
+                )
+            real = attention_mask.bool()
+            if not bool(real.all()):
+                # the smallest finite value: with -inf, rows without keys would be NaN
+                bias = torch.zeros_like(real, dtype=x.dtype).masked_fill(~real, torch.finfo(x.dtype).min)[:, None, None]
+        return self._run(x, attn_mask=bias)

@@ -1,0 +1,254 @@
+"""Native models: a module tree made from a family's layout, loaded from and saved to the official checkpoint layout."""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from dkv.kernels.checks import FLOAT_DTYPES
+from dkv.kernels.reference import rotate_half_split
+from dkv.models.layout import NORMS
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+
+class Output(NamedTuple):
+    """What a native model returns: logits (batch, seqlen, vocab) in the model's dtype."""
+
+    logits: torch.Tensor
+
+
+class RMSNorm(nn.Module):
+    """Normalised in float32 (float64 for float64) and rounded to the input's dtype, then scaled."""
+
+    def __init__(self, size, eps, device=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size, device=device))
+        self.eps = eps
+
+    def forward(self, x):
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+    def extra_repr(self):
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class NativeModel(nn.Module):
+    """Base class of `LLaDA` and `Dream`: the tree of modules has the paths of the official code.
+
+    The forward pass is plain and differentiable; dropout is not applied, in training neither.
+
+    Attributes:
+        config: the fields of config.json.
+        settings: what they mean, `dkv.models.layout.Settings`.
+    """
+
+    def __init__(self, config, owner="config"):
+        """Builds the modules without memory (on the meta device); config: a namespace of config.json's fields."""
+        super().__init__()
+        self.config, self.settings = config, self.read_settings(config, owner)
+        settings, layout = self.settings, self.layout
+        self._place(layout.embed, nn.Embedding(settings.vocab_size, settings.hidden_size, device="meta"))
+        self._place(layout.layers, nn.ModuleList(nn.Module() for _ in range(settings.layers)))
+        for index in range(settings.layers):
+            for role, path in layout.layer.items():
+                if role in NORMS:
+                    module = RMSNorm(settings.hidden_size, settings.eps, device="meta")
+                else:
+                    module = nn.Linear(*settings.features(role), bias=role in settings.biased, device="meta")
+                self._place(f"{layout.layers}.{index}.{path}", module)
+        self._place(layout.final_norm, RMSNorm(settings.hidden_size, settings.eps, device="meta"))
+        if not settings.tied:
+            head = nn.Linear(settings.hidden_size, settings.vocab_size, bias=False, device="meta")
+            self._place(layout.head, head)
+
+    def _place(self, path, module):
+        parent, _, name = path.rpartition(".")
+        owner = self
+        for step in filter(None, parent.split(".")):
+            if not hasattr(owner, step):
+                setattr(owner, step, nn.Module())
+            owner = getattr(owner, step)
+        setattr(owner, name, module)
+
+    @property
+    def device(self):
+        return self.get_submodule(self.layout.embed).weight.device
+
+    @property
+    def dtype(self):
+        return self.get_submodule(self.layout.embed).weight.dtype
+
+    def _embedded(self, input_ids, inputs_embeds):
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass input_ids or inputs_embeds, and not both.")
+        return self.get_submodule(self.layout.embed)(input_ids) if inputs_embeds is None else inputs_embeds
+
+    @staticmethod
+    def _check_no_cache(past_key_values, use_cache):
+        if past_key_values is not None or use_cache:
+            raise ValueError(
+                "a native model's forward pass has no cache: past_key_values must be None and use_cache False; "
+                "use dkv.generate or dkv.replace_attention."
+            )
+
+    def _run(self, x, positions=None, attn_mask=None):
+        """x (batch, seqlen, hidden_size); positions (batch or 1, seqlen), None: columns; attn_mask: as of SDPA."""
+        decoder = self.find(self)
+        if positions is None:
+            length = x.shape[1]
+            positions = torch.arange(length, device=x.device)[None]
+        else:
+            length = int(positions.max()) + 1
+        cos, sin = (table[positions, None] for table in decoder.rope_tables(length, x.device))
+        groups = decoder.nheads // decoder.nheads_k
+        for layer in decoder.layers:
+            h = layer.attn_norm(x)
+            q, k, v = (project(h).unflatten(-1, (-1, decoder.headdim)) for project in (layer.q, layer.k, layer.v))
+            # in float32 as LLaDA does; Dream's own code rotates in the model's dtype, which rounds more below float32
+            q, k = rotate_half_split(q, cos, sin), rotate_half_split(k, cos, sin)
+            if groups > 1:
+                k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+            attended = _attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask)
+            x = x + layer.o(attended.transpose(1, 2).flatten(2))
+            h = layer.mlp_norm(x)
+            x = x + layer.down(F.silu(layer.gate(h)) * layer.up(h))
+        return Output(decoder.logits(decoder.final_norm(x)))
+
+    @classmethod
+    def random(cls, config, *, seed, dtype, device):
+        """Linear and embedding weights are normal with standard deviation 0.02, biases 0, norms 1."""
+        model = cls(config)
+        generator = torch.Generator(device).manual_seed(seed)
+        for name, parameter in list(model.named_parameters()):
+            tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
+            if tensor.dim() == 2:
+                tensor.normal_(std=0.02, generator=generator)
+            else:
+                tensor.fill_(0 if name.endswith("bias") else 1)
+            model._set_parameter(name, tensor)
+        return model.eval()
+
+    @classmethod
+    def load(cls, folder, config, *, dtype, device):
+        """Reads every tensor once, straight to its device and dtype; dtype None: that of the first tensor."""
+        model = cls(config, owner=str(folder / CONFIG))
+        files = _weight_files(folder)
+        _check_tensors(folder, files, {name: tuple(p.shape) for name, p in model.named_parameters()})
+        for file in files:
+            with safe_open(file, framework="pt", device=str(device)) as tensors:
+                for name in tensors.keys():
+                    tensor = tensors.get_tensor(name)
+                    if tensor.dtype not in FLOAT_DTYPES:
+                        raise ValueError(f"{file}: {name} is {tensor.dtype}; quantised weights are not supported.")
+                    dtype = dtype or tensor.dtype
+                    model._set_parameter(name, tensor.to(dtype))
+        return model.eval()
+
+    def _set_parameter(self, name, tensor):
+        module, _, name = name.rpartition(".")
+        setattr(self.get_submodule(module), name, nn.Parameter(tensor))
+
+    def save_pretrained(self, folder, *, max_shard_bytes=5 * 2**30):
+        """Writes config.json and the weights in the official layout.
+
+        Weights that were in the folder are replaced. Tokenizer files and generation_config.json are not written: copy
+        them from where the model came from.
+
+        Args:
+            folder: made if it does not exist.
+            max_shard_bytes: the weights are split into files of at most this size, or of one larger tensor.
+        """
+        if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
+            raise ValueError(f"max_shard_bytes must be a positive int, got {max_shard_bytes!r}.")
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        shards = [{}]
+        size = total = 0
+        for name, parameter in self.named_parameters():
+            nbytes = parameter.numel() * parameter.element_size()
+            if shards[-1] and size + nbytes > max_shard_bytes:
+                shards.append({})
+                size = 0
+            shards[-1][name] = parameter.detach()
+            size, total = size + nbytes, total + nbytes
+        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        files = dict(zip(names if len(shards) > 1 else [WEIGHTS], shards, strict=True))
+        for name, tensors in files.items():
+            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            # renamed once complete: the parameters may be memory-mapped from a file of this very name
+            save_file(tensors, folder / f"{name}.part", metadata={"format": "pt"})
+        for stale in (*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS, folder / INDEX):
+            stale.unlink(missing_ok=True)
+        for name in files:
+            os.replace(folder / f"{name}.part", folder / name)
+        if len(shards) > 1:
+            weight_map = {tensor: name for name, tensors in files.items() for tensor in tensors}
+            _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        fields = {name: value for name, value in vars(self.config).items() if name != "dtype"}
+        _write_json(folder / CONFIG, fields | {"torch_dtype": str(self.dtype).removeprefix("torch.")})
+
+
+def _attention(q, k, v, attn_mask):
+    """(batch, nheads, seqlen, headdim); where a bool mask leaves a query no key, zeros on every backend."""
+    if attn_mask is None or attn_mask.dtype != torch.bool:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+    empty = ~attn_mask.any(-1, keepdim=True)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask | empty).masked_fill(empty, 0)
+
+
+def read_config(folder):
+    """config.json of a folder as a namespace."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {CONFIG}; give the folder of a checkpoint.")
+    return SimpleNamespace(**json.loads(path.read_text()))
+
+
+def _write_json(path, content):
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _weight_files(folder):
+    if (folder / INDEX).is_file():
+        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    else:
+        names = [WEIGHTS]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder} lacks {_some(missing)}; the weights must be safetensors, whole or in shards.")
+    return [folder / name for name in names]
+
+
+def _check_tensors(folder, files, expected):
+    """The files must hold exactly the expected tensors; expected: name -> shape."""
+    found = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "wrongly shaped": [
+            f"{name} {found[name]} instead of {shape}"
+            for name, shape in expected.items()
+            if found.get(name, shape) != shape
+        ],
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
+        raise ValueError(f"the weights in {folder} do not fit its {CONFIG}; {listed}.")
+
+
+def _some(names):
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest

@@ -1,0 +1,83 @@
+"""What is known of a denoising run before each step: the sequence, when each position was decoded, block and step."""
+
+import torch
+
+PROMPT = -(2**30)  # decoded_step of positions that were decoded before the first step
+MASKED = 2**30  # decoded_step of positions that are still masked
+
+
+class State:
+    """The state a policy reads; everything is a tensor on the model's device, one row per sequence.
+
+    Attributes:
+        x: (batch, seqlen) int64, the sequence before this step.
+        masked, decoded: (batch, seqlen) bool, which positions hold the mask token, and which do not.
+        real: (batch, seqlen) bool, False for padding.
+        decoded_step: (batch, seqlen) int32, the step after which a position was decoded; `PROMPT` and `MASKED` are its
+            values for positions decoded from the start and for masked ones.
+        step: int, steps done so far; the step about to run has this number.
+        block, block_step: (batch, 1) int64, the block of a row's first mask, and the steps done since it was reached.
+        block_start, block_end: (batch, 1) int64, the first column of that block and the one behind it.
+        block_masks: (batch, 1) int64, masks of the block when it was reached.
+        running: (batch, 1) bool, whether the row has masks left.
+        columns: (1, seqlen) int64, 0 .. seqlen - 1.
+        first_column: (batch, 1) int64, the first column that is not padding.
+        shifted: bool, whether the output at column j - 1 predicts column j (Dream) rather than that at j (LLaDA).
+        to_decode: (batch, seqlen) bool, what this step will decode, where the order is known beforehand; else None.
+        to_decode_columns: (batch, n) int64, the same as columns in decoding order, -1 padded; else None.
+    """
+
+    def __init__(self, x, *, mask_id, real, first_generated, block_length, shifted):
+        """first_generated: (batch, 1) int64, where blocks are counted from; block_length: int, None: one block."""
+        self.x, self.mask_id, self.real, self.shifted = x, mask_id, real, shifted
+        self.columns = torch.arange(x.shape[1], device=x.device)[None]
+        self.first_column = real.int().argmax(1, keepdim=True)
+        self.first_generated = first_generated
+        self.block_length = block_length or x.shape[1]
+        self.step = 0
+        self.masked = (x == mask_id) & real
+        self.decoded_step = torch.where(self.masked, MASKED, PROMPT).int()
+        self.to_decode = self.to_decode_columns = None
+        self.block = torch.full_like(first_generated, -1)
+        self.block_step = torch.zeros_like(first_generated)
+        self.block_masks = torch.zeros_like(first_generated)
+        self._find_blocks()
+
+    @property
+    def decoded(self):
+        return ~self.masked
+
+    def decoded_before(self, steps):
+        """(batch, seqlen) bool: decoded after the step that is `steps` before this one; 1 is the present state."""
+        return self.decoded_step <= self.step - steps
+
+    @property
+    def prompt(self):
+        """(batch, seqlen) bool: decoded before the first step (padding included)."""
+        return self.decoded_step == PROMPT
+
+    @property
+    def in_block(self):
+        """(batch, seqlen) bool: the masks of the current block; those inside the prompt belong to the first one."""
+        return self.masked & (self.columns < self.block_end)
+
+    def advance(self, x):
+        """Takes the sequence after this step's commit and moves on to the next step."""
+        newly_decoded = self.masked & (x != self.mask_id)
+        self.decoded_step = torch.where(newly_decoded, self.step, self.decoded_step)
+        self.x, self.masked = x, self.masked & ~newly_decoded
+        self.step += 1
+        self.block_step = self.block_step + 1
+        self._find_blocks()
+
+    def _find_blocks(self):
+        self.running = self.masked.any(1, keepdim=True)
+        first_mask = self.masked.int().argmax(1, keepdim=True)
+        block = (first_mask - self.first_generated).clamp(min=0) // self.block_length
+        block = torch.where(self.running, block, self.block)
+        entered = block != self.block
+        self.block = block
+        self.block_start = self.first_generated + block * self.block_length
+        self.block_end = self.block_start + self.block_length
+        self.block_step = torch.where(entered, 0, self.block_step)
+        self.block_masks = torch.where(entered, self.in_block.sum(1, keepdim=True), self.block_masks)

@@ -1,0 +1,568 @@
+"""`dkv.generate` beyond the recorded trajectories: batches, schedules, sampling, guidance, ends of text, bad input."""
+
+import functools
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dkv
+from dkv.decoder import find_decoder
+
+MASK, EOS = 255, 254
+FAMILIES = ["llada", "dream"]
+
+
+@functools.cache
+def model(family, device="cpu"):
+    name = {"llada": "llada_mha_s0", "dream": "dream_gqa_s0"}[family]
+    return dkv.from_pretrained(oracle.weights_path(name), dtype=torch.float32, device=device)
+
+
+def prompts(*lengths, seed=0, device="cpu"):
+    """Left-padded random prompts and their attention mask."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 200, (len(lengths), max(lengths)), generator=generator)
+    real = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
+    return torch.where(real, ids, EOS).to(device), real.to(device)
+
+
+POLICIES = {
+    "NoCache": lambda family: dkv.NoCache(),
+    "Decode": lambda family: dkv.Decode(4),
+    "Decode never": lambda family: dkv.Decode(None),
+    "Decode block": lambda family: dkv.Decode(3, scope="block"),
+    "Decode delay 0": lambda family: dkv.Decode(4, delay=0),
+    "Decode delay 2": lambda family: dkv.Decode(5, delay=2),
+    "Decode un": lambda family: dkv.Decode(4, shift="un" if family == "dream" else None),
+    "Decode right": lambda family: dkv.Decode(4, shift="right" if family == "dream" else None),
+    "Greedy": lambda family: dkv.Greedy(3, 2),
+    "Greedy contiguous": lambda family: dkv.Greedy(4, 3, window_kind="contiguous"),
+    "Prefill": lambda family: dkv.Prefill(),
+    "PrefillDecode": lambda family: dkv.PrefillDecode(4),
+    "PrefixCache": lambda family: dkv.PrefixCache(),
+    "DualCache": lambda family: dkv.DualCache(),
+}
+
+
+def generate(family, input_ids, attention_mask=None, device="cpu", **options):
+    return dkv.generate(model(family, device), input_ids, attention_mask, output_history=True, **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("decoding", ["fixed", "threshold", "eos"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_row_of_a_ragged_batch_is_the_row_alone(family, decoding, policy, device):
+    """Unequal prompts, unequal commits, rows that end early: tokens and active positions of each row are its own."""
+    policy = POLICIES[policy](family)
+    ids, real = prompts(11, 4, 7, device=device)
+    options = {"gen_length": 16, "block_length": 8, "policy": policy}
+    if isinstance(policy, dkv.Greedy):
+        if decoding == "threshold":
+            pytest.skip("Greedy needs a known order")
+        order = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i)) for i in range(3)])
+        options |= {"remasking": "random", "order": order.to(device)}
+    if decoding == "threshold":
+        options |= {"threshold": 0.3}
+    if decoding == "eos":
+        ends = generate(family, ids, real, device=device, **options).sequences[:, ids.shape[1] + 5].tolist()
+        options |= {"eos_early_stop": True, "eos_token_id": ends[1]}
+    together = generate(family, ids, real, device=device, **options)
+    assert not (together.sequences == MASK).any()
+    for row in range(3):
+        start = int((~real[row]).sum())
+        if "order" in options:
+            options["order"] = order[row : row + 1].to(device)
+        alone = generate(family, ids[row : row + 1, start:], device=device, **options)
+        assert torch.equal(together.sequences[row, start:], alone.sequences[0])
+        for step, (x, active) in enumerate(zip(alone.history, alone.active, strict=True)):
+            assert torch.equal(together.history[step, row, start:], x[0]), f"row {row}, step {step}"
+            assert torch.equal(together.active[step, row, start:], active[0]), f"row {row}, step {step}"
+        assert not together.active[len(alone.history) :, row].any(), "a finished row is still computed"
+        assert not together.active[:, row, :start].any(), "padding is computed"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_right_padding_is_left_padding(family, device):
+    ids, real = prompts(9, 3, 6, device=device)
+    lengths = real.sum(1).tolist()
+    right = torch.stack([torch.cat((row[9 - n :], row[: 9 - n])) for row, n in zip(ids, lengths, strict=True)])
+    right_mask = torch.arange(9, device=device) < real.sum(1, keepdim=True)
+    options = {"gen_length": 8, "device": device, "policy": dkv.Decode(2)}
+    expected = generate(family, ids, real, **options)
+    for mask in (right_mask, right_mask.long(), right_mask.float()):
+        assert torch.equal(generate(family, right, mask, **options).sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("policy", [dkv.Decode(1), dkv.Greedy(1)], ids=repr)
+def test_interval_one_is_no_cache(family, policy, device):
+    ids, real = prompts(9, 5, device=device)
+    order = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i)) for i in range(2)]).to(device)
+    options = {"gen_length": 16, "block_length": 8, "steps": 8, "remasking": "random", "order": order, "device": device}
+    cached = generate(family, ids, real, policy=policy, **options)
+    assert torch.equal(cached.history, generate(family, ids, real, policy=dkv.NoCache(), **options).history)
+    assert cached.stats.cache_ratio == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefill_decode_with_interval_one_is_prefill(family, device):
+    ids, real = prompts(9, 5, device=device)
+    runs = [
+        generate(family, ids, real, gen_length=12, policy=p, device=device)
+        for p in (dkv.Prefill(), dkv.PrefillDecode(1))
+    ]
+    assert torch.equal(runs[0].history, runs[1].history) and torch.equal(runs[0].active, runs[1].active)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("policy", ["Decode", "Decode right", "Greedy", "PrefillDecode", "DualCache"])
+def test_cached_outputs_by_the_definition(family, policy, device):
+    """Recompute everything, then overwrite K/V of stable positions by their recorded values: the same tokens.
+
+    An independent, slow implementation in float64 of what a delayed cache means.
+    """
+    ids, _ = prompts(9, device=device)
+    options = {"gen_length": 16, "block_length": 8, "steps": 8, "policy": POLICIES[policy](family), "device": device}
+    if policy == "Greedy":
+        order = torch.randperm(16, generator=torch.Generator().manual_seed(0))[None].to(device)
+        options |= {"remasking": "random", "order": order}
+    run = generate(family, ids, **options)
+    decoder = find_decoder(model(family, device))
+    x = F.pad(ids, (0, 16), value=MASK)
+    recorded = None
+    for after, active in zip(run.history, run.active, strict=True):
+        outputs, recorded = slow_step(decoder, x[0], active[0], recorded)
+        (columns,) = (x != after)[0].nonzero(as_tuple=True)
+        predicted_by = (columns - 1).clamp(min=0) if family == "dream" else columns
+        logits = outputs[predicted_by]
+        logits[:, MASK] = float("-inf")
+        assert active[0, predicted_by].all(), "a commit rests on an output that was not recomputed"
+        assert torch.equal(after[0, columns], logits.argmax(-1))
+        x = after
+
+
+def slow_step(decoder, x, active, recorded):
+    """Logits (seqlen, vocab) of one sequence, and K, V of every layer; stable positions keep their recorded K, V."""
+    cos, sin = (t[: len(x), None].double() for t in decoder.rope_tables(len(x), x.device))
+
+    def norm(module, h):
+        return (
+            h
+            / (h.square().mean(-1, keepdim=True) + (1e-5 if decoder.family.name == "LLaDA" else 1e-6)).sqrt()
+            * module.weight.double()
+        )
+
+    def linear(module, h):
+        bias = getattr(module, "bias", None)
+        return h @ module.weight.double().T + (0 if bias is None else bias.double())
+
+    def rotate(h):
+        a, b = h.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+    hidden, kv = decoder.embed(x).double(), []
+    for index, layer in enumerate(decoder.layers):
+        h = norm(layer.attn_norm, hidden)
+        q, k, v = (linear(m, h).unflatten(-1, (-1, decoder.headdim)) for m in (layer.q, layer.k, layer.v))
+        q, k = rotate(q), rotate(k)
+        if recorded is not None:
+            k, v = (
+                torch.where(active[:, None, None], new, old) for new, old in zip((k, v), recorded[index], strict=True)
+            )
+        kv.append((k, v))
+        group = decoder.nheads // decoder.nheads_k
+        scores = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(group, 1)) * decoder.headdim**-0.5
+        mixed = torch.einsum("hij,jhd->ihd", scores.softmax(-1), v.repeat_interleave(group, 1))
+        hidden = hidden + linear(layer.o, mixed.flatten(1))
+        h = norm(layer.mlp_norm, hidden)
+        hidden = hidden + linear(layer.down, F.silu(linear(layer.gate, h)) * linear(layer.up, h))
+    return linear(decoder.head, norm(decoder.final_norm, hidden)), kv
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kernels_give_the_same_tokens(family, device):
+    """The Triton path on a whole short run (in the interpreter without a GPU)."""
+    ids, real = prompts(5, 3, device=device)
+    options = {"gen_length": 4, "block_length": 2, "policy": dkv.Decode(2, warmup_steps=1), "device": device}
+    expected = generate(family, ids, real, impl="reference", **options)
+    assert torch.equal(generate(family, ids, real, impl="triton", **options).history, expected.history)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "gen_length, block_length, steps",
+    [(10, 4, 10), (10, 4, 3), (10, 4, 7), (7, 7, 20), (9, 20, 4), (5, 1, 5), (1, 1, 1), (6, 2, 1)],
+)
+def test_lengths_and_steps_that_do_not_divide(family, gen_length, block_length, steps, device):
+    """Blocks from left to right, the last one shorter; every block gets a step, and every mask is filled."""
+    ids, _ = prompts(6, device=device)
+    run = generate(family, ids, gen_length=gen_length, block_length=block_length, steps=steps, device=device)
+    assert run.sequences.shape == (1, 6 + gen_length) and not (run.sequences == MASK).any()
+    blocks = -(-gen_length // min(block_length, gen_length))
+    assert run.stats.steps <= max(steps, blocks)
+    for x in run.history:
+        masks = (x[0, 6:] == MASK).nonzero()[:, 0]
+        decoded = (x[0, 6:] != MASK).nonzero()[:, 0]
+        if len(masks) and len(decoded):
+            assert decoded.max() // block_length <= masks.min() // block_length, "a later block was begun too early"
+
+
+def test_llada_commits_evenly(device):
+    ids, _ = prompts(6, device=device)
+    run = generate("llada", ids, gen_length=20, block_length=10, steps=8, device=device)
+    left = [20] + (run.history == MASK).sum((1, 2)).tolist()
+    assert [before - after for before, after in zip(left, left[1:], strict=False)] == [3, 3, 2, 2, 3, 3, 2, 2]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("policy", [dkv.NoCache(), dkv.Decode(3), dkv.DualCache()], ids=repr)
+def test_masks_inside_the_prompt_are_filled_with_the_first_block(family, policy, device):
+    ids, real = prompts(9, 6, device=device)
+    ids[0, 0] = ids[0, 4] = ids[1, 7] = MASK
+    run = generate(family, ids, real, gen_length=8, block_length=4, policy=policy, device=device)
+    assert not (run.sequences == MASK).any()
+    kept = ids != MASK
+    assert torch.equal(run.sequences[:, :9][kept], ids[kept])
+    for x in run.history:
+        second_block_begun = (x[:, 13:] != MASK).any(1)
+        assert not ((x[:, :13] == MASK).any(1) & second_block_begun).any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_threshold_and_factor(family, device):
+    ids, _ = prompts(8, device=device)
+    one_by_one = generate(family, ids, gen_length=16, threshold=1.0, device=device)
+    assert one_by_one.stats.steps == 16
+    at_once = generate(family, ids, gen_length=16, threshold=1e-6, device=device)
+    assert at_once.stats.steps == 1
+    steps = [generate(family, ids, gen_length=16, factor=f, device=device).stats.steps for f in (0.01, 2.0, 100.0)]
+    assert steps[0] == 16 and steps[-1] == 1 and steps == sorted(steps, reverse=True)
+
+
+def test_factor_rule():
+    """By hand: the n-th most confident needs 1 - factor / (n + 1), and a miss ends it; the first needs nothing."""
+    from dkv.sampling import Sampler
+
+    sampler = Sampler("low_confidence", 0.0, None, None, 0.0, None, 0.6, 0, False, (), ())
+    probability = torch.tensor([[0.1, 0.86, 0.75, 0.95, 0.99], [0.1, 0.2, 0.3, 0.0, 0.05]])
+    candidates = torch.tensor([[True] * 5, [True, True, False, True, True]])
+    # needs: -, 0.8, 0.85, 0.88, 0.9
+    chosen = sampler.choose(probability.log(), candidates, torch.ones(2, 1))
+    assert chosen.tolist() == [[False, True, False, True, True], [False, True, False, False, False]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_early_stop(family, device):
+    ids, _ = prompts(6, 6, device=device)
+    plain = generate(family, ids, gen_length=12, block_length=4, device=device)
+    end = int(plain.sequences[0, 8])
+    run = generate(family, ids, gen_length=12, block_length=4, eos_early_stop=True, eos_token_id=[end], device=device)
+    row = run.sequences[0, 6:]
+    first = (row == end).nonzero()[0, 0]
+    assert first <= 2 and (row[4:] == EOS).all() and run.stats.steps <= plain.stats.steps
+    assert not (run.sequences == MASK).any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("policy", [dkv.NoCache(), dkv.Decode(4)], ids=repr)
+def test_guidance(family, policy, device):
+    """Scale 0 is no guidance; a scale changes tokens; each row of a ragged batch is its own."""
+    ids, real = prompts(9, 5, device=device)
+    options = {"gen_length": 12, "block_length": 6, "policy": policy, "device": device}
+    plain = generate(family, ids, real, **options)
+    guided = generate(family, ids, real, cfg_scale=1.5, **options)
+    assert not torch.equal(guided.sequences, plain.sequences)
+    assert guided.stats.forward_passes == 2 * guided.stats.steps
+    for row, start in ((0, 0), (1, 4)):
+        alone = generate(family, ids[row : row + 1, start:], cfg_scale=1.5, **options)
+        assert torch.equal(guided.sequences[row, start:], alone.sequences[0])
+
+
+def test_guidance_by_the_formula(device):
+    """First commit of an uncached run against un + (s + 1) (cond - un) on the model's own logits."""
+    ids, _ = prompts(9, device=device)
+    run = generate("llada", ids, gen_length=4, cfg_scale=0.7, policy=dkv.NoCache(), device=device)
+    x = F.pad(ids, (0, 4), value=MASK)
+    with torch.no_grad():
+        cond = model("llada", device)(x).logits
+        uncond = model("llada", device)(torch.full_like(x, MASK)).logits
+    logits = (uncond + 1.7 * (cond - uncond))[0, 9:]
+    logits[:, MASK] = float("-inf")
+    best = logits.softmax(-1).amax(-1).argmax()
+    assert run.history[0, 0, 9 + best] == logits[best].argmax()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_end_of_text_switches(family, device):
+    ids, _ = prompts(6, device=device)
+    find_decoder(model(family, device))
+    run = generate(family, ids, gen_length=24, logits_eos_inf=True, device=device)
+    assert not (run.sequences[:, 6:] == EOS).any()
+    run = generate(family, ids, gen_length=6, confidence_eos_eot_inf=True, device=device)
+    assert not (run.sequences == MASK).any()
+
+
+def test_unconfident_ids_are_committed_last():
+    from dkv.sampling import Sampler
+
+    sampler = Sampler("low_confidence", 0.0, None, None, 0.0, None, None, 0, False, (), (3,))
+    logits = torch.tensor([[0.0, 1.0, 2.0, 9.0], [3.0, 1.0, 2.0, 2.0]])
+    token, score = sampler.predict(logits.clone(), torch.zeros(2, dtype=torch.int64))
+    assert token.tolist() == [3, 0] and score[0] == float("-inf")
+    torch.testing.assert_close(score[1], logits[1, :3].log_softmax(-1)[0])
+
+
+def test_confident_rows_keep_their_order():
+    """Where a float32 softmax ties at 1, the scores still rank."""
+    from dkv.sampling import Sampler
+
+    sampler = Sampler("low_confidence", 0.0, None, None, 0.0, None, None, 0, False, (), ())
+    logits = torch.zeros(3, 50)
+    logits[:, 7] = torch.tensor([40.0, 60.0, 50.0])
+    _, score = sampler.predict(logits, torch.zeros(3, dtype=torch.int64))
+    assert (logits.softmax(-1)[:, 7] == 1).all() and score.argsort(descending=True).tolist() == [1, 2, 0]
+
+
+@pytest.mark.parametrize("divides_logits", [False, True], ids=FAMILIES)
+def test_sampled_tokens_follow_the_distribution(divides_logits):
+    """40,000 draws at temperature 0.7 against softmax(z / 0.7), within 5 standard errors."""
+    from dkv.sampling import Sampler
+
+    sampler = Sampler("maskgit_plus", 0.7, None, 3, 0.0, None, None, 0, divides_logits, (1,), ())
+    logits = torch.tensor([1.0, 5.0, 0.5, -1.0, 0.0])
+    draws = 40_000
+    token, _ = sampler.predict(logits.repeat(draws, 1), torch.arange(draws) * 7919)
+    kept = torch.tensor([1.0, float("-inf"), 0.5, float("-inf"), 0.0])
+    expected = (kept / 0.7).softmax(-1)
+    frequency = torch.bincount(token, minlength=5) / draws
+    assert ((frequency - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt() + 1e-12).all()
+
+
+def test_top_p_keeps_the_token_that_passes_it():
+    from dkv.sampling import filter_top_k, filter_top_p
+
+    z = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    assert filter_top_p(z, 0.6).isfinite().tolist() == [[True, True, False, False]]
+    assert filter_top_p(z, 0.01).isfinite().tolist() == [[True, False, False, False]]
+    assert filter_top_p(z, 1.0).isfinite().all()
+    assert filter_top_k(z, 3).isfinite().tolist() == [[True, True, True, False]]
+    assert filter_top_k(z, 9).isfinite().all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.8}, {"alg_temp": 0.5}, {"remasking": "random"}, {"remasking": "origin"}], ids=str
+)
+def test_noise_depends_on_the_generator_alone(family, options, device):
+    """The same seed: the same run, whatever padding or other rows there are; another seed: another run."""
+    ids, real = prompts(9, 5, device=device)
+    options = options | {"gen_length": 16, "policy": dkv.NoCache(), "device": device}
+
+    def run(seed, *inputs):
+        return generate(family, *inputs, generator=torch.Generator().manual_seed(seed), **options)
+
+    both = run(0, ids, real)
+    assert torch.equal(both.history, run(0, ids, real).history)
+    assert not torch.equal(both.history, run(1, ids, real).history)
+    padded = F.pad(ids, (3, 0), value=EOS), F.pad(real, (3, 0), value=False)
+    assert torch.equal(run(0, *padded).history[:, :, 3:], both.history)
+    first = run(0, ids[:1], real[:1]).history
+    assert torch.equal(first[:, 0], both.history[: len(first), 0])
+
+
+@pytest.mark.parametrize("remasking", ["low_confidence", "random", "entropy", "topk_margin", "maskgit_plus", "origin"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_rule_fills_every_mask(family, remasking, device):
+    ids, real = prompts(9, 5, device=device)
+    run = generate(
+        family, ids, real, gen_length=16, block_length=8, steps=6, remasking=remasking, top_p=0.9, device=device
+    )
+    assert not (run.sequences == MASK).any()
+    if remasking in ("random", "origin"):
+        greedy = generate(family, ids, real, gen_length=16, remasking=remasking, policy=dkv.Greedy(2, 2), device=device)
+        assert not (greedy.sequences == MASK).any() and greedy.stats.cache_ratio > 0
+
+
+def test_statistics(device):
+    ids, real = prompts(9, 5, device=device)
+    run = generate("llada", ids, real, gen_length=8, policy=dkv.Decode(4), device=device)
+    assert run.stats.steps == run.stats.forward_passes == len(run.history) == 8
+    assert run.stats.recomputed_tokens == int(run.active.sum())
+    assert run.stats.cache_ratio == pytest.approx(1 - int(run.active.sum()) / (8 * (17 + 13)))
+    assert run.stats.peak_cache_bytes == 2 * 3 * 2 * 17 * 4 * 16 * 4
+    assert generate("llada", ids, real, gen_length=8, policy=dkv.NoCache(), device=device).stats.cache_ratio == 0
+
+
+class EveryOther(dkv.Policy):
+    def active(self, state):
+        return (state.step % 2 == 0) | state.masked
+
+
+def test_a_policy_of_ones_own(device):
+    ids, _ = prompts(9, device=device)
+    run = generate("dream", ids, gen_length=8, policy=EveryOther(), device=device)
+    assert run.active[::2].all() and not run.active[1::2].all(-1).any()
+
+
+@pytest.mark.parametrize(
+    "result, error", [(torch.ones(3, dtype=torch.bool), ValueError), (torch.ones(1, 17), TypeError), (True, TypeError)]
+)
+def test_a_policy_that_returns_something_else(result, error, device):
+    class Broken(dkv.Policy):
+        def active(self, state):
+            return result
+
+    with pytest.raises(error, match="Broken.active must return"):
+        generate("llada", prompts(9)[0], gen_length=8, policy=Broken())
+
+
+def test_half_precision(device):
+    """bf16 and fp16 run through; the first uncached commit is the model's own choice."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for family in FAMILIES:
+            name = {"llada": "llada_mha_s0", "dream": "dream_gqa_s0"}[family]
+            half = dkv.from_pretrained(oracle.weights_path(name), dtype=dtype, device=device)
+            run = dkv.generate(half, *prompts(9, 5, device=device), gen_length=8, policy=dkv.Decode(4))
+            assert not (run.sequences == MASK).any()
+
+
+def test_the_model_is_left_as_it_was(device):
+    ids, _ = prompts(6, device=device)
+    before = {name: (p.data_ptr(), p.clone()) for name, p in model("llada", device).named_parameters()}
+    input_before = ids.clone()
+    generate("llada", ids, gen_length=4, device=device)
+    for name, p in model("llada", device).named_parameters():
+        assert p.data_ptr() == before[name][0] and torch.equal(p, before[name][1])
+    assert torch.equal(ids, input_before)
+
+
+IDS = prompts(6, 4)[0]
+ORDER = torch.arange(8).repeat(2, 1)
+BAD_INPUT = [
+    ("list", dict(input_ids=[[1, 2]]), TypeError, "input_ids must be an int64 tensor, got list"),
+    ("float ids", dict(input_ids=IDS.float()), TypeError, "input_ids must be an int64 tensor, got torch.float32"),
+    ("one dimension", dict(input_ids=IDS[0]), ValueError, r"shape \(batch, prompt_length\).*got \(6,\)"),
+    ("empty prompt", dict(input_ids=IDS[:, :0]), ValueError, r"not empty, got \(2, 0\)"),
+    ("no row", dict(input_ids=IDS[:0]), ValueError, r"not empty, got \(0, 6\)"),
+    ("negative id", dict(input_ids=IDS - 300), ValueError, r"input_ids must be in 0 \.\. 255, got -"),
+    ("large id", dict(input_ids=IDS + 200), ValueError, r"input_ids must be in 0 \.\. 255"),
+    ("device", dict(input_ids=IDS.to("meta")), ValueError, "input_ids must be on the model's device, cpu, got meta"),
+    ("mask shape", dict(attention_mask=torch.ones(2, 5)), ValueError, r"shape of input_ids, \(2, 6\), got \(2, 5\)"),
+    ("mask values", dict(attention_mask=torch.full((2, 6), 2)), ValueError, "must hold 0 and 1"),
+    ("mask device", dict(attention_mask=torch.ones(2, 6, device="meta")), ValueError, "attention_mask must be on cpu"),
+    ("all padding", dict(attention_mask=torch.tensor([[1] * 6, [0] * 6])), ValueError, r"rows \[1\] are all padding"),
+    (
+        "zeros inside",
+        dict(attention_mask=torch.tensor([[1, 1, 0, 1, 1, 1]] * 2)),
+        ValueError,
+        r"rows \[0, 1\] have zeros inside",
+    ),
+    (
+        "both sides",
+        dict(attention_mask=torch.tensor([[1] * 6, [0, 1, 1, 1, 1, 0]])),
+        ValueError,
+        r"rows \[1\] have zeros",
+    ),
+    ("gen_length 0", dict(gen_length=0), ValueError, "gen_length must be at least 1, got 0"),
+    ("gen_length type", dict(gen_length=8.0), TypeError, "gen_length must be an int, got 8.0"),
+    ("too long", dict(gen_length=507), ValueError, r"512 positions, got 6 \+ 507"),
+    ("steps 0", dict(steps=0), ValueError, "steps must be at least 1, got 0"),
+    ("steps negative", dict(steps=-4), ValueError, "steps must be at least 1, got -4"),
+    ("steps type", dict(steps="8"), TypeError, "steps must be an int, got '8'"),
+    ("block_length 0", dict(block_length=0), ValueError, "block_length must be at least 1, got 0"),
+    (
+        "policy type",
+        dict(policy="decode"),
+        TypeError,
+        r"policy must be a dkv.Policy such as dkv.Decode\(8\), got 'decode'",
+    ),
+    ("policy class", dict(policy=dkv.Decode), TypeError, "policy must be a dkv.Policy"),
+    ("shift for LLaDA", dict(policy=dkv.Decode(4, shift="un")), ValueError, "shift is about Dream's shifted outputs"),
+    ("pd shift for LLaDA", dict(policy=dkv.PrefillDecode(4, shift="un")), ValueError, "shift is about Dream's"),
+    (
+        "greedy by confidence",
+        dict(policy=dkv.Greedy()),
+        ValueError,
+        "must know what a step will decode.*'low_confidence'",
+    ),
+    ("rule", dict(remasking="lowest"), ValueError, "remasking must be one of .*got 'lowest'"),
+    ("temperature", dict(temperature=-0.1), ValueError, "temperature must be at least 0, got -0.1"),
+    ("temperature nan", dict(temperature=float("nan")), ValueError, "temperature must be at least 0, got nan"),
+    ("top_p", dict(top_p=0.0), ValueError, "top_p must be above 0 and at most 1, got 0.0"),
+    ("top_p above", dict(top_p=1.5), ValueError, "top_p must be above 0 and at most 1, got 1.5"),
+    ("top_k", dict(top_k=0), ValueError, "top_k must be at least 1, got 0"),
+    ("alg_temp", dict(alg_temp=-1.0), ValueError, "alg_temp must be at least 0"),
+    ("alg_temp random", dict(alg_temp=1.0, remasking="random"), ValueError, "alg_temp needs a fixed number of commits"),
+    ("eps", dict(eps=1.0), ValueError, "eps must be above 0 and below 1, got 1.0"),
+    ("cfg_scale", dict(cfg_scale=-1), ValueError, "cfg_scale must be at least 0, got -1"),
+    ("threshold", dict(threshold=1.1), ValueError, "threshold must be above 0 and at most 1, got 1.1"),
+    ("factor", dict(factor=0), ValueError, "factor must be positive, got 0"),
+    ("both", dict(threshold=0.5, factor=1.0), ValueError, "exclude each other"),
+    ("threshold and steps", dict(threshold=0.5, steps=4), ValueError, "steps must be None with threshold or factor"),
+    (
+        "threshold by entropy",
+        dict(threshold=0.5, remasking="entropy"),
+        ValueError,
+        "threshold and factor need remasking",
+    ),
+    ("mask_id", dict(mask_id=256), ValueError, r"mask_id must be in the vocabulary, 0 \.\. 255, got 256"),
+    ("mask_id type", dict(mask_id="[MASK]"), TypeError, "mask_id must be an int"),
+    ("eos_token_id", dict(eos_token_id=[3, -1]), ValueError, "eos_token_id must be in the vocabulary"),
+    (
+        "order shape",
+        dict(order=ORDER[:1], remasking="random"),
+        ValueError,
+        r"\(batch, gen_length\) = \(2, 8\), got \(1, 8\)",
+    ),
+    ("order type", dict(order=[1], remasking="random"), ValueError, "order must be a tensor.*got list"),
+    ("order values", dict(order=ORDER * 0, remasking="random"), ValueError, r"permutation of 0 \.\. 7"),
+    (
+        "order by confidence",
+        dict(order=ORDER),
+        ValueError,
+        "order is for remasking='random', got remasking='low_confidence'",
+    ),
+    (
+        "order and infilling",
+        dict(order=ORDER, remasking="random", input_ids=torch.full((2, 6), MASK)),
+        ValueError,
+        "inside the prompt",
+    ),
+    ("impl", dict(impl="cuda"), ValueError, "impl must be one of .*got 'cuda'"),
+]
+BAD_POLICIES = [
+    (lambda: dkv.Decode(0), ValueError, "refresh_interval must be at least 1, got 0"),
+    (lambda: dkv.Decode(-3), ValueError, "refresh_interval must be at least 1, got -3"),
+    (lambda: dkv.Decode(2.5), TypeError, "refresh_interval must be an int or None, got 2.5"),
+    (lambda: dkv.Decode(True), TypeError, "refresh_interval must be an int or None, got True"),
+    (lambda: dkv.Decode(4, delay=-1), ValueError, "delay must be at least 0, got -1"),
+    (lambda: dkv.Decode(4, warmup_steps=0), ValueError, "warmup_steps must be at least 1, got 0"),
+    (lambda: dkv.Decode(4, shift="left"), ValueError, "shift must be one of .*got 'left'"),
+    (lambda: dkv.Decode(4, scope="row"), ValueError, "scope must be one of .*got 'row'"),
+    (lambda: dkv.Greedy(None), TypeError, "refresh_interval must be an int, got None"),
+    (lambda: dkv.Greedy(2, -1), ValueError, "window must be at least 0, got -1"),
+    (lambda: dkv.Greedy(2, 4, window_kind="nearest"), ValueError, "window_kind must be one of .*got 'nearest'"),
+    (lambda: dkv.PrefillDecode(0), ValueError, "refresh_interval must be at least 1, got 0"),
+]
+
+
+@pytest.mark.parametrize("changes, error, message", [pytest.param(*case[1:], id=case[0]) for case in BAD_INPUT])
+def test_bad_input(changes, error, message):
+    with pytest.raises(error, match=message):
+        dkv.generate(model("llada"), **(dict(input_ids=IDS, gen_length=8) | changes))
+
+
+@pytest.mark.parametrize("make, error, message", BAD_POLICIES)
+def test_bad_policy(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_training_mode_and_other_models():
+    training = dkv.from_pretrained(oracle.weights_path("llada_mha_s0"), device="cpu").train()
+    with pytest.raises(ValueError, match=r"eval mode, got training mode; call model.eval\(\)"):
+        dkv.generate(training, IDS)
+    with pytest.raises(ValueError, match="Linear is not supported: dkv runs LLaDA"):
+        dkv.generate(torch.nn.Linear(2, 2), IDS)
