@@ -95,10 +95,10 @@ class Fields:
             raise ValueError(f"{self.owner}: dkv supports {name}={supported!r} only, got {value!r}.")
 
     def heads(self, hidden_size, nheads, nheads_k):
-        if hidden_size % nheads or nheads % nheads_k:
+        if hidden_size % (2 * nheads) or nheads % nheads_k:
             raise ValueError(
-                f"{self.owner}: the hidden size must be a multiple of the number of heads, and that one of the number "
-                f"of key/value heads, got {hidden_size}, {nheads} and {nheads_k}."
+                f"{self.owner}: the hidden size must be an even multiple of the number of heads, and that one a "
+                f"multiple of the number of key/value heads, got {hidden_size}, {nheads} and {nheads_k}."
             )
         return {"hidden_size": hidden_size, "nheads": nheads, "nheads_k": nheads_k}
 

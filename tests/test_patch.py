@@ -1,0 +1,409 @@
+"""`replace_attention` under a user's own loop: on native models, and on the hub's own files where they are at hand."""
+
+import copy
+import functools
+
+import hub
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from test_generate import MASK, prompts
+
+import dkv
+from dkv.decoder import find_decoder
+
+LLADAS, DREAMS = ["LLaDA", "llada_v1", "llada_v2"], ["Dream", "dream"]
+NAMES = LLADAS + DREAMS
+WEIGHTS = {"llada": oracle.weights_path("llada_mha_s0"), "dream": oracle.weights_path("dream_gqa_s0")}
+
+
+def load(name):
+    """LLaDA, Dream: native; the others: the hub's own files, or the test is skipped."""
+    weights = WEIGHTS[name.split("_")[0].lower()]
+    if name in hub.KINDS:
+        return hub.load(name, weights)
+    return dkv.from_pretrained(weights, dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture
+def model(request):
+    """A model of the name that the test is parametrised with, unpatched before and after."""
+    model = cached(request.param)
+    yield model
+    dkv.restore_attention(model)
+
+
+cached = functools.cache(load)
+each = functools.partial(pytest.mark.parametrize, "model", indirect=True)
+
+
+@torch.no_grad()
+def llada_loop(model, prompt, attention_mask=None, *, gen_length, block_length, steps, cfg_scale=0.0):
+    """A plain LLaDA loop as users write it; returns the sequence after every step."""
+    x = F.pad(prompt, (0, gen_length), value=MASK)
+    if attention_mask is not None:
+        attention_mask = F.pad(attention_mask, (0, gen_length), value=1)
+    is_prompt, history = x != MASK, []
+    for start in range(prompt.shape[1], x.shape[1], block_length):
+        for _ in range(steps * block_length // gen_length):
+            if cfg_scale:
+                blanked = torch.where(is_prompt, MASK, x)
+                both = None if attention_mask is None else torch.cat((attention_mask, attention_mask))
+                cond, uncond = model(torch.cat((x, blanked)), attention_mask=both).logits.chunk(2)
+                logits = uncond + (cfg_scale + 1) * (cond - uncond)
+            else:
+                logits = model(x, attention_mask=attention_mask).logits
+            confidence, token = logits.softmax(-1).max(-1)
+            confidence[:, start + block_length :] = -1
+            confidence = torch.where(x == MASK, confidence, -1)
+            chosen = confidence.topk(gen_length // steps, dim=1).indices
+            x = x.scatter(1, chosen, token.gather(1, chosen))
+            history.append(x)
+    return torch.stack(history)
+
+
+@torch.no_grad()
+def dream_loop(model, prompt, attention_mask=None, *, gen_length, steps):
+    """A plain Dream loop with the maskgit_plus rule, one token less certain at a time."""
+    x, history = F.pad(prompt, (0, gen_length), value=MASK), []
+    mask, positions = "full", None
+    if attention_mask is not None:
+        real = F.pad(attention_mask.bool(), (0, gen_length), value=True)
+        positions = (real.long().cumsum(1) - 1).masked_fill(~real, 1)
+        mask = real[:, None, None, :] & real[:, None, :, None]
+    for _ in range(steps):
+        logits = model(x, mask, positions).logits
+        logits = torch.cat((logits[:, :1], logits[:, :-1]), dim=1)
+        confidence, token = logits.softmax(-1).max(-1)
+        confidence = torch.where(x == MASK, confidence, -1)
+        chosen = confidence.topk(gen_length // steps, dim=1).indices
+        x = x.scatter(1, chosen, token.gather(1, chosen))
+        history.append(x)
+    return torch.stack(history)
+
+
+LLADA_RUN = {"gen_length": 16, "block_length": 8, "steps": 8}
+DREAM_RUN = {"gen_length": 16, "steps": 8}
+
+
+@each(LLADAS)
+@pytest.mark.parametrize("policy", [dkv.NoCache(), dkv.Decode(3), dkv.Decode(None, scope="block"), dkv.Prefill(), dkv.PrefillDecode(2), dkv.PrefixCache(), dkv.DualCache()], ids=repr)
+def test_llada_loop_is_generate(model, policy):
+    """The user's loop on the patched model: the tokens of `dkv.generate` with the same policy."""
+    ids, _ = prompts(9, 9)
+    expected = dkv.generate(model, ids, policy=policy, output_history=True, **LLADA_RUN)
+    dkv.replace_attention(model, policy, block_length=8)
+    assert torch.equal(llada_loop(model, ids, **LLADA_RUN), expected.history)
+
+
+@each(DREAMS)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("policy", [dkv.NoCache(), dkv.Decode(3), dkv.Decode(4, shift="un"), dkv.Decode(4, shift="right"), dkv.Prefill(), dkv.PrefillDecode(2)], ids=repr)
+def test_dream_loop_recomputes_what_it_reads(model, policy, padded):
+    """Every shifted logit of a mask is of this step: no NaN reaches the loop, and interval rules are generate's."""
+    ids, real = prompts(9, 5) if padded else (prompts(9, 9)[0], None)
+    dkv.replace_attention(model, policy)
+    history = dream_loop(model, ids, real, **DREAM_RUN)
+    assert not (history[-1] == MASK).any()
+    options = {"gen_length": 16, "remasking": "maskgit_plus", "output_history": True, "threshold": 1.0}
+    dkv.restore_attention(model)
+    if isinstance(policy, dkv.NoCache):
+        assert torch.equal(history, dream_loop(model, ids, real, **DREAM_RUN))
+    one_at_a_time = dkv.generate(model, ids, real, policy=policy, **options)
+    dkv.replace_attention(model, policy)
+    loop = dream_loop(model, ids, real, gen_length=16, steps=16)
+    assert torch.equal(loop, one_at_a_time.history)
+
+
+@each(NAMES)
+def test_no_cache_is_the_model_itself(model):
+    ids, real = prompts(9, 9)[0], None
+    loop = functools.partial(dream_loop, **DREAM_RUN) if "ream" in type(model).__name__ else functools.partial(llada_loop, **LLADA_RUN)
+    expected = loop(model, ids, real)
+    assert torch.equal(loop(dkv.replace_attention(model, dkv.NoCache()), ids, real), expected)
+
+
+@each(LLADAS)
+@pytest.mark.parametrize("cfg_scale", [0.0, 1.2])
+def test_llada_padding_as_the_wrapped_file_has_it(model, cfg_scale):
+    """The first revision ignores attention_mask, the second honours it; uncached and patched alike, with guidance too."""
+    ids, real = prompts(9, 5)
+    ids[1, :4] = torch.tensor([1, 2, 3, 4])
+    run = LLADA_RUN | {"cfg_scale": cfg_scale}
+    with_mask = llada_loop(model, ids, real.long(), **run)
+    honoured = not torch.equal(with_mask, llada_loop(model, ids, **run))
+    assert honoured == ("llada_v1" not in type(model).__module__) == find_decoder(model).honours_attention_mask
+    dkv.replace_attention(model, dkv.NoCache())
+    assert torch.equal(llada_loop(model, ids, real.long(), **run), with_mask)
+    right = torch.flip(real, (1,))
+    dkv.restore_attention(model)
+    expected = llada_loop(model, ids, right.long(), **run)
+    dkv.replace_attention(model, dkv.NoCache())
+    assert torch.equal(llada_loop(model, ids, right.long(), **run), expected)
+    cached_run = llada_loop(dkv.replace_attention(model, dkv.Decode(4), block_length=8), ids, real.long(), **run)
+    assert not (cached_run[-1] == MASK).any()
+
+
+def is_full(logits):
+    return not logits.isnan().any()
+
+
+@each(NAMES)
+def test_anything_but_the_next_step_is_a_full_step(model):
+    """A changed prompt under the same shape, a mask put back, another batch, mask, dtype or a finished run: never stale."""
+    ids, real = prompts(12, 12, seed=3)
+    x = F.pad(ids, (0, 8), value=MASK)
+    step1 = x.clone()
+    step1[:, 13] = 7
+    step2 = step1.clone()
+    step2[:, 14] = 9
+    other_prompt = step2.clone()
+    other_prompt[1, 2] = (other_prompt[1, 2] + 1) % 200
+    remasked = step2.clone()
+    remasked[0, 13] = MASK
+    retold = step2.clone()
+    retold[0, 13] = 8
+    done = step2.clone()
+    done[done == MASK] = 5
+
+    def call(x):
+        with torch.no_grad():
+            return model(x).logits
+
+    for changed in (other_prompt, remasked, retold, step2[:1], step2[:, :-1], x, done):
+        expected = call(changed)
+        dkv.replace_attention(model, dkv.Decode(None, warmup_steps=1))
+        assert is_full(call(x)) and not is_full(call(step1)) and not is_full(call(step2))
+        got = call(changed)
+        assert is_full(got)
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+        dkv.reset(model)
+        assert is_full(call(step2))
+        dkv.restore_attention(model)
+
+
+@each(["LLaDA", *DREAMS])
+def test_a_changed_attention_mask_is_a_full_step(model):
+    ids, real = prompts(12, 7)
+    x = F.pad(ids, (0, 8), value=MASK)
+    masks = [F.pad(real, (0, 8), value=True) for _ in range(2)]
+    masks[1] = masks[1].clone()
+    masks[1][1, 5] = False
+    if "ream" in type(model).__name__:
+        masks = [m[:, None, None] & m[:, None, :, None] for m in masks]
+    later = x.clone()
+    later[:, 14] = 3
+    dkv.replace_attention(model, dkv.Decode(None, warmup_steps=1))
+    with torch.no_grad():
+        assert is_full(model(x, masks[0]).logits[0])
+        assert not is_full(model(later, masks[0].clone()).logits[0]), "an equal mask is the same mask"
+        assert is_full(model(later, masks[1]).logits[0])
+
+
+@each(NAMES)
+def test_undo_is_complete(model):
+    """Nothing of ours stays on the instance, and nothing ever was on the class or anywhere global."""
+    attributes, names = dict(model.__dict__), [name for name, _ in model.named_modules()]
+    class_attributes = dict(type(model).__dict__)
+    assert dkv.replace_attention(model, dkv.Decode(8), block_length=4) is model
+    assert "dkv=Decode(refresh_interval=8" in repr(model) and "block_length=4" in repr(model)
+    dkv.replace_attention(model, dkv.NoCache())
+    assert repr(model).count("dkv=") == 1 and "dkv=NoCache()" in repr(model)
+    assert [name for name, _ in model.named_modules()] == names and dict(type(model).__dict__) == class_attributes
+    assert set(model.state_dict()) == {name for name, _ in [*model.named_parameters(), *model.named_buffers()] if name in model.state_dict()}
+    assert dkv.restore_attention(model) is model and dict(model.__dict__) == attributes
+    assert dkv.restore_attention(model) is model and "dkv=" not in repr(model)
+    with pytest.raises(ValueError, match="has no session: call dkv.replace_attention"):
+        dkv.reset(model)
+
+
+@each(["LLaDA", "Dream"])
+def test_calls_for_more_than_logits_run_the_original(model):
+    x = F.pad(prompts(6)[0], (0, 4), value=MASK)
+    expected = model(x).logits
+    dkv.replace_attention(model, dkv.Decode(8))
+    assert model(x).logits.requires_grad, "under grad mode the model's own forward runs"
+    with torch.no_grad():
+        model(x)
+        assert model._dkv.session is not None
+        embeds = model.get_submodule("model.transformer.wte" if "LLaDA" in repr(model) else "model.embed_tokens")(x)
+        torch.testing.assert_close(model(inputs_embeds=embeds).logits, expected)
+        assert model._dkv.session is None, "and the session ends"
+        model(x)
+        model.train()
+        torch.testing.assert_close(model(x).logits, expected)
+        model.eval()
+        assert model._dkv.session is None
+        with pytest.raises(ValueError):
+            model(x, use_cache=True)
+
+
+@each(NAMES)
+def test_return_type_and_fresh_logits(model):
+    x = F.pad(prompts(6)[0], (0, 4), value=MASK)
+    with torch.no_grad():
+        kind = type(model(x))
+        dkv.replace_attention(model, dkv.NoCache())
+        first = model(x)
+        assert type(first) is kind
+        logits = first.logits.clone()
+        first.logits.fill_(float("nan"))
+        assert torch.equal(model(x).logits, logits)
+
+
+def test_several_models_at_once():
+    """Interleaved calls, each with its own session; a deep copy is a patched model of its own."""
+    ids, _ = prompts(9, 9)
+    llada, dream = load("LLaDA"), load("Dream")
+    alone = llada_loop(dkv.replace_attention(llada, dkv.Decode(3), block_length=8), ids, **LLADA_RUN)
+    dkv.replace_attention(dream, dkv.Decode(3))
+    twin = copy.deepcopy(llada)
+    assert twin.forward.__self__ is twin and twin._dkv is not llada._dkv
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(1.5)
+    x = F.pad(ids, (0, 16), value=MASK)
+
+    class Interleaved:
+        def __call__(self, x_now, **kwargs):
+            dream(x)
+            twin(x_now)
+            return llada(x_now, **kwargs)
+
+    assert torch.equal(llada_loop(Interleaved(), ids, **LLADA_RUN), alone)
+    dkv.restore_attention(twin)
+    assert not torch.equal(llada_loop(twin, ids, **LLADA_RUN), alone)
+
+
+def test_weights_that_change_between_sessions_are_seen():
+    """Nothing of the weights is kept: other dtypes, swapped tensors and replaced modules count from the next call."""
+    model = dkv.replace_attention(load("LLaDA"), dkv.Decode(8))
+    x = F.pad(prompts(6)[0], (0, 4), value=MASK)
+    with torch.no_grad():
+        before = model(x).logits
+        block = model.get_submodule("model.transformer.blocks.0")
+        block.q_proj = torch.nn.Linear(64, 64, bias=False)
+        dkv.reset(model)
+        changed = model(x).logits
+        assert not torch.equal(changed, before)
+        dkv.restore_attention(model)
+        torch.testing.assert_close(changed, model(x).logits, atol=1e-5, rtol=1e-5)
+        dkv.replace_attention(model, dkv.Decode(8))
+        model(x)
+        model.half()
+        assert model(x).logits.dtype == torch.float16
+
+
+def test_adapted_linears_work():
+    """A LoRA-like wrapper around a projection is called as it is, in generate and under the user's loop."""
+
+    class Adapted(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.weight = base, base.weight
+            self.in_features, self.out_features = base.in_features, base.out_features
+            self.low = torch.nn.Parameter(0.1 * torch.randn(base.out_features, base.in_features))
+
+        def forward(self, x):
+            return self.base(x) + F.linear(x, self.low)
+
+    model = load("LLaDA")
+    ids, _ = prompts(9, 9)
+    plain = llada_loop(model, ids, **LLADA_RUN)
+    for block in model.get_submodule("model.transformer.blocks"):
+        block.q_proj, block.ff_out = Adapted(block.q_proj), Adapted(block.ff_out)
+    adapted = llada_loop(model, ids, **LLADA_RUN)
+    assert not torch.equal(adapted, plain)
+    generated = dkv.generate(model, ids, policy=dkv.NoCache(), **LLADA_RUN)
+    assert torch.equal(generated.sequences, adapted[-1])
+    dkv.replace_attention(model, dkv.NoCache())
+    assert torch.equal(llada_loop(model, ids, **LLADA_RUN), adapted)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        (dict(policy="decode"), TypeError, "policy must be a dkv.Policy"),
+        (dict(policy=dkv.Greedy()), ValueError, "a foreign loop does not say; use generate"),
+        (dict(policy=dkv.DualCache()), ValueError, r"DualCache\(\) is about blocks: pass the block_length"),
+        (dict(policy=dkv.PrefixCache()), ValueError, "pass the block_length"),
+        (dict(policy=dkv.Decode(8, scope="block")), ValueError, "pass the block_length"),
+        (dict(policy=dkv.Decode(8, shift="un")), ValueError, "shift is about Dream's"),
+        (dict(block_length=0), ValueError, "block_length must be a positive int or None, got 0"),
+        (dict(block_length=8.0), ValueError, "block_length must be a positive int or None, got 8.0"),
+        (dict(impl="fast"), ValueError, "impl must be one of"),
+    ],
+)
+def test_bad_input(options, error, message):
+    model = cached("LLaDA")
+    with pytest.raises(error, match=message):
+        dkv.replace_attention(model, **options)
+    assert "_dkv" not in model.__dict__
+
+
+def test_other_models_are_refused():
+    with pytest.raises(ValueError, match="Linear is not supported: dkv runs LLaDA"):
+        dkv.replace_attention(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name", ["llada_v1", "llada_v2"])
+@pytest.mark.parametrize("case", ["plain", "mask", "guidance"])
+def test_lladas_own_generate(name, case):
+    """ML-GSAI's generate.py, unchanged, on the hub's file: uncached as it was, cached as `dkv.generate`."""
+    model = load(name)
+    ids, real = prompts(9, 9)
+    generate = functools.partial(hub.module("llada_generate.py").generate, gen_length=16, block_length=8, steps=8, mask_id=MASK)
+    options = {"mask": {"attention_mask": real.long()}, "guidance": {"attention_mask": real.long(), "cfg_scale": 0.8}}.get(case, {})
+    expected = generate(model, ids, **options)
+    dkv.replace_attention(model, dkv.NoCache(), block_length=8)
+    assert torch.equal(generate(model, ids, **options), expected)
+    dkv.replace_attention(model, dkv.Decode(3), block_length=8)
+    cached_tokens = generate(model, ids, **options)
+    assert not (cached_tokens == MASK).any()
+    if case != "guidance":
+        dkv.restore_attention(model)
+        ours = dkv.generate(model, ids, policy=dkv.Decode(3), **LLADA_RUN)
+        assert torch.equal(cached_tokens, ours.sequences)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_dreams_own_diffusion_generate(padded):
+    """diffusion_generate with its hooks, unchanged, on the hub's file."""
+    model = load("dream")
+    ids, real = prompts(9, 5 if padded else 9)
+    seen = []
+
+    def tokens_hook(step, x, logits):
+        seen.append(step)
+        return x
+
+    def logits_hook(step, x, logits):
+        assert not logits[x == MASK].isnan().any(), "the loop reads logits that were not recomputed"
+        return logits
+
+    def generate(**options):
+        seen.clear()
+        return model.diffusion_generate(
+            ids,
+            attention_mask=real.long(),
+            max_new_tokens=16,
+            steps=8,
+            alg="entropy",
+            temperature=0.0,
+            top_k=None,
+            top_p=None,
+            generation_tokens_hook_func=tokens_hook,
+            generation_logits_hook_func=logits_hook,
+            **options,
+        )
+
+    expected = generate()
+    dkv.replace_attention(model, dkv.NoCache())
+    assert torch.equal(generate(), expected) and seen == [None, *range(8)]
+    for policy in (dkv.Decode(4), dkv.Decode(4, shift="un"), dkv.Prefill(), dkv.PrefillDecode(4)):
+        dkv.replace_attention(model, policy)
+        cached_tokens = generate()
+        dkv.restore_attention(model)
+        ours = dkv.generate(model, ids, real, gen_length=16, steps=8, policy=policy)
+        assert torch.equal(cached_tokens, ours.sequences)
