@@ -6,9 +6,9 @@ For query i of row b and head h, with S = the valid columns of row b and h_k = h
 
 Layouts: q (total, nheads, headdim) packed by row as `cu_seqlens_q` says; caches (batch, seqlen_cache, nheads_k,
 headdim), any strides with the last dim contiguous. The query heads that share a K/V head are further rows of the same
-tile, so K and V are read once for all of them, whatever their number. Few rows over many keys leave most of a GPU idle: then the
-keys are split, each split writes a normalised partial result, and a second kernel merges them by their log-sum-exp
-(Dao et al., "Flash-Decoding for long-context inference", 2023).
+tile, so K and V are read once for all of them, whatever their number. Few rows over many keys leave most of a GPU idle:
+then the keys are split, each split writes a normalised partial result, and a second kernel merges them by their
+log-sum-exp (Dao et al., "Flash-Decoding for long-context inference", 2023).
 """
 
 import torch
