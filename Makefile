@@ -5,11 +5,18 @@ BUDGET ?= 540
 PY     := .venv/bin/python
 STAMP  := .venv/.installed
 
-.PHONY: test bench lint lint-kernels wheel gpu-report clean
+.PHONY: test test-transformers bench lint lint-kernels wheel gpu-report clean
 
 # two processes of one thread each: the kernels' tests run in Triton's interpreter, which is plain Python
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+
+# the models and what wraps them under another release, TRANSFORMERS=4.57.6 for one
+TRANSFORMERS ?= 4.46.3
+OTHER        := .venv/transformers-$(TRANSFORMERS)
+test-transformers: $(STAMP)
+	test -d $(OTHER) || $(PY) -m pip install -qq --disable-pip-version-check --target $(OTHER) transformers==$(TRANSFORMERS)
+	PYTHONPATH=$(OTHER) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/test_models.py tests/test_patch.py tests/test_readme.py
 
 bench: $(STAMP)
 	$(PY) benchmarks/attn_speed.py $(ARGS)
