@@ -508,6 +508,21 @@ def delayed_attention(
     if num_splits is not None:
         checks.check_count("num_splits", num_splits, 1)
     impl = checks.resolve_impl(impl, _delayed_attention_kernel, q)
+    softmax_scale = headdim**-0.5 if softmax_scale is None else float(softmax_scale)
+    # the operator exists for torch.compile; in eager mode its dispatch would cost a CPU as much as a small call
+    if impl == "reference" and not torch.compiler.is_compiling():
+        return reference.delayed_attention(
+            q,
+            k_cache,
+            v_cache,
+            cu_seqlens_q,
+            cache_leftpad=cache_leftpad,
+            cache_seqlens=cache_seqlens,
+            key_mask=key_mask,
+            key_index=key_index,
+            softmax_scale=softmax_scale,
+            return_softmax_lse=return_softmax_lse,
+        )
     out, lse = torch.ops.dkv.delayed_attention(
         q,
         k_cache,
@@ -518,7 +533,7 @@ def delayed_attention(
         cache_seqlens,
         key_mask,
         key_index,
-        headdim**-0.5 if softmax_scale is None else float(softmax_scale),
+        softmax_scale,
         num_splits,
         return_softmax_lse,
         impl,

@@ -69,11 +69,15 @@ def check_device(reference_name, reference, **tensors):
 
 def check_shape(name, tensor, shape, meaning):
     """`shape` may hold None for a free size; `meaning` spells the shape for the reader."""
-    if tensor.dim() != len(shape) or any(
-        want is not None and have != want for have, want in zip(tensor.shape, shape, strict=True)
-    ):
-        want = ", ".join("*" if s is None else str(s) for s in shape)
-        raise ValueError(f"{name} must have shape {meaning} = ({want}), got {tuple(tensor.shape)}.")
+    have = tuple(tensor.shape)
+    if have == shape or (len(have) == len(shape) and have == tuple(map(_either, shape, have))):
+        return
+    want = ", ".join("*" if s is None else str(s) for s in shape)
+    raise ValueError(f"{name} must have shape {meaning} = ({want}), got {have}.")
+
+
+def _either(want, have):
+    return have if want is None else want
 
 
 def check_floating(name, tensor):
@@ -104,7 +108,7 @@ def check_count(name, value, least):
 
 def check_last_dim_contiguous(**tensors):
     for name, tensor in tensors.items():
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(
                 f"the last dim of {name} must be contiguous (stride 1), got stride {tensor.stride(-1)}; "
                 "call .contiguous() on it."

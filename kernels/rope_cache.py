@@ -225,4 +225,7 @@ def rope_cache_update(
     if cos.stride(0) != sin.stride(0):
         raise ValueError(f"cos and sin must have the same strides, got {cos.stride()} and {sin.stride()}.")
     impl = checks.resolve_impl(impl, _rope_cache_kernel, q)
+    # the operator exists for torch.compile; in eager mode its dispatch would cost a CPU as much as a small call
+    if impl == "reference" and not torch.compiler.is_compiling():
+        return reference.rope_cache_update(q, k, v, cos, sin, positions, slots, k_cache, v_cache)
     return torch.ops.dkv.rope_cache_update(q, k, v, cos, sin, positions, slots, k_cache, v_cache, impl)
