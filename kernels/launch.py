@@ -55,15 +55,15 @@ HALF_PRECISION = {
     # 99 KiB of shared memory
     86: (
         AttentionLaunch(16, 64, num_warps=4, num_stages=2),
-        AttentionLaunch(32, 64, num_warps=4, num_stages=2),
-        AttentionLaunch(64, 64, num_warps=4, num_stages=2),
-        AttentionLaunch(128, 64, num_warps=8, num_stages=2),
+        AttentionLaunch(32, 32, num_warps=4, num_stages=3),
+        AttentionLaunch(64, 32, num_warps=4, num_stages=2),
+        AttentionLaunch(128, 32, num_warps=8, num_stages=3),
     ),
 }
 # without tensor cores small tiles keep everything in registers
 FULL_PRECISION = (
-    AttentionLaunch(16, 32, num_warps=4, num_stages=2),
-    AttentionLaunch(32, 32, num_warps=4, num_stages=2),
+    AttentionLaunch(16, 32, num_warps=8, num_stages=2),
+    AttentionLaunch(32, 16, num_warps=8, num_stages=2),
 )
 # the interpreter's time goes by tile, not by element
 INTERPRETER = (AttentionLaunch(16, 64, 4, 1, full_tiles_first=True), AttentionLaunch(64, 64, 4, 1))
@@ -135,4 +135,5 @@ def processors(device):
 def rope_launch(device, headdim):
     """One token a program, so that a few tokens still fill the GPU; every thread loads 16 bytes of 16-bit elements."""
     if architecture(device) is None:
-        return RopeLaunch(block_t=1, block_h=max(8, 512 // headdim), num_warps=max(1, headdim // 64))
+        return RopeLaunch(block_t=16, block_h=8, num_warps=4)
+    return RopeLaunch(block_t=1, block_h=max(8, 512 // headdim), num_warps=max(1, headdim // 64))

@@ -13,10 +13,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dkv.kernels.checks import FLOAT_DTYPES
-from dkv.kernels.reference import rotate_half_split
 from dkv.models.layout import NORMS
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+
+def _rotate(x, cos, sin):
+    """Half-split RoPE in float32 at least, rounded once; differentiable, which the one of dkv.kernels is not."""
+    x1, x2 = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
 class Output(NamedTuple):
@@ -115,7 +120,7 @@ class NativeModel(nn.Module):
             h = layer.attn_norm(x)
             q, k, v = (project(h).unflatten(-1, (-1, decoder.headdim)) for project in (layer.q, layer.k, layer.v))
             # in float32 as LLaDA does; Dream's own code rotates in the model's dtype, which rounds more below float32
-            q, k = rotate_half_split(q, cos, sin), rotate_half_split(k, cos, sin)
+            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
             if groups > 1:
                 k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
             attended = _attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask)

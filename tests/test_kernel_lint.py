@@ -1,0 +1,233 @@
+"""The ahead-of-time lint: what it passes, and that each of its checks can fail. Compiles for GPUs, and needs none."""
+
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from dkv.kernels import attention
+from dkv.kernels.launch import AttentionLaunch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import kernel_lint  # noqa: E402
+from kernel_lint import Case  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def compilers():
+    """One process: this one interprets kernels, those there compile them."""
+    with kernel_lint.workers(1) as pool:
+        yield pool
+
+
+def lint_tile(arch, tile):
+    """Lints attention, LLaDA's shapes, with a tile that no table has."""
+    case = Case("delayed_attention", arch, queries=tile.block_m)
+    with mock.patch.object(attention, "attention_launch", lambda *arguments: tile):
+        return kernel_lint.lint_case(case)
+
+
+def lint_odd_stride(arch):
+    """Lints attention over a cache whose columns are 129 elements apart."""
+    with kernel_lint.recording(arch) as launches:
+        q = torch.empty((16, 32, 128), dtype=torch.bfloat16, device="cuda:0")
+        cache = torch.empty((1, 1024, 32, 129), dtype=torch.bfloat16, device="cuda:0").narrow(3, 0, 128)
+        cu_seqlens_q = torch.empty(2, dtype=torch.int32, device="cuda:0")
+        attention._launch(q, cache, cache, cu_seqlens_q, 16, None, None, None, None, 1.0, 1)
+    return kernel_lint.inspect(launches[0], arch, tensor_cores=True)
+
+
+@triton.jit
+def _scores_kernel(q_ptr, k_ptr, out_ptr, BLOCK: tl.constexpr, TENSOR_CORES: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    square = offs[:, None] * BLOCK + offs[None, :]
+    q = tl.load(q_ptr + square)
+    k = tl.load(k_ptr + square)
+    if TENSOR_CORES:
+        scores = tl.dot(q, tl.trans(k))
+    else:
+        scores = tl.sum(q[:, None, :].to(tl.float32) * k[None, :, :].to(tl.float32), 2)
+    tl.store(out_ptr + square, scores)
+
+
+def lint_scores(arch, dtype, in_kernel, expected):
+    """Lints a product of two 16x16 matrices: by tl.dot or not, where tensor cores are expected or not."""
+    with kernel_lint.recording(arch) as launches:
+        q, k = (torch.empty((16, 16), dtype=dtype, device="cuda:0") for _ in "qk")
+        out = torch.empty((16, 16), dtype=torch.float32, device="cuda:0")
+        _scores_kernel[(1,)](q, k, out, BLOCK=16, TENSOR_CORES=in_kernel)
+    return kernel_lint.inspect(launches[0], arch, tensor_cores=expected)
+
+
+def test_tuned_cases_pass(compilers):
+    rows = list(compilers.map(kernel_lint.lint_case, kernel_lint.tuned_cases()))
+    for row in rows:
+        kernel_lint.compare(row, kernel_lint.load_baseline())
+    assert not [kernel_lint.format_row(row) for row in rows if row.failures]
+    assert {row.kernel for row in rows} == {"delayed_attention", "merge_splits", "rope_cache"}
+    for row in rows:
+        assert 0 < row.registers <= 255 and row.instructions > 100 and row.blocks >= 1
+
+
+@pytest.mark.parametrize(
+    "lint, arguments, failure",
+    [
+        # 128 x 128 float32 accumulators in 4 warps
+        (lint_tile, (80, AttentionLaunch(128, 64, num_warps=4, num_stages=2)), "spills inside loops"),
+        (lint_tile, (86, AttentionLaunch(16, 64, num_warps=4, num_stages=4)), "102 KiB of shared memory, sm_86 has 99"),
+        (lint_odd_stride, (80,), "only 0% of the streamed bytes come in loads of 16"),
+        (lint_scores, (80, torch.float16, False, True), "no tensor-core instruction"),
+        # wgmma takes four warps
+        (lint_tile, (90, AttentionLaunch(64, 32, num_warps=2, num_stages=2)), "HMMA where wgmma is possible"),
+        # float32 operands are rounded to TF32 unless input_precision says otherwise
+        (lint_scores, (80, torch.float32, True, False), "must be exact in float32"),
+    ],
+)
+def test_every_check_can_fail(compilers, lint, arguments, failure):
+    row = compilers.submit(lint, *arguments).result()
+    assert failure in "; ".join(row.failures)
+
+
+def test_scores_kernel_passes_where_it_should(compilers):
+    row = compilers.submit(lint_scores, 80, torch.float16, True, True).result()
+    assert not row.failures and set(row.tensor_core_instructions) == {"HMMA"}
+
+
+def test_a_case_that_does_not_compile_fails(compilers):
+    row = compilers.submit(kernel_lint.lint_case, Case("delayed_attention", 80, headdim=100)).result()
+    assert len(row.failures) == 1 and row.failures[0].startswith("does not compile: CompilationError")
+    assert "FAIL" in kernel_lint.format_row(row)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted here")
+def test_interpreted_kernels_are_refused():
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        Case("delayed_attention", 80).record()
+
+
+SASS = """
+.text._kernel:
+        /*0000*/                   LDG.E.128 R4, [R2.64] ;
+        /*0010*/              @!P0 STL.64 [R1+0x4], R2 ;
+.L_x_0:
+        /*0020*/                   LDG.E.U16 R4, [R2.64] ;
+        /*0030*/               @P0 LDGSTS.E.BYPASS.128 [R89+0x8000], [R174.64], P3 ;
+        /*0040*/                   HMMA.16816.F32.BF16 R72, R92.reuse, R90, R100 ;
+        /*0050*/              @!P1 LDL.LU R7, [R1] ;
+        /*0060*/               @P1 BRA `(.L_x_1) ;
+        /*0070*/                   BRA `(.L_x_0) ;
+.L_x_1:
+        /*0080*/                   STL [R1], R0 ;
+        /*0090*/                   STG.E.128 [R2.64], R4 ;
+        /*00a0*/              @!P2 BRA `(.L_x_1) ;
+        /*00b0*/                   EXIT ;
+.L_x_2:
+        /*00c0*/                   BRA `(.L_x_2);
+"""
+
+
+def test_sass_counts_what_is_inside_loops_that_load():
+    sass = kernel_lint.Sass(SASS)
+    assert len(sass.opcodes) == 13
+    assert sass.loads == [2, 16] and sass.wide_bytes(16) == 16 and sass.wide_bytes(2) == 18
+    assert sass.loop_spills == 1
+    assert sass.tensor_core_instructions == {"HMMA": 1}
+
+
+def test_resident_blocks():
+    hopper, ada = kernel_lint.ARCHITECTURES[90], kernel_lint.ARCHITECTURES[89]
+    # by registers: 168 x 32 a warp, 12 of them; by shared memory: 113 KiB each with what the system takes; by warps
+    assert kernel_lint.resident_blocks(hopper, registers=168, shared=0, warps=4) == 3
+    assert kernel_lint.resident_blocks(hopper, registers=32, shared=112 * 1024, warps=4) == 2
+    assert kernel_lint.resident_blocks(hopper, registers=32, shared=0, warps=4) == 16
+    assert kernel_lint.resident_blocks(ada, registers=32, shared=0, warps=4) == 12
+    assert kernel_lint.resident_blocks(ada, registers=255, shared=0, warps=8) == 1
+
+
+def test_comparison_with_the_baseline(tmp_path):
+    def row(**changes):
+        figures = dict(registers=100, stack=8, shared=1024)
+        return kernel_lint.Row("k", "c", 90, 64, "", **(figures | changes), **rest)
+
+    rest = dict(loop_spills=0, blocks=1, tensor_core_instructions={}, load_bytes=16, wide_share=1.0, instructions=9)
+    with mock.patch.object(kernel_lint, "BASELINES", tmp_path / "compile"):
+        assert kernel_lint.load_baseline() == {}
+        kernel_lint.save_baseline([row(failures=[])], complete=True)
+        baseline = kernel_lint.load_baseline()
+
+    def compared(**changes):
+        changed = row(failures=[], **changes)
+        kernel_lint.compare(changed, baseline)
+        return changed.changes, changed.failures
+
+    assert compared() == ([], [])
+    assert compared(registers=104, shared=0) == (["registers +4", "shared -1024 B"], [])
+    assert compared(stack=16) == ([], ["spills 16 B, before 8 B"])
+    assert compared(stack=0) == ([], [])
+
+
+def test_cases_cover_the_tables():
+    """A tile that enters a table enters the cases by itself, and every tile that is there can be picked."""
+    from dkv.kernels import launch
+
+    for arch in kernel_lint.ARCHITECTURES:
+        for name, dtype in kernel_lint.DTYPES.items():
+            tiles = set()
+            for queries in kernel_lint.tile_queries(arch, name, 128, group=1):
+                with kernel_lint.on_gpu(arch):
+                    tiles.add(launch.attention_launch(torch.device("cuda:0"), dtype, 128, queries))
+            assert tiles == set(launch.attention_table(arch, dtype))
+    cases = kernel_lint.all_cases()
+    assert len({f"{case.kernel} {case} {case.arch}" for case in cases}) == len(cases)
+    assert {(case.dtype, case.headdim) for case in cases} == {
+        (d, h) for d in kernel_lint.DTYPES for h in (16, 32, 64, 128)
+    }
+
+
+def test_launchers_never_wait_for_the_gpu(compilers):
+    """Under fake tensors a launcher cannot read a value; every option of every launcher gets through."""
+    cases = [
+        Case(kernel, 90, queries=8, splits=2, bounds=bounds, key_mask=mask, key_index=index)
+        for kernel in ("delayed_attention", "merge_splits", "rope_cache")
+        for bounds, mask, index in ((True, False, False), (False, True, False), (False, False, True))
+    ]
+    assert list(compilers.map(launches_by_name, cases)) == [case.kernel for case in cases]
+
+
+def launches_by_name(case):
+    return case.record().name
+
+
+@pytest.mark.parametrize(
+    "read", [lambda x: x.sum().item(), lambda x: x.tolist(), lambda x: x.cpu(), lambda x: bool(x.any())]
+)
+def test_a_host_read_is_noticed(read):
+    with kernel_lint.recording(90), pytest.raises(Exception, match="_local_scalar_dense|moves data"):
+        read(torch.empty(3, dtype=torch.int32, device="cuda:0"))
+
+
+def test_command_line(tmp_path, capsys):
+    """The exit status says whether a case failed; --baseline keeps the figures, --json the rows."""
+
+    def lint(cases, baseline, processes):
+        assert {case.arch for case in cases} == {90}
+        row = kernel_lint.Row("k", "c", 90, 64, "64x64", 100, 8, 0, 1024, 2, {"HGMMA": 8}, 16, 1.0, 9, list(failures))
+        kernel_lint.compare(row, baseline)
+        yield row
+
+    failures = []
+    rows = tmp_path / "rows.json"
+    with mock.patch.object(kernel_lint, "lint", lint), mock.patch.object(kernel_lint, "BASELINES", tmp_path):
+        assert kernel_lint.main(["--arch", "90", "--baseline", "--json", str(rows)]) == 0
+        assert json.loads(rows.read_text())[0]["registers"] == 100
+        failures = ["no tensor-core instruction"]
+        assert kernel_lint.main(["--arch", "90"]) == 1
+    printed = capsys.readouterr().out
+    assert "FAIL: no tensor-core instruction" in printed and "1 compiled, 1 failed" in printed
+    assert f"compared with triton-{triton.__version__}.json" in printed
