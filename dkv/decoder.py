@@ -9,6 +9,7 @@ from torch import nn
 
 from dkv.cache import KVCache
 from dkv.kernels import delayed_attention, rope_cache_update
+from dkv.linear import linear
 
 FAMILIES = []  # functions model -> Decoder or None, filled by `dkv.models`
 
@@ -149,7 +150,7 @@ class Decoder:
         x = self.embed(ids[active])
         for layer, k_cache, v_cache in zip(self.layers, cache.k, cache.v, strict=True):
             h = layer.attn_norm(x)
-            q, k, v = (project(h).unflatten(-1, (-1, self.headdim)) for project in (layer.q, layer.k, layer.v))
+            q, k, v = (linear(m, h).contiguous().unflatten(-1, (-1, self.headdim)) for m in (layer.q, layer.k, layer.v))
             q = rope_cache_update(q, k, v, cos, sin, positions, slots, k_cache, v_cache, impl=impl)
             attended = delayed_attention(
                 q,
@@ -161,11 +162,11 @@ class Decoder:
                 key_mask=cache.key_mask,
                 impl=impl,
             )
-            x = x + layer.o(attended.flatten(1))
+            x = x + linear(layer.o, attended.flatten(1))
             h = layer.mlp_norm(x)
-            x = x + layer.down(F.silu(layer.gate(h)) * layer.up(h))
+            x = x + linear(layer.down, F.silu(linear(layer.gate, h)) * linear(layer.up, h))
         return x
 
     def logits(self, hidden):
         """Logits (rows, vocab) of hidden states after the final norm."""
-        return F.linear(hidden, self.weight) if self.head is None else self.head(hidden)
+        return F.linear(hidden, self.weight) if self.head is None else linear(self.head, hidden)

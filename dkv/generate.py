@@ -1,6 +1,7 @@
 """`dkv.generate`: the denoising loop of LLaDA and Dream over a delayed cache."""
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -258,8 +259,8 @@ class _Run:
         active = active_positions(self.policy, state, candidates)
         hidden = self._hidden(active, candidates)
 
-        keys = self._keys()
-        tokens, scores = self._predict(hidden, keys[candidates])
+        keys = self._keys() if sampler.noisy else None
+        tokens, scores = self._predict(hidden, None if keys is None else keys[candidates])
         x = state.x.clone()
         if sampler.ordered:
             x[candidates] = tokens
@@ -305,9 +306,9 @@ class _Run:
     def _predict(self, hidden, keys):
         """Tokens and scores of the candidates, a bounded number of logits at a time."""
         rows = max(1, CHUNK_ELEMENTS // self.decoder.vocab_size)
+        key_parts = itertools.repeat(None) if keys is None else keys.split(rows)
         parts = [
-            self.sampler.predict(self.decoder.logits(h), k)
-            for h, k in zip(hidden.split(rows), keys.split(rows), strict=True)
+            self.sampler.predict(self.decoder.logits(h), k) for h, k in zip(hidden.split(rows), key_parts, strict=False)
         ]
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 

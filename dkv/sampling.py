@@ -9,7 +9,8 @@ from dkv.noise import gumbel, noise_key, uniform
 ORDERED = ("random", "origin")  # what a step decodes is known before its outputs
 BY_PROBABILITY = ("low_confidence", "maskgit_plus", "topk_margin")
 RULES = ("low_confidence", "random", "entropy", "topk_margin", "maskgit_plus", "origin")
-CHUNK_ELEMENTS = 2**26  # logits in float32 at a time
+CHUNK_ELEMENTS = 2**22  # logits at a time: 16 MiB of float32
+NEGLIGIBLE = -1e4  # a logit so far below the largest counts nothing
 
 
 @dataclass(frozen=True)
@@ -44,38 +45,47 @@ class Sampler:
 
         Args:
             logits: (rows, vocab), any float dtype.
-            keys: (rows,) int64, the noise key of each row.
+            keys: (rows,) int64, the noise key of each row; None without temperature.
 
         Returns:
             token (rows,) int64, score (rows,) float32 or float64.
         """
         z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        z[:, list(self.excluded_ids)] = float("-inf")
+        for excluded in self.excluded_ids:
+            z[:, excluded] = float("-inf")
         if self.temperature > 0 and self.divides_logits:
             z = z / self.temperature
         z = filter_top_k(filter_top_p(z, self.top_p), self.top_k)
+        top, best = z.max(-1)
+        token = best
         if self.temperature > 0:
             ids = torch.arange(z.shape[1], device=z.device)
             noise = gumbel(noise_key(0, keys[:, None], ids[None]))
             token = (z + (1.0 if self.divides_logits else self.temperature) * noise).argmax(-1)
-        else:
-            token = z.argmax(-1)
-        return token, self._score(z, token)
-
-    def _score(self, z, token):
         if self.unconfident_ids:
-            z = z.clone()
             z[:, list(self.unconfident_ids)] = float("-inf")
-        if self.remasking == "entropy":
-            log_probs = z.log_softmax(-1)
-            return (log_probs.exp() * log_probs.nan_to_num(neginf=0.0)).sum(-1)
+            top, best = z.max(-1)
+        return token, self._score(z, token, top, best)
+
+    def _score(self, z, token, top, best):
         if self.remasking == "topk_margin":
-            top = z.softmax(-1).topk(2).values
-            return top[:, 0] - top[:, 1]
-        # keeps the rank order of very confident rows, where a softmax would tie at 1
-        top, best = z.max(-1, keepdim=True)
-        others = (z - top).exp().scatter(1, best, 0.0).sum(-1)
-        return (z.gather(1, token[:, None]) - top)[:, 0] - others.log1p()
+            two = z.softmax(-1).topk(2).values
+            return two[:, 0] - two[:, 1]
+        # relative to the largest, whose own term is exact: keeps the rank order of very confident rows, where a plain
+        # softmax would tie at 1
+        shifted = (z - top[:, None]).clamp_(min=NEGLIGIBLE)
+        weights = shifted.exp()
+        if self.remasking == "entropy":
+            mean = torch.bmm(weights[:, None], shifted[:, :, None])[:, 0, 0]
+            others = weights.scatter_(1, best[:, None], 0.0).sum(-1)
+            return mean / (1 + others) - others.log1p()
+        others = weights.scatter_(1, best[:, None], 0.0).sum(-1)
+        return z.gather(1, token[:, None])[:, 0] - top - others.log1p()
+
+    @property
+    def noisy(self):
+        """Whether noise keys are needed."""
+        return self.temperature > 0 or self.alg_temp > 0
 
     def probability(self, score):
         """What threshold and factor are compared with."""

@@ -566,3 +566,27 @@ def test_training_mode_and_other_models():
         dkv.generate(training, IDS)
     with pytest.raises(ValueError, match="Linear is not supported: dkv runs LLaDA"):
         dkv.generate(torch.nn.Linear(2, 2), IDS)
+
+
+@pytest.mark.parametrize("scale", [0.1, 3.0, 60.0])
+def test_scores_by_their_formulas(scale):
+    """Each rule's score in float32 against float64 formulas; -inf logits count nothing."""
+    from dkv.sampling import Sampler
+
+    z = torch.randn(40, 300, generator=torch.Generator().manual_seed(0)) * scale
+    keys = torch.zeros(40, dtype=torch.int64)
+    kept = z.double()
+    kept[:, 7] = float("-inf")
+    probs = kept.softmax(-1)
+    top = probs.topk(2).values
+    expected = {
+        "entropy": (probs * (probs + 1e-300).log()).sum(-1),
+        "low_confidence": top[:, 0].log(),
+        "maskgit_plus": top[:, 0].log(),
+        "topk_margin": top[:, 0] - top[:, 1],
+    }
+    for rule, want in expected.items():
+        sampler = Sampler(rule, 0.0, None, None, 0.0, None, None, 0, False, (7,), ())
+        token, score = sampler.predict(z.clone(), keys)
+        assert torch.equal(token, kept.argmax(-1))
+        torch.testing.assert_close(score.double(), want, atol=2e-6, rtol=2e-6)

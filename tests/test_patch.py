@@ -88,7 +88,19 @@ DREAM_RUN = {"gen_length": 16, "steps": 8}
 
 
 @each(LLADAS)
-@pytest.mark.parametrize("policy", [dkv.NoCache(), dkv.Decode(3), dkv.Decode(None, scope="block"), dkv.Prefill(), dkv.PrefillDecode(2), dkv.PrefixCache(), dkv.DualCache()], ids=repr)
+@pytest.mark.parametrize(
+    "policy",
+    [
+        dkv.NoCache(),
+        dkv.Decode(3),
+        dkv.Decode(None, scope="block"),
+        dkv.Prefill(),
+        dkv.PrefillDecode(2),
+        dkv.PrefixCache(),
+        dkv.DualCache(),
+    ],
+    ids=repr,
+)
 def test_llada_loop_is_generate(model, policy):
     """The user's loop on the patched model: the tokens of `dkv.generate` with the same policy."""
     ids, _ = prompts(9, 9)
@@ -99,7 +111,18 @@ def test_llada_loop_is_generate(model, policy):
 
 @each(DREAMS)
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("policy", [dkv.NoCache(), dkv.Decode(3), dkv.Decode(4, shift="un"), dkv.Decode(4, shift="right"), dkv.Prefill(), dkv.PrefillDecode(2)], ids=repr)
+@pytest.mark.parametrize(
+    "policy",
+    [
+        dkv.NoCache(),
+        dkv.Decode(3),
+        dkv.Decode(4, shift="un"),
+        dkv.Decode(4, shift="right"),
+        dkv.Prefill(),
+        dkv.PrefillDecode(2),
+    ],
+    ids=repr,
+)
 def test_dream_loop_recomputes_what_it_reads(model, policy, padded):
     """Every shifted logit of a mask is of this step: no NaN reaches the loop, and interval rules are generate's."""
     ids, real = prompts(9, 5) if padded else (prompts(9, 9)[0], None)
@@ -119,7 +142,11 @@ def test_dream_loop_recomputes_what_it_reads(model, policy, padded):
 @each(NAMES)
 def test_no_cache_is_the_model_itself(model):
     ids, real = prompts(9, 9)[0], None
-    loop = functools.partial(dream_loop, **DREAM_RUN) if "ream" in type(model).__name__ else functools.partial(llada_loop, **LLADA_RUN)
+    loop = (
+        functools.partial(dream_loop, **DREAM_RUN)
+        if "ream" in type(model).__name__
+        else functools.partial(llada_loop, **LLADA_RUN)
+    )
     expected = loop(model, ids, real)
     assert torch.equal(loop(dkv.replace_attention(model, dkv.NoCache()), ids, real), expected)
 
@@ -211,7 +238,9 @@ def test_undo_is_complete(model):
     dkv.replace_attention(model, dkv.NoCache())
     assert repr(model).count("dkv=") == 1 and "dkv=NoCache()" in repr(model)
     assert [name for name, _ in model.named_modules()] == names and dict(type(model).__dict__) == class_attributes
-    assert set(model.state_dict()) == {name for name, _ in [*model.named_parameters(), *model.named_buffers()] if name in model.state_dict()}
+    assert set(model.state_dict()) == {
+        name for name, _ in [*model.named_parameters(), *model.named_buffers()] if name in model.state_dict()
+    }
     assert dkv.restore_attention(model) is model and dict(model.__dict__) == attributes
     assert dkv.restore_attention(model) is model and "dkv=" not in repr(model)
     with pytest.raises(ValueError, match="has no session: call dkv.replace_attention"):
@@ -353,8 +382,13 @@ def test_lladas_own_generate(name, case):
     """ML-GSAI's generate.py, unchanged, on the hub's file: uncached as it was, cached as `dkv.generate`."""
     model = load(name)
     ids, real = prompts(9, 9)
-    generate = functools.partial(hub.module("llada_generate.py").generate, gen_length=16, block_length=8, steps=8, mask_id=MASK)
-    options = {"mask": {"attention_mask": real.long()}, "guidance": {"attention_mask": real.long(), "cfg_scale": 0.8}}.get(case, {})
+    generate = functools.partial(
+        hub.module("llada_generate.py").generate, gen_length=16, block_length=8, steps=8, mask_id=MASK
+    )
+    options = {
+        "mask": {"attention_mask": real.long()},
+        "guidance": {"attention_mask": real.long(), "cfg_scale": 0.8},
+    }.get(case, {})
     expected = generate(model, ids, **options)
     dkv.replace_attention(model, dkv.NoCache(), block_length=8)
     assert torch.equal(generate(model, ids, **options), expected)

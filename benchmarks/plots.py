@@ -1,0 +1,138 @@
+"""Pictures of benchmark results. matplotlib is optional: without it there is a message and no picture."""
+
+import functools
+import sys
+
+# of the rows of one run: what is drawn of a model, in the order of preference
+PANEL_SHAPES = ((8, 2048), (1, 2048), (4, 1024), (8, 512), (1, 1024))
+STYLES = {
+    "ours": {"color": "#c1121f", "linewidth": 2.6, "marker": "o", "zorder": 3},
+    "cheap fix": {"color": "#1d6fa3", "linewidth": 1.6, "marker": "s"},
+    "authors' way": {"color": "#7a5195", "linewidth": 1.6, "marker": "^"},
+    "full recompute": {"color": "#555555", "linewidth": 1.6, "marker": "D"},
+}
+LABELS = {
+    "ours": "dkv",
+    "cheap fix": "static cache + PyTorch attention",
+    "authors' way": "dKV-Cache authors' way:\nconcatenate, re-order, re-rotate",
+    "full recompute": "no cache: recompute everything",
+}
+
+
+def load_pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        print("no picture: matplotlib is not installed (it comes with `pip install 'dkv[bench]'`)", file=sys.stderr)
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def attention(rows, env, path):
+    """Time per layer over active positions, one panel a model, the best provider of each family; returns the path."""
+    plt = load_pyplot()
+    if plt is None:
+        return None
+    panels = _panels(rows)
+    if not panels:
+        return None
+    figure, axes = plt.subplots(1, len(panels), figsize=(7.2 * len(panels), 5.4), squeeze=False, layout="constrained")
+    for axis, (model, (batch, seqlen)) in zip(axes[0], panels, strict=True):
+        shape = (model, batch, seqlen, False)
+        _panel(axis, [r for r in rows if (r["model"], r["batch"], r["seqlen"], r["ragged"]) == shape])
+        axis.set_title(f"{model}, batch {batch}, {seqlen} positions", fontsize=12)
+    on_cpu = env["device"].startswith("CPU")
+    figure.suptitle(
+        f"Attention of one layer (RoPE + cache write + attention), {rows[0]['dtype']}, {env['date'][:10]}\n"
+        f"{env['device']}{', PyTorch implementation of every method' * on_cpu}",
+        fontsize=13,
+    )
+    figure.supxlabel("lines: medians; bands: 20 % to 80 % of the samples; lower is faster", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _panels(rows):
+    """[(model, (batch, length))]: of each model the shape with most points, if possible the same of all models."""
+    actives = {}
+    for row in rows:
+        if row["family"] == "ours" and not row["ragged"]:
+            shapes = actives.setdefault(row["model"], {})
+            shapes.setdefault((row["batch"], row["seqlen"]), set()).add(row["active"])
+    rank = {shape: -i for i, shape in enumerate(PANEL_SHAPES)}
+
+    def worth(shapes, shape):
+        shared = min(len(other.get(shape, ())) for other in actives.values())
+        return shared, len(shapes[shape]), rank.get(shape, -len(rank)), shape
+
+    return [(model, max(shapes, key=functools.partial(worth, shapes))) for model, shapes in actives.items()]
+
+
+def _panel(axis, rows):
+    actives = sorted({row["active"] for row in rows})
+    ends = []
+    for family, style in STYLES.items():
+        best = {}
+        for row in rows:
+            if row["family"] == family:
+                best[row["active"]] = min(best.get(row["active"], row), row, key=lambda r: r["ms"])
+        if not best:
+            continue
+        x = sorted(best)
+        y = [best[a]["ms"] for a in x]
+        axis.plot(x, y, markersize=5, **style)
+        low, high = [best[a]["ms_p20"] for a in x], [best[a]["ms_p80"] for a in x]
+        axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        ends.append((y[0], LABELS[family], style["color"]))
+    floor = {row["active"]: row["floor_ms"] for row in rows}
+    axis.plot(actives, [floor[a] for a in actives], color="#2a9d3a", linestyle=":", linewidth=1.6)
+    ends.append((floor[actives[0]], "floor: what bytes and flops need\nat the measured ceilings", "#2a9d3a"))
+
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(actives, [str(a) for a in actives])
+    axis.minorticks_off()
+    axis.set_xlabel("active positions per row" + " (last point: all)" * (actives[-1] == rows[0]["seqlen"]))
+    axis.set_ylabel("time per layer (milliseconds)")
+    axis.grid(True, which="major", alpha=0.3)
+    _milliseconds(axis)
+    # labels stand left of the first point, each beside its line
+    axis.set_xlim(actives[0] / _label_room(actives), actives[-1] * 1.3)
+    _label(axis, actives[0], ends)
+
+
+def _label_room(actives):
+    """How far the axis reaches to the left of the first point, as a factor: about 40 % of the width."""
+    return max(2.0, (actives[-1] / actives[0]) ** 0.75)
+
+
+def _milliseconds(axis):
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
+
+
+def _label(axis, x, ends):
+    """Writes each label at the left end of its line, moved apart where they would overlap."""
+    low, high = axis.get_ylim()
+    # in the units of a log axis: a label of two lines takes about 8 % of the height
+    gap = (high / low) ** 0.085
+    position = low
+    for y, text, color in sorted(ends):
+        position = max(y, position * gap)
+        axis.annotate(
+            text,
+            (x, y),
+            xytext=(x / 1.35, position),
+            ha="right",
+            va="center",
+            fontsize=9.5,
+            color=color,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.5},
+        )

@@ -1,0 +1,515 @@
+"""The attention of one layer of one step, computed in several ways from the same inputs; the oracle and the counts.
+
+The job of every provider: given the unrotated q, k, v of the active tokens (a full recompute: of all tokens), their
+positions, and a cache of the other positions, return the attention output of the active tokens, laid out for the output
+projection. Rotation and cache write are part of the job. What only depends on the positions (index tensors, masks) is
+made beforehand, since all layers of a step share it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from dkv.kernels import delayed_attention, rope_cache_update
+
+# relative error of one query and head, in the Euclidean norm; bfloat16 keys are rounded once more after their rotation
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+# length of the random pattern that fills all data: prime, so that no two keys are alike
+NOISE = 1_000_003
+# the oracle takes as many of the active queries as this pays for
+ORACLE_FLOPS = 4e9
+
+
+@dataclass(frozen=True)
+class Model:
+    """The attention of one layer of a model, in the sizes of its checkpoint."""
+
+    nheads: int
+    nheads_k: int
+    headdim: int
+    rope_theta: float
+
+
+MODELS = {
+    "LLaDA-8B": Model(nheads=32, nheads_k=32, headdim=128, rope_theta=500000.0),
+    "Dream-7B": Model(nheads=28, nheads_k=4, headdim=128, rope_theta=1000000.0),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of the grid. `active` positions a row; ragged: see `lengths` and `counts`."""
+
+    model: str
+    batch: int
+    seqlen: int
+    active: int
+    ragged: bool = False
+
+    @property
+    def lengths(self):
+        """Valid keys of each row: all columns; in ragged batches from a quarter of them to all."""
+        if not self.ragged:
+            return [self.seqlen] * self.batch
+        return [round(self.seqlen * (1 + 3 * b / (self.batch - 1)) / 4) for b in range(self.batch)]
+
+    @property
+    def leftpads(self):
+        """First valid column of each row; in ragged batches odd rows are padded on the left, even rows on the right."""
+        return [(self.seqlen - n) * (b % 2) * self.ragged for b, n in enumerate(self.lengths)]
+
+    @property
+    def counts(self):
+        """Active positions of each row; in ragged batches from 1 to twice `active`, in no order of the lengths."""
+        if not self.ragged:
+            return [self.active] * self.batch
+        spread = [round(1 + (2 * self.active - 1) * b / (self.batch - 1)) for b in range(self.batch)]
+        shuffled = [spread[i] for i in torch.randperm(self.batch, generator=torch.Generator().manual_seed(0)).tolist()]
+        return [min(count, n) for count, n in zip(shuffled, self.lengths, strict=True)]
+
+    def __str__(self):
+        return f"{self.model} batch {self.batch} length {self.seqlen} active {self.active}{' ragged' * self.ragged}"
+
+
+def necessary_bytes(point, element_size, *, attention_alone=False):
+    """Bytes that any implementation must move: each input once, each output once.
+
+    K and V of every valid key (the stable ones from the cache, the active ones as they come from the projection), the
+    write of the active K and V into the cache (not if `attention_alone`), the queries, and the output. Angles and
+    index tensors are not counted.
+    """
+    model = MODELS[point.model]
+    kv, q = 2 * model.nheads_k * model.headdim, model.nheads * model.headdim
+    keys, active = sum(point.lengths), sum(point.counts)
+    return element_size * (keys * kv + (0 if attention_alone else active * kv) + 2 * active * q)
+
+
+def necessary_flops(point):
+    """Two matrix products, a multiplication and an addition each; rotation and softmax are not counted."""
+    model = MODELS[point.model]
+    pairs = sum(a * n for a, n in zip(point.counts, point.lengths, strict=True))
+    return 4 * pairs * model.nheads * model.headdim
+
+
+def full_recompute_flops(point):
+    model = MODELS[point.model]
+    return 4 * sum(point.seqlen * n for n in point.lengths) * model.nheads * model.headdim
+
+
+def rotate(x, cos, sin):
+    """Half-split RoPE in float32, in plain PyTorch; cos and sin broadcast against the halves of x."""
+    x1, x2 = x.float().chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+
+
+class Canvas:
+    """Unrotated q, k, v of all positions and the caches that hold them, in several sets so that timing can rotate them.
+
+    Cache memory is ordered (batch, nheads_k, seqlen, headdim), the fastest order for PyTorch's attention, for every
+    provider. Padding columns hold large values: whoever attends to them fails the check.
+    """
+
+    def __init__(self, point, *, sets, device, dtype):
+        self.model, self.point = MODELS[point.model], point
+        self.device, self.dtype = torch.device(device), dtype
+        batch, seqlen, model = point.batch, point.seqlen, self.model
+        frequencies = model.rope_theta ** -(torch.arange(0, model.headdim, 2, dtype=torch.float64) / model.headdim)
+        angles = torch.arange(seqlen, dtype=torch.float64)[:, None] * frequencies
+        self.cos, self.sin = angles.cos().float().to(device), angles.sin().float().to(device)
+
+        column = torch.arange(seqlen)
+        start = torch.tensor(point.leftpads)[:, None]
+        end = start + torch.tensor(point.lengths)[:, None]
+        valid = (column >= start) & (column < end)
+        # (batch, seqlen): the RoPE position of each column
+        self.positions = (column - start).clamp(0).to(device)
+        self.row_cos, self.row_sin = self.cos[self.positions], self.sin[self.positions]
+        self.leftpad = start[:, 0].int().to(device) if point.ragged else None
+        self.seqlens = end[:, 0].int().to(device) if point.ragged else None
+        # added to the scores, (batch, 1, 1, seqlen)
+        self.mask = None
+        if point.ragged:
+            hidden = torch.zeros(valid.shape).masked_fill_(~valid, float("-inf"))
+            self.mask = hidden[:, None, None].to(device, dtype)
+
+        generator = torch.Generator(device).manual_seed(batch * seqlen)
+        # of unit variance
+        noise = torch.empty(NOISE, device=device, dtype=dtype).uniform_(-(3**0.5), 3**0.5, generator=generator)
+        padding = ~valid.to(device)[..., None, None]
+        self.q, self.k, self.v, self.k_memory, self.v_memory = [], [], [], [], []
+        for i in range(sets):
+            shape = (batch, seqlen, model.nheads_k, model.headdim)
+            q = torch.empty(batch, seqlen, model.nheads, model.headdim, device=device, dtype=dtype)
+            k, v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
+            for j, x in enumerate((q, k, v)):
+                repeat(noise.roll(12345 * (3 * i + j)), x)
+            if point.ragged:
+                k.masked_fill_(padding, 100.0)
+                v.masked_fill_(padding, 100.0)
+            # one more slot than the cache has: where writes of padding entries go
+            memories = [torch.empty(batch * model.nheads_k * seqlen + 1, model.headdim, device=device, dtype=dtype)]
+            memories.append(torch.empty_like(memories[0]))
+            rotated = rotate(k.transpose(1, 2), self.row_cos[:, None], self.row_sin[:, None])
+            for memory, x in zip(memories, (rotated, v.transpose(1, 2)), strict=True):
+                self.heads_first(memory).copy_(x)
+            for name, x in zip(("q", "k", "v", "k_memory", "v_memory"), (q, k, v, *memories), strict=True):
+                getattr(self, name).append(x)
+
+    def heads_first(self, memory):
+        """The cache as (batch, nheads_k, seqlen, headdim)."""
+        return memory[:-1].view(self.point.batch, self.model.nheads_k, self.point.seqlen, self.model.headdim)
+
+    def heads_last(self, memory):
+        """The cache as (batch, seqlen, nheads_k, headdim), which dkv.kernels takes."""
+        return self.heads_first(memory).transpose(1, 2)
+
+    @staticmethod
+    def bytes_per_set(point, element_size):
+        model = MODELS[point.model]
+        return element_size * point.batch * point.seqlen * model.headdim * (model.nheads + 4 * model.nheads_k)
+
+    @staticmethod
+    def cache_bytes(point, element_size):
+        model = MODELS[point.model]
+        return element_size * point.batch * point.seqlen * model.headdim * 2 * model.nheads_k
+
+
+class Case:
+    """A canvas with a choice of active positions: their fresh q, k, v, packed and (for whom it may concern) padded."""
+
+    def __init__(self, canvas, point):
+        self.canvas, self.point = canvas, point
+        device, batch, seqlen, nheads_k = canvas.device, point.batch, point.seqlen, canvas.model.nheads_k
+        counts, lengths, leftpads = point.counts, point.lengths, point.leftpads
+        self.total, self.max_active = sum(counts), max(counts)
+        generator = torch.Generator().manual_seed(point.active)
+        columns = [
+            leftpad + torch.randperm(n, generator=generator)[:count].sort().values
+            for leftpad, n, count in zip(leftpads, lengths, counts, strict=True)
+        ]
+        self.rows = torch.repeat_interleave(torch.arange(batch), torch.tensor(counts)).to(device)
+        self.columns = torch.cat(columns).to(device)
+        self.positions = canvas.positions[self.rows, self.columns]
+        self.slots = self.rows * seqlen + self.columns
+        self.cu_seqlens_q = torch.tensor([0, *counts]).cumsum(0).int().to(device)
+        self.q, self.k, self.v = ([self.fresh(x) for x in xs] for xs in (canvas.q, canvas.k, canvas.v))
+
+        # a rectangle of (batch, max_active) entries, for code that cannot take packed ones; -1 where a row has fewer
+        entry = torch.arange(self.max_active)
+        starts = torch.tensor([0, *counts]).cumsum(0)[:-1, None]
+        self.rectangle = torch.where(entry < torch.tensor(counts)[:, None], starts + entry, -1).to(device)
+        self.present = self.rectangle >= 0
+        source = self.rectangle.clamp(0)
+        if point.ragged:
+            padded = [[x[source.flatten()] for x in xs] for xs in (self.q, self.k, self.v)]
+        else:
+            padded = [self.q, self.k, self.v]
+        self.padded_q, self.padded_k, self.padded_v = padded
+        self.padded_positions = self.positions[source]
+        self.padded_slots = torch.where(self.present, self.slots[source], -1).flatten()
+        # index into the cache memory of each (row, K/V head, entry); padding entries write behind the cache
+        heads = torch.arange(nheads_k, device=device)[:, None]
+        memory_index = (self.rows[source][:, None] * nheads_k + heads) * seqlen + self.columns[source][:, None]
+        outside = batch * nheads_k * seqlen
+        self.memory_index = torch.where(self.present[:, None], memory_index, outside).flatten()
+
+    def fresh(self, x):
+        """The active tokens of x (batch, seqlen, ...), packed; no copy where all are active."""
+        everything = self.total == x.shape[0] * x.shape[1]
+        return x.flatten(0, 1) if everything else x[self.rows, self.columns]
+
+    def unpack_rectangle(self, out):
+        """(batch * max_active, ...) -> (total, nheads, headdim)."""
+        return self.unpack(out.unflatten(0, (self.point.batch, self.max_active))[self.present])
+
+    def unpack_canvas(self, out):
+        """(batch * seqlen, ...) -> (total, nheads, headdim)."""
+        return self.unpack(out.unflatten(0, (self.point.batch, self.point.seqlen))[self.rows, self.columns])
+
+    def unpack(self, out):
+        return out.reshape(self.total, self.canvas.model.nheads, self.canvas.model.headdim)
+
+    def poison(self):
+        """NaN into the active slots of the first set's caches: whoever does not write them fails the check.
+
+        Returns a function that writes what belongs there.
+        """
+        canvas = self.canvas
+        cos, sin = (x[self.positions, None] for x in (canvas.cos, canvas.sin))
+        k_cache, v_cache = canvas.heads_last(canvas.k_memory[0]), canvas.heads_last(canvas.v_memory[0])
+        k_cache[self.rows, self.columns] = v_cache[self.rows, self.columns] = float("nan")
+
+        def restore():
+            k_cache[self.rows, self.columns] = rotate(self.k[0], cos, sin)
+            v_cache[self.rows, self.columns] = self.v[0]
+
+        return restore
+
+    def oracle(self):
+        """(indices of packed queries, their output in float64), from the unrotated inputs of the first set."""
+        canvas, model = self.canvas, self.canvas.model
+        affordable = ORACLE_FLOPS / (4 * max(self.point.lengths) * model.nheads * model.headdim)
+        chosen = torch.linspace(0, self.total - 1, min(self.total, max(16, int(affordable)))).round().long().unique()
+        chosen = chosen.to(canvas.device)
+        outs = []
+        for row in self.rows[chosen].unique().tolist():
+            queries = chosen[self.rows[chosen] == row]
+            keys = slice(self.point.leftpads[row], self.point.leftpads[row] + self.point.lengths[row])
+            q = rotate_exactly(self.q[0][queries], self.positions[queries], model.rope_theta)
+            k = rotate_exactly(canvas.k[0][row, keys], canvas.positions[row, keys], model.rope_theta)
+            group = model.nheads // model.nheads_k
+            q = q.unflatten(1, (model.nheads_k, group))
+            scores = torch.einsum("ahgd,nhd->ahgn", q, k) * model.headdim**-0.5
+            out = torch.einsum("ahgn,nhd->ahgd", scores.softmax(-1), canvas.v[0][row, keys].double())
+            outs.append(out.flatten(1, 2))
+        return chosen, torch.cat(outs)
+
+
+def repeat(pattern, x):
+    """Fills x with the pattern, over and over: much faster on a CPU than as many random numbers."""
+    for part in x.view(-1).split(pattern.numel()):
+        part.copy_(pattern[: part.numel()])
+
+
+def rotate_exactly(x, positions, theta):
+    """RoPE in float64 by complex multiplication, so that it shares no code with what it checks."""
+    half = x.shape[-1] // 2
+    frequencies = theta ** -(torch.arange(half, dtype=torch.float64, device=x.device) / half)
+    angles = positions.double()[:, None, None] * frequencies
+    turned = torch.complex(*x.double().chunk(2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+def relative_error(out, chosen, expected):
+    """Largest relative error of any query and head; infinity if anything at all is not finite."""
+    if not out.isfinite().all():
+        return float("inf")
+    error = (out[chosen].double() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    return error.max().item()
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to do the job. `run(i)` does it on set i; `unpack` turns its result into (total, nheads, headdim)."""
+
+    name: str
+    family: str
+    impl: str
+    run: Callable
+    unpack: Callable
+
+
+def ours(case):
+    canvas = case.canvas
+    options = attention_options(case)
+
+    def run(i):
+        k_cache, v_cache = canvas.heads_last(canvas.k_memory[i]), canvas.heads_last(canvas.v_memory[i])
+        q = rope_cache_update(
+            case.q[i], case.k[i], case.v[i], canvas.cos, canvas.sin, case.positions, case.slots, k_cache, v_cache
+        )
+        return delayed_attention(q, k_cache, v_cache, case.cu_seqlens_q, **options)
+
+    return Provider("ours", "ours", our_impl(canvas.device), run, case.unpack)
+
+
+def ours_attention_alone(case):
+    """`delayed_attention` without rotation and cache write, to see the kernel by itself; no rival of the others."""
+    canvas = case.canvas
+    options = attention_options(case)
+    cos, sin = (x[case.positions, None] for x in (canvas.cos, canvas.sin))
+    rotated = [rotate(q, cos, sin) for q in case.q]
+
+    def run(i):
+        k_cache, v_cache = canvas.heads_last(canvas.k_memory[i]), canvas.heads_last(canvas.v_memory[i])
+        return delayed_attention(rotated[i], k_cache, v_cache, case.cu_seqlens_q, **options)
+
+    return Provider("ours, attention alone", "part", our_impl(canvas.device), run, case.unpack)
+
+
+def attention_options(case):
+    return {
+        "max_seqlen_q": case.max_active,
+        "cache_leftpad": case.canvas.leftpad,
+        "cache_seqlens": case.canvas.seqlens,
+    }
+
+
+def our_impl(device):
+    return "triton" if torch.device(device).type == "cuda" else "reference (PyTorch)"
+
+
+def full_recompute(case, attend, name, *, fused=False):
+    """No cache: rotate and attend everything. `fused`: our rotation kernel, so that only the attentions differ."""
+    canvas, model = case.canvas, case.canvas.model
+    positions = canvas.positions.flatten()
+    slots = torch.arange(positions.numel(), device=canvas.device)
+
+    def run(i):
+        if fused:
+            k_cache, v_cache = canvas.heads_last(canvas.k_memory[i]), canvas.heads_last(canvas.v_memory[i])
+            q, k, v = (x[i].flatten(0, 1) for x in (canvas.q, canvas.k, canvas.v))
+            q = rope_cache_update(q, k, v, canvas.cos, canvas.sin, positions, slots, k_cache, v_cache)
+            q = q.view(case.point.batch, case.point.seqlen, model.nheads, model.headdim).transpose(1, 2)
+            k, v = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+        else:
+            q, k, v = (x[i].transpose(1, 2) for x in (canvas.q, canvas.k, canvas.v))
+            cos, sin = canvas.row_cos[:, None], canvas.row_sin[:, None]
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return attend(q, k, v, canvas.mask).transpose(1, 2).flatten(2).flatten(0, 1)
+
+    return Provider(name, "full recompute", "PyTorch", run, case.unpack_canvas)
+
+
+def authors_way(case):
+    """Concatenate, re-order, re-rotate: what the dKV-Cache authors' models do in each layer, from its description.
+
+    Unrotated keys are kept in the order of their positions. A step gathers the stable ones, appends the fresh ones,
+    gathers them back into the order of positions, rotates all keys, repeats K/V heads, and attends. Kinder than theirs:
+    precomputed index tensors in place of boolean masks (which make the host wait), and no zero-filled scatter.
+    """
+    canvas, model, point = case.canvas, case.canvas.model, case.point
+    batch, seqlen = point.batch, point.seqlen
+    is_active = torch.zeros(batch, seqlen, dtype=torch.bool, device=canvas.device)
+    is_active[case.rows, case.columns] = True
+    # stable columns first, in order; the rows of a ragged batch are as wide as the widest needs to be
+    width = seqlen - min(point.counts)
+    stable = is_active.int().argsort(dim=1, stable=True)[:, :width]
+    first = torch.arange(batch, device=canvas.device)[:, None]
+    stable_index = (stable + first * seqlen).flatten()
+    # where each column lies in the concatenation of `width` stable and `max_active` fresh entries
+    place = is_active.logical_not().cumsum(1) - 1
+    entry = is_active.cumsum(1) - 1 + width
+    order_index = (torch.where(is_active, entry, place) + first * (width + case.max_active)).flatten()
+    cos, sin = canvas.row_cos[:, None], canvas.row_sin[:, None]
+    q_cos, q_sin = (x[case.padded_positions, None].transpose(1, 2) for x in (canvas.cos, canvas.sin))
+
+    def in_order(cached, fresh):
+        stable = cached.flatten(0, 1).flatten(1).index_select(0, stable_index)
+        both = torch.cat((stable.unflatten(0, (batch, -1)), fresh.flatten(1).unflatten(0, (batch, -1))), dim=1)
+        ordered = both.flatten(0, 1).index_select(0, order_index)
+        return ordered.view(batch, seqlen, model.nheads_k, model.headdim).transpose(1, 2)
+
+    def run(i):
+        k, v = in_order(canvas.k[i], case.padded_k[i]), in_order(canvas.v[i], case.padded_v[i])
+        q = case.padded_q[i].unflatten(0, (batch, case.max_active)).transpose(1, 2)
+        q, k = rotate(q, q_cos, q_sin), rotate(k, cos, sin)
+        k, v = repeat_heads(k, model), repeat_heads(v, model)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=canvas.mask)
+        return out.transpose(1, 2).flatten(2).flatten(0, 1)
+
+    return Provider("authors' way", "authors' way", "PyTorch", run, case.unpack_rectangle)
+
+
+def cheap_fix(case, attend, name, *, fused=False):
+    """A static cache of rotated keys, indexed by position, and PyTorch's attention over it.
+
+    `fused`: rotation and cache write by our kernel, so that only the attentions differ; else in plain PyTorch.
+    """
+    canvas, model = case.canvas, case.canvas.model
+    rectangle = (case.point.batch, case.max_active)
+    positions = case.padded_positions.flatten()
+
+    def run(i):
+        q, k, v = case.padded_q[i], case.padded_k[i], case.padded_v[i]
+        if fused:
+            k_cache, v_cache = canvas.heads_last(canvas.k_memory[i]), canvas.heads_last(canvas.v_memory[i])
+            q = rope_cache_update(q, k, v, canvas.cos, canvas.sin, positions, case.padded_slots, k_cache, v_cache)
+        else:
+            cos, sin = canvas.cos[positions, None], canvas.sin[positions, None]
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            for memory, x in ((canvas.k_memory[i], k), (canvas.v_memory[i], v)):
+                x = x.unflatten(0, rectangle).transpose(1, 2)
+                memory.index_copy_(0, case.memory_index, x.reshape(-1, model.headdim))
+        q = q.unflatten(0, rectangle).transpose(1, 2)
+        k, v = canvas.heads_first(canvas.k_memory[i]), canvas.heads_first(canvas.v_memory[i])
+        return attend(q, k, v, canvas.mask).transpose(1, 2).flatten(2).flatten(0, 1)
+
+    return Provider(name, "cheap fix", "PyTorch", run, case.unpack_rectangle)
+
+
+def repeat_heads(x, model):
+    """K/V heads repeated for every query head: (batch, nheads_k, n, d) -> (batch, nheads, n, d)."""
+    return x.repeat_interleave(model.nheads // model.nheads_k, dim=1) if model.nheads != model.nheads_k else x
+
+
+def sdpa(model, backend=None, *, repeat=False):
+    """PyTorch's attention, forced onto a backend if one is named; `repeat`: with repeated K/V heads."""
+    masks = {}
+
+    def attend(q, k, v, mask):
+        if repeat:
+            k, v = repeat_heads(k, model), repeat_heads(v, model)
+        enable_gqa = q.shape[1] != k.shape[1]
+        if backend is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=enable_gqa)
+        if mask is not None:
+            # one line per query, made at the first call, which is not timed: not every backend broadcasts
+            if q.shape[2] not in masks:
+                masks[q.shape[2]] = mask.expand(-1, -1, q.shape[2], -1).contiguous()
+            mask = masks[q.shape[2]]
+        with torch.nn.attention.sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=enable_gqa)
+
+    return attend
+
+
+def flex_attention(case, queries):
+    """FlexAttention, compiled for the shapes of this case; ragged rows by a block mask, made beforehand."""
+    from torch.nn.attention import flex_attention as module
+
+    canvas = case.canvas
+    compiled = torch.compile(module.flex_attention, dynamic=False)
+    block_mask = None
+    if case.point.ragged:
+
+        def is_valid(b, h, query, key):
+            return (key >= canvas.leftpad[b]) & (key < canvas.seqlens[b])
+
+        block_mask = module.create_block_mask(
+            is_valid, case.point.batch, None, queries, case.point.seqlen, device=canvas.device
+        )
+
+    def attend(q, k, v, mask):
+        return compiled(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
+
+    return attend
+
+
+def rivals(case, *, with_full, flex=None):
+    """Every provider but ours that makes sense at this point.
+
+    `flex`: whether FlexAttention, which compiles for seconds, takes part: {"cache": ..., "full": ...}, on a GPU only.
+    """
+    model, seqlen, cached = case.canvas.model, case.point.seqlen, case.point.active < case.point.seqlen
+    plain = sdpa(model)
+    yield cheap_fix(case, plain, "cheap fix")
+    if cached:
+        yield authors_way(case)
+    if case.canvas.device.type == "cpu":
+        if with_full:
+            yield full_recompute(case, plain, "full recompute")
+        return
+
+    from torch.nn.attention import SDPBackend
+
+    attends = {
+        "flash": sdpa(model, SDPBackend.FLASH_ATTENTION),
+        "cuDNN": sdpa(model, SDPBackend.CUDNN_ATTENTION),
+        "efficient": sdpa(model, SDPBackend.EFFICIENT_ATTENTION, repeat=True),
+    }
+    if case.point.ragged:
+        # takes no mask
+        del attends["flash"]
+    cache_attends, full_attends = dict(attends), dict(attends)
+    if flex and flex["cache"]:
+        cache_attends["flex"] = flex_attention(case, case.max_active)
+    if flex and flex["full"]:
+        full_attends["flex"] = flex_attention(case, seqlen)
+    # where all positions are active, both families are one and the same
+    for name, attend in cache_attends.items() if cached else ():
+        yield cheap_fix(case, attend, f"cheap fix, our write + {name}", fused=True)
+    for name, attend in full_attends.items() if with_full else ():
+        yield full_recompute(case, attend, f"full recompute, our RoPE + {name}", fused=True)

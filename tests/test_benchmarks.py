@@ -1,0 +1,356 @@
+"""The benchmarks measure what they say: counts, checks that can fail, the form of the results, budgets."""
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import attn_speed  # noqa: E402
+import common  # noqa: E402
+import gpu_report  # noqa: E402
+import plots  # noqa: E402
+import providers  # noqa: E402
+from providers import Canvas, Case, Point  # noqa: E402
+
+TINY = "LLaDA-8B:1:48:4,Dream-7B:3:48:5:ragged"
+ROW_KEYS = {"model", "batch", "seqlen", "active", "provider", "ms", "gbps", "tflops", "fraction_of_ceiling"}
+
+
+def make_case(model, batch, seqlen, active, ragged=False, device="cpu"):
+    point = Point(model, batch, seqlen, active, ragged)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return Case(Canvas(point, sets=2, device=device, dtype=dtype), point)
+
+
+def error_of(provider, case):
+    restore = case.poison()
+    error = providers.relative_error(provider.unpack(provider.run(0)), *case.oracle())
+    restore()
+    return error
+
+
+def run_python(*arguments, cwd=ROOT, timeout=100):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+# ---- counts
+
+
+def test_counts_by_hand():
+    # one row, 10 keys, 2 queries; K and V 2 * 32 * 128 = 8192 numbers a position, q and the output 4096 each
+    llada = Point("LLaDA-8B", 1, 10, 2)
+    assert providers.necessary_bytes(llada, 4) == 4 * (10 * 8192 + 2 * 8192 + 2 * 4096 + 2 * 4096)
+    assert providers.necessary_bytes(llada, 4, attention_alone=True) == 4 * (10 * 8192 + 2 * 2 * 4096)
+    assert providers.necessary_flops(llada) == 2 * (2 * 10 * 128 + 2 * 10 * 128) * 32
+    assert providers.full_recompute_flops(llada) == 5 * providers.necessary_flops(llada)
+    # 4 K/V heads: 1024 numbers a position; 28 query heads: 3584
+    dream = Point("Dream-7B", 3, 16, 4)
+    assert providers.necessary_bytes(dream, 2) == 2 * 3 * (16 * 1024 + 4 * 1024 + 2 * 4 * 3584)
+    assert providers.necessary_flops(dream) == 3 * 4 * 4 * 16 * 3584
+
+
+def test_ragged_rows_by_hand():
+    point = Point("Dream-7B", 4, 16, 2, ragged=True)
+    assert point.lengths == [4, 8, 12, 16]
+    assert point.leftpads == [0, 8, 0, 0]
+    assert sorted(point.counts) == [1, 2, 3, 4]
+    assert providers.necessary_bytes(point, 2) == 2 * (40 * 1024 + 10 * 1024 + 2 * 10 * 3584)
+    pairs = sum(a * n for a, n in zip(point.counts, (4, 8, 12, 16), strict=True))
+    assert providers.necessary_flops(point) == 4 * pairs * 3584
+    # no more active positions than keys
+    assert max(Point("Dream-7B", 4, 16, 16, ragged=True).counts) <= 16
+
+
+def test_summary_by_hand():
+    def rows(ours, cheap, authors):
+        families = {"ours": ours, "cheap fix": cheap, "authors' way": authors}
+        return [{"family": family, "ms": ms} for family, ms in families.items()]
+
+    few, many = Point("LLaDA-8B", 1, 512, 1), Point("LLaDA-8B", 1, 512, 256)
+    summary = attn_speed.summarise([(few, rows(1.0, 2.0, 8.0)), (many, rows(1.0, 0.5, 2.0))])
+    assert summary["active < length / 4"]["cheap fix"] == {"geomean": 2.0, "least": 2.0, "points": 1}
+    assert summary["all points"]["best alternative"] == {"geomean": 1.0, "least": 0.5, "points": 2}
+    assert summary["all points"]["authors' way"]["geomean"] == pytest.approx(4.0)
+    assert summary["all points"]["full recompute"] == {"geomean": None, "least": None, "points": 0}
+
+
+# ---- checks
+
+
+SHAPES = [("LLaDA-8B", 1, 40, 3), ("Dream-7B", 2, 40, 5), ("LLaDA-8B", 3, 32, 4, True), ("Dream-7B", 2, 24, 24)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_provider_agrees_with_the_oracle(shape, device):
+    case = make_case(*shape, device=device)
+    math = providers.sdpa(case.canvas.model, torch.nn.attention.SDPBackend.MATH)
+    contestants = [
+        providers.ours(case),
+        *providers.rivals(case, with_full=True),
+        providers.cheap_fix(case, math, "our write", fused=True),
+        providers.full_recompute(case, math, "our RoPE", fused=True),
+        providers.full_recompute(case, providers.sdpa(case.canvas.model, repeat=True), "repeated heads"),
+    ]
+    assert {"ours", "cheap fix", "full recompute"} <= {provider.family for provider in contestants}
+    for provider in contestants:
+        try:
+            error = error_of(provider, case)
+        except RuntimeError:
+            assert device == "cuda" and provider.family != "ours", "only a GPU backend may refuse a shape"
+            continue
+        assert error <= providers.TOLERANCES[case.canvas.dtype], provider.name
+    alone = providers.ours_attention_alone(case)
+    assert providers.relative_error(alone.run(0), *case.oracle()) <= providers.TOLERANCES[case.canvas.dtype]
+
+
+ours = providers.ours
+
+
+def without_cache_write(case):
+    right = ours(case)
+    return dataclasses.replace(right, run=providers.ours_attention_alone(case).run)
+
+
+def without_padding(case):
+    case.canvas.seqlens = case.canvas.leftpad = None
+    return ours(case)
+
+
+def without_rotation(case):
+    case.positions = torch.zeros_like(case.positions)
+    return ours(case)
+
+
+def with_one_query_missing(case):
+    right = ours(case)
+
+    def run(i):
+        out = right.run(i)
+        out[-1] = 0
+        return out
+
+    return dataclasses.replace(right, run=run)
+
+
+BREAKS = [without_cache_write, without_padding, without_rotation, with_one_query_missing]
+
+
+@pytest.mark.parametrize("broken", BREAKS, ids=lambda function: function.__name__)
+def test_a_broken_provider_fails_the_check(broken):
+    case = make_case("Dream-7B", 3, 32, 4, ragged=True)
+    assert not error_of(broken(case), case) <= providers.TOLERANCES[torch.float32]
+
+
+def test_a_broken_provider_is_not_timed(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(providers, "ours", without_cache_write)
+    arguments = ["--points", TINY, "--no-lint", "--no-plot", "--budget", "20", "--out", str(tmp_path)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert attn_speed.main(arguments) == 1
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {entry["provider"] for entry in result["refused"]} == {"ours"}
+    assert len(result["refused"]) == 2
+    assert result["rows"] and not any(row["provider"] == "ours" for row in result["rows"])
+    assert result["geomean_vs_best"] is None
+
+
+# ---- timing
+
+
+def test_interleaved_samples_are_bounded_and_spread():
+    class Timer:
+        def __init__(self, name, cost):
+            self.name, self.cost = name, cost
+
+        def tick(self):
+            order.append(self.name)
+
+    order = []
+    common.interleave([Timer("fast", 1e-3), Timer("slow", 1.0)], seconds=0.1, least=5, most=20)
+    assert order.count("fast") == 20 and order.count("slow") == 5
+    first, last = order.index("slow"), len(order) - 1 - order[::-1].index("slow")
+    assert first < 8 and last > 15
+
+
+def test_quantiles():
+    assert common.quantiles([3.0]) == (3.0, 3.0, 3.0)
+    assert common.quantiles([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == (2.0, 3.5, 5.0)
+
+
+# ---- runs
+
+
+def check_result(result):
+    for key in ("device", "impl", "torch", "triton", "commit"):
+        assert isinstance(result[key], str) and result[key]
+    assert result["device"].startswith("CPU") and result["impl"] == "reference (PyTorch)"
+    assert result["geomean_vs_best"] > 0 and not result["refused"] and not result["not_run"]
+    families = {"ours", "cheap fix", "authors' way", "full recompute"}
+    for batch in (1, 3):
+        rows = [row for row in result["rows"] if row["batch"] == batch]
+        assert {row["provider"] for row in rows} == families
+        best = min(row["ms"] for row in rows if row["provider"] != "ours")
+        for row in rows:
+            assert row.keys() >= ROW_KEYS | {"ratio_to_best"}
+            assert row["ms"] > 0 and row["gbps"] > 0 and row["tflops"] > 0 and row["fraction_of_ceiling"] > 0
+            assert row["ratio_to_best"] == pytest.approx(best / row["ms"], rel=1e-3)
+
+
+def test_a_run_from_elsewhere_writes_everything(tmp_path):
+    options = ("--points", TINY, "--no-lint", "--budget", "20", "--out", tmp_path / "out")
+    run = run_python(ROOT / "benchmarks" / "attn_speed.py", *options, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    check_result(json.loads(run.stdout.splitlines()[-1]))
+    assert "nothing below is a GPU figure" in run.stdout
+
+    stem = tmp_path / "out" / "attn_speed_points"
+    record = json.loads(stem.with_suffix(".json").read_text())
+    with stem.with_suffix(".csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(record["rows"]) == 8
+    assert {row["device"] for row in rows} == {record["device"]}
+    assert {row["impl"] for row in rows} == {"reference (PyTorch)", "PyTorch"}
+    assert stem.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_a_run_as_a_module_without_budget_says_what_was_not_run(tmp_path):
+    options = ("--points", TINY, "--no-lint", "--no-plot", "--budget", "0.001", "--out", tmp_path)
+    run = run_python("-m", "benchmarks.attn_speed", *options)
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert run.returncode == 1
+    assert len(result["not_run"]) == 2 and result["rows"] == []
+    assert "the budget was used up" in run.stdout
+
+
+def test_a_stopped_run_keeps_what_it_has(tmp_path):
+    points = ",".join(["LLaDA-8B:1:48:4", *(f"Dream-7B:1:128:{active}" for active in range(1, 128))])
+    command = [sys.executable, "benchmarks/attn_speed.py", "--no-lint", "--no-plot", "--out", str(tmp_path)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(
+        [*command, "--points", points], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("Dream-7B"):
+                break
+        process.send_signal(signal.SIGTERM)
+        *_, last = process.stdout
+    result = json.loads(last)
+    assert result["rows"] and result["not_run"]
+    assert (tmp_path / "attn_speed_points.json").exists()
+
+
+@pytest.mark.gpu
+def test_a_run_on_the_gpu(tmp_path):
+    options = ("--points", "LLaDA-8B:2:256:8,Dream-7B:3:256:5:ragged", "--no-plot", "--out", str(tmp_path))
+    command = [sys.executable, "benchmarks/attn_speed.py", *options]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stdout + run.stderr
+    result = json.loads((tmp_path / "attn_speed_points.json").read_text())
+    assert result["impl"] == "triton" and not result["refused"]
+    for batch in (2, 3):
+        rows = {row["provider"]: row for row in result["rows"] if row["batch"] == batch}
+        assert rows["ours"]["attention_ms"] < rows["ours"]["ms"]
+        assert {"cheap fix", "authors' way", "cheap fix, our write + efficient"} < rows.keys()
+
+
+def test_bad_points_are_refused(capsys):
+    for text in ("GPT:1:48:4", "LLaDA-8B:1:48:4:ragged"):
+        with pytest.raises(SystemExit):
+            attn_speed.parse_arguments(["--points", text])
+        assert "MODEL:BATCH:LENGTH:ACTIVE" in capsys.readouterr().err
+
+
+def test_the_grids_are_what_they_say():
+    points = [point for group in attn_speed.points_of(attn_speed.GPU, providers.MODELS) for point in group]
+    assert {p.batch for p in points} == {1, 4, 8, 32}
+    assert {p.seqlen for p in points} == {512, 1024, 2048, 4096, 8192}
+    assert {1, 8, 32, 64, 128, 256} <= {p.active for p in points}
+    assert any(p.ragged for p in points) and any(p.active == p.seqlen for p in points)
+    assert len(set(points)) == len(points)
+    assert set(attn_speed.GPU.flex) <= {(p.batch, p.seqlen, p.active) for p in points}
+
+
+def test_without_the_bench_extra_there_are_messages(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert list(common.progress([1, 2], "points")) == [1, 2]
+    common.say("a line")
+    assert plots.attention([{}], {}, tmp_path / "x.png") is None
+    captured = capsys.readouterr()
+    assert captured.out == "a line\n"
+    assert "tqdm is not installed" in captured.err and "matplotlib is not installed" in captured.err
+
+
+# ---- report
+
+
+def test_the_report_keeps_to_its_budget(tmp_path, monkeypatch, capsys):
+    def python(code):
+        return (sys.executable, "-c", code)
+
+    monkeypatch.setattr(gpu_report, "LEAST_SECONDS", 0.2)
+    monkeypatch.setattr(gpu_report, "GRACE_SECONDS", 0.5)
+    # a child of its own, which must end with it
+    sleeping = "import subprocess; print('started'); subprocess.run(['sleep', '60'])"
+    steps = [
+        gpu_report.Step("good", 5, python("print('x' * 1000); print('fine')")),
+        gpu_report.Step("bad", 5, python("raise SystemExit(7)")),
+        gpu_report.Step("known", 5, python("raise SystemExit(5)"), statuses={5: "not run: nothing to do"}),
+        gpu_report.Step("missing", 5, (), unavailable="the tool is not installed"),
+        gpu_report.Step("endless", 5, python(sleeping)),
+        gpu_report.Step("late", 0.01, python("print('never')")),
+    ]
+    report = {"steps": []}
+    gpu_report.run_steps(steps, 6.0, report, tmp_path)
+    status = {step["step"]: step["status"] for step in report["steps"]}
+    assert status["good"] == "passed"
+    assert status["bad"] == "failed: exit status 7"
+    assert status["known"] == "not run: nothing to do"
+    assert status["missing"] == "not run: the tool is not installed"
+    assert status["endless"].startswith("timed out")
+    assert status["late"] == "not run: the budget is used up"
+    output = {step["step"]: step["output"] for step in report["steps"]}
+    assert output["good"].splitlines()[-1] == "fine" and len(output["good"]) < 600
+    assert output["endless"].startswith("started")
+    assert report["seconds"] < 9
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert "==== late: not run" in (tmp_path / "report.log").read_text()
+    assert "endless" in capsys.readouterr().out
+
+
+def test_the_report_can_be_rehearsed(tmp_path):
+    run = run_python("benchmarks/gpu_report.py", "--rehearse", "--budget", "90", "--out", tmp_path)
+    assert run.returncode == 0, run.stdout + run.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["rehearsal"] is True
+    assert [step["status"] for step in report["steps"]] == ["passed"] * 5, run.stdout
+    assert {"device", "torch", "triton", "commit", "date", "seconds"} <= report.keys()
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert len(files) <= 8 and {"report.json", "report.log", "attn_speed_points.json"} <= set(files)
+
+
+def test_the_report_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_report.main([]) == 2
+    assert "needs a CUDA GPU" in capsys.readouterr().err
+
+
+def test_the_real_steps_exist(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_report.shutil, "which", lambda name: None)
+    steps = gpu_report.steps(tmp_path, rehearse=False)
+    assert [step.name for step in steps[:3]] == ["environment", "tests", "attention speed"]
+    assert all(step.unavailable for step in steps if step.name in ("memcheck", "racecheck"))
+    for step in steps:
+        scripts = [Path(part) for part in step.command if part.endswith(".py")]
+        assert all(script.exists() for script in scripts)
