@@ -8,6 +8,7 @@ import torch
 
 from dkv.decoder import find_decoder
 from dkv.engine import active_positions, packed_rows
+from dkv.inputs import checked_order, count, eos_ids_of, fraction, left_padded, token_id
 from dkv.kernels.checks import IMPLS
 from dkv.noise import noise_key
 from dkv.policy import Decode, Policy
@@ -133,20 +134,20 @@ def generate(
     if model.training:
         raise ValueError("generate needs the model in eval mode, got training mode; call model.eval() first.")
     family = decoder.family
-    mask_id = _token_id("mask_id", decoder.mask_id if mask_id is None else mask_id, decoder)
-    eos_ids = _eos_ids(eos_token_id, decoder)
-    gen_length = _count("gen_length", gen_length)
-    block_length = min(_count("block_length", gen_length if block_length is None else block_length), gen_length)
+    mask_id = token_id("mask_id", decoder.mask_id if mask_id is None else mask_id, decoder)
+    eos_ids = eos_ids_of(eos_token_id, decoder)
+    gen_length = count("gen_length", gen_length)
+    block_length = min(count("block_length", gen_length if block_length is None else block_length), gen_length)
     if (threshold is not None or factor is not None) and steps is not None:
         raise ValueError("steps must be None with threshold or factor: they take as many steps as they need.")
-    steps = _count("steps", gen_length if steps is None else steps)
-    _fraction("eps", eps, closed=False)
+    steps = count("steps", gen_length if steps is None else steps)
+    fraction("eps", eps, closed=False)
     if not cfg_scale >= 0:
         raise ValueError(f"cfg_scale must be at least 0, got {cfg_scale}.")
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}.")
 
-    input_ids, real = _left_padded(input_ids, attention_mask, decoder)
+    input_ids, real = left_padded(input_ids, attention_mask, decoder)
     batch, prompt_length = input_ids.shape
     seqlen = prompt_length + gen_length
     if seqlen > decoder.max_positions:
@@ -189,7 +190,7 @@ def generate(
         block_length=block_length,
         shifted=family.shifted,
     )
-    order = _checked_order(order, sampler, state, prompt_length)
+    order = checked_order(order, sampler, state, prompt_length)
     run = _Run(
         decoder=decoder,
         policy=policy,
@@ -339,7 +340,7 @@ def _sampler(family, *, remasking, threshold, factor, temperature, top_p, top_k,
     if by_probability and remasking not in BY_PROBABILITY:
         raise ValueError(f"threshold and factor need remasking to be one of {BY_PROBABILITY}, got {remasking!r}.")
     if threshold is not None:
-        _fraction("threshold", threshold)
+        fraction("threshold", threshold)
     if factor is not None and not factor > 0:
         raise ValueError(f"factor must be positive, got {factor}.")
     for name, value in (("temperature", temperature), ("alg_temp", alg_temp)):
@@ -348,9 +349,9 @@ def _sampler(family, *, remasking, threshold, factor, temperature, top_p, top_k,
     if alg_temp > 0 and (remasking in ORDERED or by_probability):
         raise ValueError("alg_temp needs a fixed number of commits chosen by confidence.")
     if top_p is not None:
-        _fraction("top_p", top_p)
+        fraction("top_p", top_p)
     if top_k is not None:
-        _count("top_k", top_k)
+        count("top_k", top_k)
     return Sampler(
         remasking=remasking,
         temperature=float(temperature),
@@ -362,98 +363,6 @@ def _sampler(family, *, remasking, threshold, factor, temperature, top_p, top_k,
         divides_logits=family.divides_logits,
         **settings,
     )
-
-
-def _left_padded(input_ids, attention_mask, decoder):
-    """The prompts with their padding on the left, and (batch, prompt_length) bool: what is not padding."""
-    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
-        got = getattr(input_ids, "dtype", type(input_ids).__name__)
-        raise TypeError(f"input_ids must be an int64 tensor, got {got}.")
-    if input_ids.dim() != 2 or 0 in input_ids.shape:
-        raise ValueError(f"input_ids must have shape (batch, prompt_length), not empty, got {tuple(input_ids.shape)}.")
-    if input_ids.device != decoder.weight.device:
-        raise ValueError(f"input_ids must be on the model's device, {decoder.weight.device}, got {input_ids.device}.")
-    lowest, highest = int(input_ids.min()), int(input_ids.max())
-    if lowest < 0 or highest >= decoder.vocab_size:
-        raise ValueError(f"input_ids must be in 0 .. {decoder.vocab_size - 1}, got {lowest} .. {highest}.")
-    input_ids = input_ids.long()
-    if attention_mask is None:
-        return input_ids, torch.ones_like(input_ids, dtype=torch.bool)
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask must have the shape of input_ids, {tuple(input_ids.shape)}, "
-            f"got {tuple(attention_mask.shape)}."
-        )
-    if attention_mask.device != input_ids.device:
-        raise ValueError(f"attention_mask must be on {input_ids.device} like input_ids, got {attention_mask.device}.")
-    real = attention_mask.bool()
-    if not torch.equal(real.to(attention_mask.dtype), attention_mask):
-        raise ValueError("attention_mask must hold 0 and 1 (or False and True) only.")
-    lengths = real.sum(1)
-    if not bool((lengths > 0).all()):
-        raise ValueError(
-            f"every row needs a token, but rows {(lengths == 0).nonzero()[:, 0].tolist()} are all padding."
-        )
-    starts = (real & (real.cumsum(1) == 1)).int().argmax(1)
-    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-    contiguous = (columns >= starts[:, None]) & (columns < (starts + lengths)[:, None])
-    padding_on_one_side = (starts == 0) | (starts + lengths == input_ids.shape[1])
-    good = (contiguous == real).all(1) & padding_on_one_side
-    if not bool(good.all()):
-        raise ValueError(
-            "attention_mask must have its zeros on one side of each row, "
-            f"but rows {(~good).nonzero()[:, 0].tolist()} have zeros inside or on both sides."
-        )
-    # move the padding of right-padded rows to the left, whatever ids it has
-    source = (columns + starts[:, None] + lengths[:, None]) % input_ids.shape[1]
-    return input_ids.gather(1, source), real.gather(1, source)
-
-
-def _checked_order(order, sampler, state, prompt_length):
-    if order is None:
-        return None
-    if sampler.remasking != "random":
-        raise ValueError(f"order is for remasking='random', got remasking={sampler.remasking!r}.")
-    gen_length = state.x.shape[1] - prompt_length
-    if not isinstance(order, torch.Tensor) or order.shape != (state.x.shape[0], gen_length):
-        got = tuple(order.shape) if isinstance(order, torch.Tensor) else type(order).__name__
-        raise ValueError(
-            f"order must be a tensor of shape (batch, gen_length) = ({state.x.shape[0]}, {gen_length}), got {got}."
-        )
-    order = order.to(state.x.device).long()
-    if not torch.equal(order.sort(1).values, torch.arange(gen_length, device=order.device).expand_as(order)):
-        raise ValueError(f"each row of order must be a permutation of 0 .. {gen_length - 1}.")
-    if bool((state.masked & (state.columns < prompt_length)).any()):
-        raise ValueError("order cannot be given with mask tokens inside the prompt: it names generated positions only.")
-    return order
-
-
-def _eos_ids(eos_token_id, decoder):
-    if eos_token_id is None:
-        return [i for i in (decoder.eos_token_id, decoder.family.end_of_turn_id) if i < decoder.vocab_size]
-    ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-    return [_token_id("eos_token_id", i, decoder) for i in ids]
-
-
-def _token_id(name, value, decoder):
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}.")
-    if not 0 <= value < decoder.vocab_size:
-        raise ValueError(f"{name} must be in the vocabulary, 0 .. {decoder.vocab_size - 1}, got {value}.")
-    return value
-
-
-def _count(name, value):
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}.")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}.")
-    return value
-
-
-def _fraction(name, value, closed=True):
-    if not 0 < value <= 1 or (not closed and value == 1):
-        raise ValueError(f"{name} must be above 0 and {'at most' if closed else 'below'} 1, got {value}.")
 
 
 def _progress_bar(total):
