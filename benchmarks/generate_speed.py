@@ -1,7 +1,8 @@
 """How fast are whole generations: every policy of `dkv.generate` against no cache, on random models.
 
-    python benchmarks/generate_speed.py             LLaDA and Dream of a middle size, every policy
-    python benchmarks/generate_speed.py --quick     fewer policies and tokens, one sample each
+    python benchmarks/generate_speed.py             LLaDA and Dream of a middle size: every policy at batch 1, and
+                                                    NoCache and Decode at batch 4
+    python benchmarks/generate_speed.py --quick     batch 1, fewer policies and tokens, one sample each
 
 Random weights, so the tokens mean nothing; what a step costs does not depend on them. In a row, `speedup` is the time
 of NoCache over this policy's, in the same run; `cap` is what the operation counts allow: multiplications of the
@@ -106,30 +107,29 @@ def operations(decoder, output, block_length):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--samples", type=int, help="timed runs of each policy; default 3, with --quick 1")
     parser.add_argument("--budget", type=float, default=600, help="seconds; no new sample or model is begun after them")
     parser.add_argument("--out", type=Path, help="folder for the files; default benchmarks/results/<device>")
     arguments = parser.parse_args()
-    names, generated = (QUICK, 64) if arguments.quick else (tuple(POLICIES), 128)
-    samples = arguments.samples or (1 if arguments.quick else 3)
+    plan = {1: QUICK} if arguments.quick else {1: tuple(POLICIES), 4: ("NoCache", "Decode")}
+    generated, samples = (64, 1) if arguments.quick else (128, 2)
     environment, device = common.environment(), common.device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     impl = "Triton kernels" if device.type == "cuda" else "PyTorch implementation"
     say(f"{environment['device']}, {impl}, {str(dtype).removeprefix('torch.')}, commit {environment['commit']}")
     say(
-        f"hidden {HIDDEN}, {LAYERS} layers, {HEADS} heads, vocabulary {VOCABULARY}; batch {arguments.batch}, prompt "
+        f"hidden {HIDDEN}, {LAYERS} layers, {HEADS} heads, vocabulary {VOCABULARY}; prompt "
         f"{PROMPT} + {generated} tokens, one a step; LLaDA in blocks of {BLOCK}, Dream in one"
     )
     heads = ("seconds", 9), ("tokens/s", 10), ("from cache", 12), ("speedup", 9), ("cap", 8), ("of cap", 8)
-    say(f"\n{'model':7}{'policy':16}" + "".join(f"{head:>{width}}" for head, width in heads))
+    say(f"\n{'model':7}{'batch':>5}  {'policy':16}" + "".join(f"{head:>{width}}" for head, width in heads))
     rows, clock = [], common.Clock(arguments.budget)
-    for family, config in CONFIGS.items():
-        if clock.left < 0:
-            say(f"{family}: not run, the budget is used up")
-            continue
-        model = dkv.models.from_config(config, dtype=dtype, device=device).eval()
-        rows += measure(model, family, arguments.batch, generated, names, samples, clock)
+    models = {f: dkv.models.from_config(c, dtype=dtype, device=device).eval() for f, c in CONFIGS.items()}
+    for batch, names in plan.items():
+        for family, model in models.items():
+            if clock.left < 0:
+                say(f"{family}, batch {batch}: not run, the budget is used up")
+            else:
+                rows += measure(model, family, batch, generated, names, samples, clock)
     record = {**environment, "impl": impl, "dtype": str(dtype).removeprefix("torch."), "rows": rows}
     if not arguments.quick:
         out = arguments.out or common.RESULTS / common.device_slug()
@@ -194,7 +194,8 @@ def measure(model, family, batch, generated, names, samples, clock):
             }
         )
         say(
-            f"{family:7}{name:16}{medians[name]:9.3f}{batch * generated / medians[name]:10.1f}{ratios[name]:12.0%}"
+            f"{family:7}{batch:5}  {name:16}{medians[name]:9.3f}{batch * generated / medians[name]:10.1f}"
+            f"{ratios[name]:12.0%}"
             f"{speedup:8.2f}x{cap:7.2f}x{speedup / cap:8.0%}"
         )
     return rows
