@@ -248,7 +248,7 @@ def tile_queries(arch, dtype, headdim, group, most_rows=512):
     queries = {}
     with on_gpu(arch):
         for count in range(1, most_rows // group + 1):
-            queries[tables.attention_launch(torch.device("cuda:0"), DTYPES[dtype], headdim, count * group)] = count
+            queries[tables.attention_launch(torch.device("cuda:0"), DTYPES[dtype], count * group)] = count
     return list(queries.values())
 
 

@@ -227,15 +227,16 @@ class _Run:
     def to_the_end(self, output_history, show_progress):
         state = self.state
         stats = GenerateStats(peak_cache_bytes=self.cache.nbytes)
-        history, actives, positions = [], [], 0
+        # counted on the device, read once at the end
+        history, actives, recomputed, positions = [], [], 0, 0
         progress = _progress_bar(int(state.masked.sum())) if show_progress else None
         while bool(state.running.any()):
             masks = state.masked
-            positions += int((state.real & state.running).sum()) * self.copies
+            positions = positions + (state.real & state.running).sum()
             active = self.step()
             stats.steps += 1
             stats.forward_passes += self.copies
-            stats.recomputed_tokens += int(active.sum()) * self.copies
+            recomputed = recomputed + active.sum()
             if output_history:
                 history.append(state.x)
                 actives.append(active)
@@ -243,7 +244,8 @@ class _Run:
                 progress.update(int((masks & ~state.masked).sum()))
         if progress is not None:
             progress.close()
-        stats.cache_ratio = 1 - stats.recomputed_tokens / positions
+        stats.recomputed_tokens = int(recomputed) * self.copies
+        stats.cache_ratio = 1 - int(recomputed) / int(positions)
         output = GenerateOutput(state.x, stats)
         if output_history:
             output = dataclasses.replace(output, history=torch.stack(history), active=torch.stack(actives))

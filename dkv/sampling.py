@@ -62,10 +62,14 @@ class Sampler:
             ids = torch.arange(z.shape[1], device=z.device)
             noise = gumbel(noise_key(0, keys[:, None], ids[None]))
             token = (z + (1.0 if self.divides_logits else self.temperature) * noise).argmax(-1)
-        if self.unconfident_ids:
-            z[:, list(self.unconfident_ids)] = float("-inf")
-            top, best = z.max(-1)
-        return token, self._score(z, token, top, best)
+        if not self.unconfident_ids:
+            return token, self._score(z, token, top, best)
+        unconfident = torch.zeros_like(token, dtype=torch.bool)
+        for i in self.unconfident_ids:
+            unconfident |= token == i
+            z[:, i] = float("-inf")
+        score = self._score(z, token, *z.max(-1))
+        return token, score.masked_fill(unconfident, float("-inf"))
 
     def _score(self, z, token, top, best):
         if self.remasking == "topk_margin":
@@ -75,11 +79,10 @@ class Sampler:
         # softmax would tie at 1
         shifted = (z - top[:, None]).clamp_(min=NEGLIGIBLE)
         weights = shifted.exp()
+        others = weights.scatter(1, best[:, None], 0.0).sum(-1)
         if self.remasking == "entropy":
-            mean = torch.bmm(weights[:, None], shifted[:, :, None])[:, 0, 0]
-            others = weights.scatter_(1, best[:, None], 0.0).sum(-1)
-            return mean / (1 + others) - others.log1p()
-        others = weights.scatter_(1, best[:, None], 0.0).sum(-1)
+            mean = torch.bmm(weights[:, None], shifted[:, :, None])[:, 0, 0] / (1 + others)
+            return mean - others.log1p()
         return z.gather(1, token[:, None])[:, 0] - top - others.log1p()
 
     @property

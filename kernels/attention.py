@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from dkv.kernels import checks, reference
-from dkv.kernels.launch import attention_launch, merge_launch, num_splits_heuristic, processors
+from dkv.kernels.launch import MERGE, attention_launch, num_splits_heuristic, processors
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -295,8 +295,9 @@ def _launch(
 
     max_rows = max_seqlen_q * group
     max_keys = seqlen_cache if key_index is None else key_index.shape[1]
-    launch = attention_launch(q.device, q.dtype, headdim, max_rows)
-    blocks = triton.cdiv(max_rows, launch.block_m)
+    launch = attention_launch(q.device, q.dtype, max_rows)
+    # one block at least: it clears the padding queries where no row has a query
+    blocks = max(triton.cdiv(max_rows, launch.block_m), 1)
     if num_splits is None:
         num_splits = num_splits_heuristic(
             programs=blocks * batch * nheads_k,
@@ -359,8 +360,7 @@ def _launch(
             num_stages=launch.num_stages,
         )
         if num_splits > 1:
-            merge = merge_launch(headdim)
-            _merge_splits_kernel[(triton.cdiv(total * nheads, merge.block_m),)](
+            _merge_splits_kernel[(triton.cdiv(total * nheads, MERGE.block_m),)](
                 partial_out_ptr=partial_out,
                 partial_lse_ptr=partial_lse,
                 out_ptr=out,
@@ -371,13 +371,12 @@ def _launch(
                 splits=num_splits,
                 NHEADS=nheads,
                 HEADDIM=headdim,
-                BLOCK_M=merge.block_m,
-                num_warps=merge.num_warps,
+                BLOCK_M=MERGE.block_m,
+                num_warps=MERGE.num_warps,
             )
     return out, lse
 
 
-@torch.library.custom_op("dkv::delayed_attention", mutates_args=())
 def _delayed_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -419,10 +418,17 @@ def _delayed_attention(
         softmax_scale=softmax_scale,
         return_softmax_lse=return_softmax_lse,
     )
-    return result if return_softmax_lse else (result, q.new_empty((0, 0), dtype=torch.float32))
+    return (
+        result
+        if return_softmax_lse
+        else (result, q.new_empty((0, 0), dtype=torch.promote_types(q.dtype, torch.float32)))
+    )
 
 
-@_delayed_attention.register_fake
+_operator = torch.library.custom_op("dkv::delayed_attention", mutates_args=())(_delayed_attention)
+
+
+@_operator.register_fake
 def _(q, k_cache, v_cache, cu_seqlens_q, *options):
     return_softmax_lse, impl = options[-2:]
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
@@ -508,22 +514,11 @@ def delayed_attention(
     if num_splits is not None:
         checks.check_count("num_splits", num_splits, 1)
     impl = checks.resolve_impl(impl, _delayed_attention_kernel, q)
-    softmax_scale = headdim**-0.5 if softmax_scale is None else float(softmax_scale)
-    # the operator exists for torch.compile; in eager mode its dispatch would cost a CPU as much as a small call
+    # the operator is there for torch.compile; in eager mode its dispatch would cost a CPU as much as a small call
+    run = torch.ops.dkv.delayed_attention
     if impl == "reference" and not torch.compiler.is_compiling():
-        return reference.delayed_attention(
-            q,
-            k_cache,
-            v_cache,
-            cu_seqlens_q,
-            cache_leftpad=cache_leftpad,
-            cache_seqlens=cache_seqlens,
-            key_mask=key_mask,
-            key_index=key_index,
-            softmax_scale=softmax_scale,
-            return_softmax_lse=return_softmax_lse,
-        )
-    out, lse = torch.ops.dkv.delayed_attention(
+        run = _delayed_attention
+    out, lse = run(
         q,
         k_cache,
         v_cache,
@@ -533,7 +528,7 @@ def delayed_attention(
         cache_seqlens,
         key_mask,
         key_index,
-        softmax_scale,
+        headdim**-0.5 if softmax_scale is None else float(softmax_scale),
         num_splits,
         return_softmax_lse,
         impl,

@@ -1,5 +1,6 @@
-"""Launch parameters by architecture, head dim, dtype and size: tables, no autotuning, so runs are deterministic.
+"""Launch parameters by architecture, dtype and size: tables, no autotuning, so runs are deterministic.
 
+The tiles are those of headdim 128, the tuned one; smaller heads take the same and need less of everything.
 The tables come from ahead-of-time compilation for each architecture (registers, spills, shared memory) and the rule
 that a streaming multiprocessor needs 32 to 64 KiB of loads in flight to reach its share of the memory bandwidth.
 """
@@ -69,6 +70,9 @@ FULL_PRECISION = (
 INTERPRETER = (AttentionLaunch(16, 64, 4, 1, full_tiles_first=True), AttentionLaunch(64, 64, 4, 1))
 
 
+MERGE = MergeLaunch(block_m=16, num_warps=4)
+
+
 def attention_table(arch, dtype):
     """The tile sizes to choose from on compute capability `arch` (90 for 9.0); None: the interpreter."""
     if arch is None:
@@ -78,14 +82,10 @@ def attention_table(arch, dtype):
     return HALF_PRECISION[{80: 80, 90: 90, 100: 90}.get(arch, 86)]
 
 
-def attention_launch(device, dtype, headdim, rows):
+def attention_launch(device, dtype, rows):
     """The launch of `delayed_attention` for `rows` = queries per row times query heads per K/V head."""
     table = attention_table(architecture(device), dtype)
     return next((launch for launch in table if launch.block_m >= rows), table[-1])
-
-
-def merge_launch(headdim):
-    return MergeLaunch(block_m=16, num_warps=4)
 
 
 def num_splits_heuristic(*, programs, tiles, rows, keys, row_groups, headdim, processors):
@@ -98,7 +98,7 @@ def num_splits_heuristic(*, programs, tiles, rows, keys, row_groups, headdim, pr
         keys: columns of the longest row.
         processors: streaming multiprocessors of the GPU.
     """
-    if programs >= 0.8 * processors:
+    if not 0 < programs < 0.8 * processors:
         return 1
     splits = min(2 * processors // programs, tiles // MIN_TILES_PER_SPLIT, MAX_SPLITS)
     # float32 partial results are written and read once: against the K and V bytes, and free while they fit the L2

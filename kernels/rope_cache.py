@@ -147,7 +147,6 @@ def _launch(q, k, v, cos, sin, positions, slots, k_cache, v_cache):
     return q_rotated
 
 
-@torch.library.custom_op("dkv::rope_cache_update", mutates_args=("k_cache", "v_cache"))
 def _rope_cache_update(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -164,7 +163,10 @@ def _rope_cache_update(
     return run(q, k, v, cos, sin, positions, slots, k_cache, v_cache)
 
 
-@_rope_cache_update.register_fake
+_operator = torch.library.custom_op("dkv::rope_cache_update", mutates_args=("k_cache", "v_cache"))(_rope_cache_update)
+
+
+@_operator.register_fake
 def _(q, k, v, cos, sin, positions, slots, k_cache, v_cache, impl):
     return q.new_empty(q.shape)
 
@@ -225,7 +227,8 @@ def rope_cache_update(
     if cos.stride(0) != sin.stride(0):
         raise ValueError(f"cos and sin must have the same strides, got {cos.stride()} and {sin.stride()}.")
     impl = checks.resolve_impl(impl, _rope_cache_kernel, q)
-    # the operator exists for torch.compile; in eager mode its dispatch would cost a CPU as much as a small call
+    # the operator is there for torch.compile; in eager mode its dispatch would cost a CPU as much as a small call
+    run = torch.ops.dkv.rope_cache_update
     if impl == "reference" and not torch.compiler.is_compiling():
-        return reference.rope_cache_update(q, k, v, cos, sin, positions, slots, k_cache, v_cache)
-    return torch.ops.dkv.rope_cache_update(q, k, v, cos, sin, positions, slots, k_cache, v_cache, impl)
+        run = _rope_cache_update
+    return run(q, k, v, cos, sin, positions, slots, k_cache, v_cache, impl)

@@ -123,6 +123,14 @@ def test_no_query_at_all(device, counts):
     assert delayed_attention(*empty.tensors(), impl="triton").shape == (0, 2, 32)
 
 
+@pytest.mark.parametrize("num_splits", [None, 1, 2])
+def test_a_bound_of_zero_queries(device, num_splits):
+    """Nothing but padding queries, and the host knows it."""
+    case = AttentionCase.random([0, 0], seqlen=32, padding=20, device=device)
+    out, lse = check(case, max_seqlen_q=0, num_splits=num_splits)
+    assert (out == 0).all() and (lse == float("-inf")).all()
+
+
 def test_masked_and_invalid_columns_are_never_read(device):
     """Slots outside the valid columns may hold anything, NaN from a freed buffer included."""
     case = AttentionCase.random([6, 6], seqlen=100, device=device)
@@ -145,7 +153,7 @@ def test_queries_beyond_the_bound_are_nan(device):
     case = AttentionCase.random([70, 3], seqlen=32, nheads_k=1, device=device)
     for num_splits in (1, 2):
         out = delayed_attention(*case.tensors(), max_seqlen_q=2, num_splits=num_splits, impl="triton")
-        tile = launch.attention_launch(torch.device(device), torch.float32, 32, 2).block_m
+        tile = launch.attention_launch(torch.device(device), torch.float32, 2).block_m
         assert out[tile:70].isnan().all() and not out[:tile].isnan().any() and not out[70:].isnan().any()
 
 

@@ -297,7 +297,6 @@ def test_guidance_by_the_formula(device):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_end_of_text_switches(family, device):
     ids, _ = prompts(6, device=device)
-    find_decoder(model(family, device))
     run = generate(family, ids, gen_length=24, logits_eos_inf=True, device=device)
     assert not (run.sequences[:, 6:] == EOS).any()
     run = generate(family, ids, gen_length=6, confidence_eos_eot_inf=True, device=device)
@@ -312,6 +311,16 @@ def test_unconfident_ids_are_committed_last():
     token, score = sampler.predict(logits.clone(), torch.zeros(2, dtype=torch.int64))
     assert token.tolist() == [3, 0] and score[0] == float("-inf")
     torch.testing.assert_close(score[1], logits[1, :3].log_softmax(-1)[0])
+
+
+@pytest.mark.parametrize("rule", ["low_confidence", "entropy", "topk_margin", "maskgit_plus"])
+def test_unconfident_ids_are_last_under_every_rule(rule):
+    """Also where nothing else is left: the score is -inf, never NaN."""
+    from dkv.sampling import Sampler
+
+    sampler = Sampler(rule, 0.0, None, 1, 0.0, None, None, 0, False, (), (3,))
+    token, score = sampler.predict(torch.tensor([[0.0, 1.0, 2.0, 9.0], [3.0, 1.0, 2.0, 2.0]]), None)
+    assert token.tolist() == [3, 0] and score[0] == float("-inf") and score[1].isfinite()
 
 
 def test_confident_rows_keep_their_order():
@@ -419,7 +428,7 @@ def test_a_policy_that_returns_something_else(result, error, device):
 
 
 def test_half_precision(device):
-    """bf16 and fp16 run through; the first uncached commit is the model's own choice."""
+    """bf16 and fp16 run through and leave no mask."""
     for dtype in (torch.bfloat16, torch.float16):
         for family in FAMILIES:
             name = {"llada": "llada_mha_s0", "dream": "dream_gqa_s0"}[family]

@@ -181,7 +181,7 @@ def test_cases_cover_the_tables():
             tiles = set()
             for queries in kernel_lint.tile_queries(arch, name, 128, group=1):
                 with kernel_lint.on_gpu(arch):
-                    tiles.add(launch.attention_launch(torch.device("cuda:0"), dtype, 128, queries))
+                    tiles.add(launch.attention_launch(torch.device("cuda:0"), dtype, queries))
             assert tiles == set(launch.attention_table(arch, dtype))
     cases = kernel_lint.all_cases()
     assert len({f"{case.kernel} {case} {case.arch}" for case in cases}) == len(cases)

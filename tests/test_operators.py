@@ -159,6 +159,11 @@ def attention_arguments(device, impl, **options):
 def test_opcheck(device, impl):
     """Schema, fake implementation and dispatch, as torch.library checks them."""
     torch.library.opcheck(torch.ops.dkv.delayed_attention, attention_arguments(device, impl))
+    without_lse = [*attention_arguments(device, impl)[:-2], False, impl]
+    torch.library.opcheck(torch.ops.dkv.delayed_attention, without_lse)
+    if impl == "reference":
+        without_lse[:3] = [tensor.double() for tensor in without_lse[:3]]
+        torch.library.opcheck(torch.ops.dkv.delayed_attention, without_lse)
     options = {
         "cache_leftpad": torch.tensor([1, 0], dtype=i32, device=device),
         "cache_seqlens": torch.tensor([20, 12], dtype=i32, device=device),
