@@ -1,11 +1,13 @@
 """What both operators promise as operators: their errors, their registration with PyTorch, their use under compile."""
 
+import inspect
+
 import pytest
 import torch
 from test_rope_cache import inputs as rope_inputs
 from utils import AttentionCase
 
-from dkv.kernels import delayed_attention, rope_cache_update
+from dkv.kernels import delayed_attention, reference, rope_cache_update
 
 
 def attention(**changes):
@@ -141,6 +143,13 @@ def test_implementation_that_cannot_run(call, monkeypatch):
     monkeypatch.setattr("dkv.kernels.checks.InterpretedFunction", ())
     with pytest.raises(NotImplementedError, match="impl='triton' needs CUDA tensors, got cpu"):
         call(impl="triton")
+
+
+@pytest.mark.parametrize("operator", [delayed_attention, rope_cache_update])
+def test_the_twin_has_the_signature_of_the_operator(operator):
+    parameters = dict(inspect.signature(operator).parameters)
+    assert parameters.pop("impl").default == "auto"
+    assert parameters == dict(inspect.signature(getattr(reference, operator.__name__)).parameters)
 
 
 def test_grad_is_refused_only_under_grad_mode():
