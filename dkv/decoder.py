@@ -1,4 +1,4 @@
-"""A transformer as the engine sees it: modules by role, and one step of packed active tokens over the cache."""
+"""A transformer as the engine sees it: its modules by their roles, and what its config says."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dkv.cache import KVCache
-from dkv.kernels import delayed_attention, rope_cache_update
-from dkv.linear import linear
+from dkv.linear import is_plain, linear
 
 FAMILIES = []  # functions model -> Decoder or None, filled by `dkv.models`
 
@@ -39,6 +38,14 @@ class Layer:
     gate: nn.Module
     up: nn.Module
     down: nn.Module
+
+    @property
+    def norms(self):
+        return self.attn_norm, self.mlp_norm
+
+    @property
+    def linears(self):
+        return self.q, self.k, self.v, self.o, self.gate, self.up, self.down
 
 
 @dataclass(frozen=True)
@@ -129,43 +136,12 @@ class Decoder:
                 self._tables[device] = angles.cos(), angles.sin()
         return self._tables[device]
 
-    def step(self, ids, active, positions, cache, impl):
-        """Recomputes the active positions over the cache, in which their K/V are replaced.
-
-        Args:
-            ids, positions: (batch, seqlen) int64: tokens and RoPE positions.
-            active: (batch, seqlen) bool.
-            cache: a `KVCache` of the same batch and seqlen; its valid columns are attended.
-
-        Returns:
-            hidden (total_active, hidden_size): outputs of the last layer before the final norm, packed by row.
-        """
-        rows, columns = active.nonzero(as_tuple=True)
-        counts = active.sum(1)
-        cu_seqlens_q = F.pad(counts.cumsum(0), (1, 0)).int()
-        max_seqlen_q = ids.shape[1]
-        slots = rows * ids.shape[1] + columns
-        positions = positions[active]
-        cos, sin = self.rope_tables(ids.shape[1], ids.device)
-        x = self.embed(ids[active])
-        for layer, k_cache, v_cache in zip(self.layers, cache.k, cache.v, strict=True):
-            h = layer.attn_norm(x)
-            q, k, v = (linear(m, h).contiguous().unflatten(-1, (-1, self.headdim)) for m in (layer.q, layer.k, layer.v))
-            q = rope_cache_update(q, k, v, cos, sin, positions, slots, k_cache, v_cache, impl=impl)
-            attended = delayed_attention(
-                q,
-                k_cache,
-                v_cache,
-                cu_seqlens_q,
-                max_seqlen_q=max_seqlen_q,
-                cache_leftpad=cache.leftpad,
-                key_mask=cache.key_mask,
-                impl=impl,
-            )
-            x = x + linear(layer.o, attended.flatten(1))
-            h = layer.mlp_norm(x)
-            x = x + linear(layer.down, F.silu(linear(layer.gate, h)) * linear(layer.up, h))
-        return x
+    @property
+    def head_weight(self):
+        """(vocab, hidden_size): the weight whose product with the hidden state is the logits; None: call the head."""
+        if self.head is None:
+            return self.weight
+        return self.head.weight if is_plain(self.head) else None
 
     def logits(self, hidden):
         """Logits (rows, vocab) of hidden states after the final norm."""

@@ -1,56 +1,16 @@
 """`dkv.generate`: the denoising loop of LLaDA and Dream over a delayed cache."""
 
-import dataclasses
-import itertools
-from dataclasses import dataclass
-
 import torch
+import torch.nn.functional as F
 
 from dkv.decoder import find_decoder
-from dkv.engine import active_positions, packed_rows
 from dkv.inputs import checked_order, count, eos_ids_of, fraction, left_padded, token_id
 from dkv.kernels.checks import IMPLS
-from dkv.noise import noise_key
 from dkv.policy import Decode, Policy
-from dkv.sampling import BY_PROBABILITY, CHUNK_ELEMENTS, ORDERED, RULES, Sampler, descending_ranks
-from dkv.schedule import Schedule
-from dkv.state import State
+from dkv.run import GenerateOutput, GenerateStats, Plan, Run, capacity_for, take_idle
+from dkv.sampling import BY_PROBABILITY, ORDERED, RULES, Sampler
 
-
-@dataclass
-class GenerateStats:
-    """What a run did.
-
-    Attributes:
-        steps: denoising steps.
-        forward_passes: passes of a sequence batch through the model: one a step, two with guidance.
-        recomputed_tokens: positions put through the model, over all steps and rows.
-        cache_ratio: the mean share of positions read from the cache instead.
-        peak_cache_bytes: bytes of the K/V cache.
-    """
-
-    steps: int = 0
-    forward_passes: int = 0
-    recomputed_tokens: int = 0
-    cache_ratio: float = 0.0
-    peak_cache_bytes: int = 0
-
-
-@dataclass
-class GenerateOutput:
-    """The result of `generate`.
-
-    Attributes:
-        sequences: (batch, seqlen) int64, prompts (left-padded) and generated tokens.
-        stats: `GenerateStats`.
-        history: (steps, batch, seqlen) int64, the sequence after every step, or None.
-        active: (steps, batch, seqlen) bool, the positions recomputed at every step, or None.
-    """
-
-    sequences: torch.Tensor
-    stats: GenerateStats
-    history: torch.Tensor | None = None
-    active: torch.Tensor | None = None
+__all__ = ["GenerateOutput", "GenerateStats", "generate", "prepare"]
 
 
 @torch.no_grad()
@@ -86,7 +46,9 @@ def generate(
 ):
     """Generates `gen_length` tokens after each prompt by iterative unmasking, over a delayed K/V cache.
 
-    The model is not changed. Mask tokens inside a prompt are filled in with the first block.
+    The model computes what it did before, but the weights of its layers with the same input (Q, K and V; gate and up)
+    become views of one tensor. The memory of a run is kept for the next one of the same kind, `dkv.reset(model)` frees
+    it. Mask tokens inside a prompt are filled in with the first block.
 
     Args:
         model: a model of `dkv.from_pretrained`, or Hugging Face's remote-code LLaDA or Dream, in eval mode.
@@ -112,7 +74,7 @@ def generate(
         order: (batch, gen_length) int64, the decoding order for "random": indices into the generated part.
         generator: a torch.Generator that seeds the noise; None: PyTorch's default one.
         impl: "auto", "triton" or "reference", see `dkv.kernels`.
-        cuda_graphs: reserved; every step runs eagerly so far.
+        cuda_graphs: on a GPU, record steps as CUDA graphs and replay them; False: launch every kernel of every step.
         output_history: also return the sequence and the active positions of every step.
         show_progress: a progress bar over the masks.
 
@@ -130,6 +92,57 @@ def generate(
         >>> output = dkv.generate(model, input_ids, gen_length=128, block_length=32, policy=dkv.Decode(8))
         >>> text = tokenizer.batch_decode(output.sequences[:, input_ids.shape[1]:])
     """
+    settings = dict(locals())
+    output_history, show_progress = settings.pop("output_history"), settings.pop("show_progress")
+    run = prepare(**settings)
+    history, actives = [], []
+    progress = _progress_bar(int(run.state.masked.sum())) if show_progress else None
+    while run.running():
+        if output_history:
+            actives.append(run.trimmed(run.active))
+        run.step()
+        if output_history:
+            history.append(run.trimmed(run.state.x))
+        if progress is not None:
+            progress.update(progress.total - progress.n - int(run.state.masked.sum()))
+    if progress is not None:
+        progress.close()
+    output = run.finish()
+    if output_history:
+        output.history, output.active = torch.stack(history), torch.stack(actives)
+    return output
+
+
+@torch.no_grad()
+def prepare(
+    model,
+    input_ids,
+    attention_mask=None,
+    *,
+    gen_length=128,
+    steps=None,
+    block_length=None,
+    policy=None,
+    remasking=None,
+    temperature=0.0,
+    top_p=None,
+    top_k=None,
+    alg_temp=0.0,
+    eps=1e-3,
+    cfg_scale=0.0,
+    threshold=None,
+    factor=None,
+    logits_eos_inf=False,
+    confidence_eos_eot_inf=False,
+    eos_early_stop=False,
+    eos_token_id=None,
+    mask_id=None,
+    order=None,
+    generator=None,
+    impl="auto",
+    cuda_graphs=True,
+):
+    """The `dkv.run.Run` of a call of `generate`, started but no step done: for loops that look at each step."""
     decoder = find_decoder(model)
     if model.training:
         raise ValueError("generate needs the model in eval mode, got training mode; call model.eval() first.")
@@ -165,7 +178,6 @@ def generate(
         alg_temp=alg_temp,
         threshold=threshold,
         factor=factor,
-        seed=int(torch.randint(2**31, (), generator=generator, device=generator.device if generator else "cpu")),
         excluded_ids=(mask_id, decoder.eos_token_id) if logits_eos_inf else (mask_id,),
         unconfident_ids=tuple(i for i in end_ids if i < decoder.vocab_size) if confidence_eos_eot_inf else (),
     )
@@ -179,156 +191,43 @@ def generate(
             f"got remasking={sampler.remasking!r}."
         )
 
-    device = input_ids.device
-    x = torch.cat((input_ids, torch.full((batch, gen_length), mask_id, device=device)), dim=1)
-    real = torch.cat((real, torch.ones((batch, gen_length), dtype=torch.bool, device=device)), dim=1)
-    state = State(
-        x,
-        mask_id=mask_id,
-        real=real,
-        first_generated=torch.full((batch, 1), prompt_length, device=device),
-        block_length=block_length,
-        shifted=family.shifted,
-    )
-    order = checked_order(order, sampler, state, prompt_length)
-    run = _Run(
-        decoder=decoder,
+    has_prompt_masks = bool(((input_ids == mask_id) & real).any())
+    order = checked_order(order, sampler, input_ids, gen_length, has_prompt_masks)
+    counts_are_known = not (sampler.by_probability or sampler.remasking == "origin" or eos_early_stop)
+    plan = Plan(
+        batch=batch,
+        capacity=capacity_for(seqlen),
         policy=policy,
         sampler=sampler,
-        state=state,
-        schedule=Schedule(
-            steps=steps,
-            gen_length=gen_length,
-            block_length=block_length,
-            time_steps=family.time_steps,
-            eps=eps,
-            device=device,
-        ),
-        priority=sampler.priority(state, order) if sampler.ordered else None,
+        gen_length=gen_length,
+        block_length=block_length,
+        steps=steps,
+        eps=eps,
+        mask_id=mask_id,
+        eos_ids=tuple(eos_ids) if eos_early_stop else (),
         cfg_scale=float(cfg_scale),
-        eos_ids=torch.tensor(eos_ids, device=device) if eos_early_stop else None,
         impl=impl,
+        cuda_graphs=bool(cuda_graphs),
+        has_forecasts=counts_are_known and not has_prompt_masks,
     )
-    return run.to_the_end(output_history, show_progress)
-
-
-class _Run:
-    """One call of `generate`, checked and set up."""
-
-    def __init__(self, *, decoder, policy, sampler, state, schedule, priority, cfg_scale, eos_ids, impl):
-        self.decoder, self.policy, self.sampler, self.state = decoder, policy, sampler, state
-        self.schedule, self.priority, self.eos_ids = schedule, priority, eos_ids
-        self.cfg_scale, self.impl = cfg_scale, impl
-        self.copies = 2 if cfg_scale else 1  # rows of the model's batch per sequence
-        leftpad = state.first_column[:, 0].repeat(self.copies)
-        self.cache = decoder.new_cache(leftpad.shape[0], state.x.shape[1], leftpad)
-        self.positions = (state.columns - state.first_column).clamp(min=0)
-
-    def to_the_end(self, output_history, show_progress):
-        state = self.state
-        stats = GenerateStats(peak_cache_bytes=self.cache.nbytes)
-        # counted on the device, read once at the end
-        history, actives, recomputed, positions = [], [], 0, 0
-        progress = _progress_bar(int(state.masked.sum())) if show_progress else None
-        while bool(state.running.any()):
-            masks = state.masked
-            positions = positions + (state.real & state.running).sum()
-            active = self.step()
-            stats.steps += 1
-            stats.forward_passes += self.copies
-            recomputed = recomputed + active.sum()
-            if output_history:
-                history.append(state.x)
-                actives.append(active)
-            if progress is not None:
-                progress.update(int((masks & ~state.masked).sum()))
-        if progress is not None:
-            progress.close()
-        stats.recomputed_tokens = int(recomputed) * self.copies
-        stats.cache_ratio = 1 - int(recomputed) / int(positions)
-        output = GenerateOutput(state.x, stats)
-        if output_history:
-            output = dataclasses.replace(output, history=torch.stack(history), active=torch.stack(actives))
-        return output
-
-    def step(self):
-        """Predicts, commits, and moves the state on; returns the active positions."""
-        state, sampler = self.state, self.sampler
-        counts = self.schedule.counts(state)
-        candidates = state.in_block
-        if sampler.ordered:
-            self._plan(counts)
-            candidates = state.to_decode
-        active = active_positions(self.policy, state, candidates)
-        hidden = self._hidden(active, candidates)
-
-        keys = self._keys() if sampler.noisy else None
-        tokens, scores = self._predict(hidden, None if keys is None else keys[candidates])
-        x = state.x.clone()
-        if sampler.ordered:
-            x[candidates] = tokens
-        else:
-            score = torch.zeros(x.shape, dtype=scores.dtype, device=x.device)
-            score[candidates] = scores
-            predicted = x.clone()
-            predicted[candidates] = tokens
-            x = torch.where(sampler.choose(score, candidates, counts, keys), predicted, x)
-        if self.eos_ids is not None:
-            x = self._end_rows(x)
-        state.advance(x)
-        return active
-
-    def _plan(self, counts):
-        """Writes down in the state what this step will decode."""
-        state = self.state
-        priority = self.priority.masked_fill(~state.in_block, float("-inf"))
-        ranks = descending_ranks(priority)
-        if self.sampler.remasking == "origin":
-            state.to_decode = state.in_block & (priority >= self.schedule.remaining_after(state))
-        else:
-            state.to_decode = state.in_block & (ranks < counts)
-        ranks = torch.where(state.to_decode, ranks, ranks.shape[1])
-        most = int(state.to_decode.sum(1).max())
-        ranks, columns = ranks.sort(dim=1)
-        state.to_decode_columns = torch.where(ranks < ranks.shape[1], columns, -1)[:, :most]
-
-    def _hidden(self, active, candidates):
-        """(candidates, hidden_size): the final hidden states that predict the candidates."""
-        state, decoder = self.state, self.decoder
-        ids, positions, rows = state.x, self.positions, packed_rows(active, candidates, state)
-        if self.copies == 1:
-            return decoder.final_norm(decoder.step(ids, active, positions, self.cache, self.impl)[rows])
-        # the unconditional rows see masks in place of the prompt, which count as prompt all the same
-        blanked = torch.where(state.prompt & state.real, state.mask_id, ids)
-        both = [torch.cat((a, b)) for a, b in ((ids, blanked), (active, active), (positions, positions))]
-        hidden = decoder.step(*both, self.cache, self.impl)
-        cond, uncond = (decoder.final_norm(half[rows]) for half in hidden.chunk(2))
-        guided = (self.cfg_scale + 1) * cond.float() - self.cfg_scale * uncond.float()
-        return guided.to(cond.dtype)
-
-    def _predict(self, hidden, keys):
-        """Tokens and scores of the candidates, a bounded number of logits at a time."""
-        rows = max(1, CHUNK_ELEMENTS // self.decoder.vocab_size)
-        key_parts = itertools.repeat(None) if keys is None else keys.split(rows)
-        parts = [
-            self.sampler.predict(self.decoder.logits(h), k) for h, k in zip(hidden.split(rows), key_parts, strict=False)
-        ]
-        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
-
-    def _keys(self):
-        """(batch, seqlen) int64: the noise key of each position at this step."""
-        state = self.state
-        rows = torch.arange(state.x.shape[0], device=state.x.device)[:, None]
-        return noise_key(self.sampler.seed, rows, torch.full_like(rows, state.step), self.positions)
-
-    def _end_rows(self, x):
-        """Fills with padding the masks behind an end of text that has no mask before it."""
-        state = self.state
-        masked = (x == state.mask_id) & state.real
-        ends = torch.isin(x, self.eos_ids) & (state.columns >= state.first_generated)
-        no_mask_before = masked.int().cumsum(1) == 0
-        ended = (ends & no_mask_before).any(1, keepdim=True)
-        return torch.where(masked & ended, self.decoder.pad_token_id, x)
+    run = take_idle(model, plan, decoder)
+    if run is None:
+        run = Run(decoder, plan)
+    x = torch.full((batch, seqlen), mask_id, device=input_ids.device)
+    x[:, :prompt_length] = input_ids
+    real = F.pad(real, (0, gen_length), value=True)
+    lengths = real.sum(1).tolist()
+    run.start(
+        model,
+        x,
+        real,
+        lengths=lengths,
+        forecasts=run.schedule.forecasts(max(lengths), family.shifted) if plan.has_forecasts else None,
+        first_generated=prompt_length,
+        seed=int(torch.randint(2**31, (), generator=generator, device=generator.device if generator else "cpu")),
+        order=order,
+    )
+    return run
 
 
 def _sampler(family, *, remasking, threshold, factor, temperature, top_p, top_k, alg_temp, **settings):

@@ -48,22 +48,21 @@ def left_padded(input_ids, attention_mask, decoder):
     return input_ids.gather(1, source), real.gather(1, source)
 
 
-def checked_order(order, sampler, state, prompt_length):
-    """`order` on the state's device, (batch, gen_length) int64, or None."""
+def checked_order(order, sampler, input_ids, gen_length, has_prompt_masks):
+    """`order` on the device of input_ids, (batch, gen_length) int64, or None."""
     if order is None:
         return None
     if sampler.remasking != "random":
         raise ValueError(f"order is for remasking='random', got remasking={sampler.remasking!r}.")
-    gen_length = state.x.shape[1] - prompt_length
-    if not isinstance(order, torch.Tensor) or order.shape != (state.x.shape[0], gen_length):
+    if not isinstance(order, torch.Tensor) or order.shape != (input_ids.shape[0], gen_length):
         got = tuple(order.shape) if isinstance(order, torch.Tensor) else type(order).__name__
         raise ValueError(
-            f"order must be a tensor of shape (batch, gen_length) = ({state.x.shape[0]}, {gen_length}), got {got}."
+            f"order must be a tensor of shape (batch, gen_length) = ({input_ids.shape[0]}, {gen_length}), got {got}."
         )
-    order = order.to(state.x.device).long()
+    order = order.to(input_ids.device).long()
     if not torch.equal(order.sort(1).values, torch.arange(gen_length, device=order.device).expand_as(order)):
         raise ValueError(f"each row of order must be a permutation of 0 .. {gen_length - 1}.")
-    if bool((state.masked & (state.columns < prompt_length)).any()):
+    if has_prompt_masks:
         raise ValueError("order cannot be given with mask tokens inside the prompt: it names generated positions only.")
     return order
 

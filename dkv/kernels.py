@@ -11,7 +11,22 @@ _here = Path(__file__).resolve().parent
 __path__ = [str(_here / "kernels" if (_here / "kernels").is_dir() else _here.parent / "kernels")]
 
 from dkv.kernels import reference  # noqa: E402
+from dkv.kernels.activation import swiglu  # noqa: E402
 from dkv.kernels.attention import delayed_attention  # noqa: E402
+from dkv.kernels.commit import commit_tokens  # noqa: E402
+from dkv.kernels.lm_head import Confidence, lm_head_confidence  # noqa: E402
+from dkv.kernels.norm import add_rms_norm  # noqa: E402
+from dkv.kernels.packing import pack_positions  # noqa: E402
 from dkv.kernels.rope_cache import rope_cache_update  # noqa: E402
 
-__all__ = ["delayed_attention", "reference", "rope_cache_update"]
+__all__ = [
+    "Confidence",
+    "add_rms_norm",
+    "commit_tokens",
+    "delayed_attention",
+    "lm_head_confidence",
+    "pack_positions",
+    "reference",
+    "rope_cache_update",
+    "swiglu",
+]

@@ -2,13 +2,19 @@
 
 import inspect
 import types
+from dataclasses import dataclass
 
 import torch
 
 from dkv.decoder import find_decoder
 from dkv.engine import active_positions
+from dkv.forward import Forward, Packed
+from dkv.graphs import LARGEST_GRAPH, StepGraphs, bucket
+from dkv.kernels import pack_positions
 from dkv.kernels.checks import IMPLS
+from dkv.linear import separate
 from dkv.policy import Decode, Policy
+from dkv.run import drop_idle
 from dkv.state import State
 
 # calls with any of these run the model's own forward: they ask for more than logits, or bring what a cache cannot know
@@ -75,21 +81,27 @@ def replace_attention(model, policy=None, *, block_length=None, impl="auto"):
 
 
 def restore_attention(model):
-    """Undoes `replace_attention` completely; a model that is not patched is left as it is. Returns model."""
+    """Undoes `replace_attention` completely, and gives merged weights memory of their own again. Returns model."""
     patch = model.__dict__.get("_dkv")
     if patch is not None:
         for name in ("forward", "extra_repr", "_dkv"):
             model.__dict__.pop(name)
         model.__dict__.update(patch.before)
+    drop_idle(model)
+    separate(model)
     return model
 
 
 def reset(model):
-    """Ends the session of a patched model and frees its cache; the next call is a full step."""
+    """Frees the caches that the model's last session and its last `generate` left; a patched model's next call is a
+    full step."""
     patch = model.__dict__.get("_dkv")
-    if patch is None:
-        raise ValueError(f"{type(model).__name__} has no session: call dkv.replace_attention on it first.")
-    patch.session = None
+    if not drop_idle(model) and patch is None:
+        raise ValueError(
+            f"{type(model).__name__} has nothing to reset: use dkv.replace_attention or dkv.generate on it first."
+        )
+    if patch is not None:
+        patch.session = None
 
 
 class Patch:
@@ -120,7 +132,7 @@ def _forward(model, *args, **kwargs):
     patch.session = session
     if session is None:
         return patch.original_forward(model)(*args, **kwargs)
-    output = session.decoder.make_output(session.logits(patch))
+    output = session.decoder.make_output(session.logits())
     return (output.logits,) if arguments.get("return_dict") is False else output
 
 
@@ -135,52 +147,108 @@ def _session(patch, model, arguments):
     x, mask = arguments["input_ids"], arguments.get("attention_mask")
     mask = mask if isinstance(mask, torch.Tensor) else None
     positions = arguments.get("position_ids")
-    if patch.session is not None and patch.session.goes_on(x, mask, positions):
-        patch.session.state.advance(x.clone())
-        return patch.session
-    patch.session = None  # frees its cache before the next one is allocated
-    return Session.start(find_decoder(model), patch, x, mask, positions)
+    session, patch.session = patch.session, None
+    if session is not None and session.goes_on(x, mask, positions):
+        return session
+    decoder = find_decoder(model)
+    beginning = Beginning.read(decoder, x, mask, positions)
+    if beginning is None:
+        return None
+    if session is None or not session.fits(decoder, beginning):
+        del session  # frees its memory before the next one's is allocated
+        session = Session(decoder, patch, beginning)
+    session.start(beginning)
+    return session
 
 
-class Session:
-    """The cache of one generation and the state its steps are at."""
+@dataclass
+class Beginning:
+    """The first call of a session.
 
-    def __init__(self, decoder, state, cache, mask, positions, given_positions):
-        self.decoder, self.state, self.cache = decoder, state, cache
-        self.mask, self.positions, self.given_positions = mask, positions, given_positions
+    Attributes:
+        x: (batch, seqlen) int64; mask, given_positions: what came with it, or None.
+        real: (batch, seqlen) bool, what the mask leaves; positions: (batch, seqlen) int64.
+        masking: "none", "left" (padding on the left) or "columns" (anywhere).
+        real_count: int, how many are real; longest: int, positions that RoPE needs.
+    """
+
+    x: torch.Tensor
+    mask: torch.Tensor | None
+    given_positions: torch.Tensor | None
+    real: torch.Tensor
+    positions: torch.Tensor
+    masking: str
+    real_count: int
+    longest: int
 
     @classmethod
-    def start(cls, decoder, patch, x, mask, positions):
+    def read(cls, decoder, x, mask, positions):
         if not decoder.honours_attention_mask:
             mask = None
         mask = None if mask is None else mask.detach().clone()
-        real, left_padded = torch.ones_like(x, dtype=torch.bool), True
+        given = None if positions is None else positions.clone()
+        positions = torch.arange(x.shape[1], device=x.device) if given is None else given
+        positions = positions.expand(x.shape)
+        if mask is None and given is None:
+            real = torch.ones_like(x, dtype=torch.bool)
+            return cls(x, None, None, real, positions, "none", x.numel(), x.shape[1])
+        real, served = torch.ones_like(x, dtype=torch.bool), torch.ones((), dtype=torch.bool, device=x.device)
         if mask is not None:
             real = mask.diagonal(dim1=-2, dim2=-1).reshape(x.shape).bool() if mask.dim() == 4 else mask.bool()
-            served = torch.ones((), dtype=torch.bool, device=x.device)
             if mask.dim() == 4:
                 served = (mask[:, 0] == real[:, None, :] & real[:, :, None]).all()
-            flags = torch.stack((served, (real.int().diff(dim=1) >= 0).all(), real.any(1).all()))
-            served, left_padded, no_empty_row = flags.tolist()
-            if not (served and no_empty_row):
-                return None
-        columns = torch.arange(x.shape[1], device=x.device).expand(x.shape)
-        masked = (x == decoder.mask_id) & real
-        state = State(
-            x.clone(),
+        left_padded = (real.int().diff(dim=1) >= 0).all()
+        flags = torch.stack((served & real.any(1).all(), left_padded, real.sum(), positions.max()))
+        served, left_padded, real_count, last = flags.tolist()
+        if not served:
+            return None
+        masking = "none" if mask is None else "left" if left_padded else "columns"
+        return cls(x, mask, given, real, positions, masking, real_count, max(x.shape[1], last + 1))
+
+
+class Session:
+    """The cache of one generation and the state its steps are at; the next one of the same shape uses its memory."""
+
+    # outside of inference mode, so that the next session may be outside of it
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(self, decoder, patch, beginning):
+        x, masking = beginning.x, beginning.masking
+        self.decoder, self.policy, self.masking = decoder, patch.policy, masking
+        self.forward, self.longest = Forward(decoder, beginning.longest, patch.impl), beginning.longest
+        self.state = State(
+            x,
             mask_id=decoder.mask_id,
-            real=real,
-            first_generated=masked.int().argmax(1, keepdim=True),
+            real=beginning.real,
+            first_generated=_first_masks(decoder, beginning),
             block_length=patch.block_length,
             shifted=decoder.family.shifted,
         )
-        leftpad = state.first_column[:, 0] if mask is not None and left_padded else None
-        cache = decoder.new_cache(*x.shape, leftpad=leftpad, key_mask=None if left_padded else real)
-        given = None if positions is None else positions.clone()
-        return cls(decoder, state, cache, mask, columns if given is None else given.expand(x.shape), given)
+        leftpad = torch.zeros(x.shape[0], dtype=torch.int32, device=x.device) if masking == "left" else None
+        key_mask = torch.empty_like(beginning.real) if masking == "columns" else None
+        self.cache = decoder.new_cache(*x.shape, leftpad=leftpad, key_mask=key_mask)
+        self.active, self.positions = torch.empty_like(beginning.real), torch.empty_like(x)
+        self.graphs = StepGraphs() if x.device.type == "cuda" and self.forward.is_plain else None
+
+    def fits(self, decoder, beginning):
+        """Whether the memory, and what was recorded on it, serve a new session."""
+        same_kind = (self.state.x.shape, self.masking) == (beginning.x.shape, beginning.masking)
+        return same_kind and self.longest >= beginning.longest and self.forward.is_current(decoder)
+
+    def start(self, beginning):
+        """Begins anew: everything real is active."""
+        self.mask, self.given_positions = beginning.mask, beginning.given_positions
+        self.state.start(beginning.x, beginning.real, _first_masks(self.decoder, beginning))
+        self.positions.copy_(beginning.positions)
+        if self.cache.leftpad is not None:
+            self.cache.leftpad.copy_(self.state.first_column[:, 0])
+        if self.cache.key_mask is not None:
+            self.cache.key_mask.copy_(beginning.real)
+        self.active.copy_(beginning.real)
+        self.count = beginning.real_count
 
     def goes_on(self, x, mask, positions):
-        """Whether the call is the next step: the only host read of a cached step."""
+        """Whether the call is the next step; then decides what it recomputes. One host read, the only one of a step."""
         state, weight = self.state, self.decoder.weight
         if x.shape != state.x.shape or x.device != state.x.device:
             return False
@@ -190,20 +258,36 @@ class Session:
         if self.decoder.honours_attention_mask:
             same = _and_equal(same, mask, self.mask)
         same = _and_equal(same, positions, self.given_positions)
-        return same is not None and bool(same)
+        if same is None:
+            return False
+        # where it does not go on, this state is of no use any more
+        state.advance(x)
+        self.active.copy_(active_positions(self.policy, state, state.in_block))
+        same, self.count = torch.stack((same.long(), self.active.sum())).tolist()
+        return bool(same)
 
-    def logits(self, patch):
+    def logits(self):
         """(batch, seqlen, vocab): logits of the recomputed positions, NaN elsewhere."""
         state, decoder = self.state, self.decoder
-        if state.step == 0:
-            active = state.real
+        capacity = self.count
+        if self.graphs is not None and bucket(capacity) <= LARGEST_GRAPH:
+            capacity = bucket(capacity)
+            hidden, slots = self.graphs.run(capacity, lambda: self._hidden(capacity))
         else:
-            active = active_positions(patch.policy, state, state.in_block)
-        hidden = decoder.step(state.x, active, self.positions, self.cache, patch.impl)
-        values = decoder.logits(decoder.final_norm(hidden))
-        logits = values.new_full((*state.x.shape, values.shape[-1]), float("nan"))
-        logits[active] = values
-        return logits
+            hidden, slots = self._hidden(capacity)
+        values = decoder.logits(hidden[: self.count])
+        logits = values.new_full((state.x.numel(), values.shape[-1]), float("nan"))
+        return logits.index_copy_(0, slots[: self.count], values).view(*state.x.shape, -1)
+
+    def _hidden(self, capacity):
+        slots, cu_seqlens = pack_positions(self.active, capacity, impl=self.forward.impl)
+        packed = Packed(slots, cu_seqlens, min(capacity, self.state.x.shape[1]))
+        return self.forward(self.state.x, self.positions, packed, self.cache), slots
+
+
+def _first_masks(decoder, beginning):
+    masked = (beginning.x == decoder.mask_id) & beginning.real
+    return masked.int().argmax(1, keepdim=True)
 
 
 def _and_equal(flag, new, old):

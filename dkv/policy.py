@@ -6,6 +6,9 @@ takes away padding and finished rows. A policy of your own subclasses `Policy`:
     class EveryOther(dkv.Policy):
         def active(self, state):
             return (state.step % 2 == 0) | state.masked
+
+        def max_active(self, forecast):  # optional: lets a GPU run without waiting for the host, and record its steps
+            return forecast.length if forecast.step % 2 == 0 else forecast.masks_before(0)
 """
 
 import torch
@@ -21,8 +24,28 @@ class Policy:
         """(batch, seqlen) bool, or anything that broadcasts to it: the positions to recompute at this step."""
         raise NotImplementedError(f"{type(self).__name__} must define active(state)")
 
+    def max_active(self, forecast):
+        """An upper bound, known to the host, of the positions of a row that are active at a step.
+
+        It counts those whose outputs the step needs too. None: the host reads the number at each step. A policy that
+        defines it must compute `active` on the device alone (no `if` on a tensor), from the state and its own
+        constants: the steps may be recorded once and replayed.
+
+        Args:
+            forecast: `dkv.schedule.Forecast`.
+        """
+        return None
+
     def check(self, shifted):
         """Raises ValueError where the policy does not fit the family; `shifted`: Dream's outputs, else LLaDA's."""
+
+    def __eq__(self, other):
+        # ours are what their settings are; of others nothing is known
+        ours = type(self) is type(other) and type(self).__module__ == __name__
+        return self is other or (ours and vars(self) == vars(other))
+
+    def __hash__(self):
+        return hash(type(self))
 
     def __repr__(self):
         settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
@@ -34,6 +57,9 @@ class NoCache(Policy):
 
     def active(self, state):
         return torch.ones_like(state.masked)
+
+    def max_active(self, forecast):
+        return forecast.length
 
 
 class Decode(Policy):
@@ -81,6 +107,21 @@ class Decode(Policy):
         full = state.block_step < warmup_steps
         return full if self.refresh_interval is None else full | (state.block_step % self.refresh_interval == 0)
 
+    def max_active(self, forecast):
+        return forecast.length if self.full_step(forecast) else self.max_unstable(forecast)
+
+    def max_unstable(self, forecast):
+        """The bound of a step that is not a full one."""
+        # at the first cached step of a block, the delay is 1 whatever it is later
+        unsettled = forecast.masks_before(max(self.delay, 1) if forecast.shifted else self.delay)
+        if self.scope == "block":
+            behind = forecast.gen_length - (forecast.block + 1) * forecast.block_length
+            unsettled -= max(behind, 0)
+        if not forecast.shifted:
+            return unsettled
+        # each of them, and the position before it
+        return min(2 * unsettled if self.shift != "un" else unsettled, forecast.gen_length) + 1
+
     def stable(self, state):
         """(batch, seqlen) bool: the rule of a step that is not a full one."""
         if not state.shifted:
@@ -126,6 +167,13 @@ class Greedy(Policy):
             active = self._nearest_masked(state, active)
         return (state.block_step % self.refresh_interval == 0) | active
 
+    def max_active(self, forecast):
+        if forecast.block_step % self.refresh_interval == 0:
+            return forecast.length
+        centres = forecast.last_commits if self.window_kind == "contiguous" else forecast.commits
+        predictors = forecast.commits if forecast.shifted else 0
+        return forecast.last_commits + forecast.commits + predictors + self.window * centres
+
     def _contiguous(self, centres):
         window = torch.zeros_like(centres)
         for offset in range(-((self.window + 1) // 2), self.window // 2 + 1):
@@ -150,7 +198,10 @@ class Prefill(Policy):
     """dKV-Cache-Prefill: the prompt is computed once and never refreshed; everything else is recomputed."""
 
     def active(self, state):
-        return ~self.frozen(state) if state.step else torch.ones_like(state.masked)
+        return ~self.frozen(state) | (state.step == 0)
+
+    def max_active(self, forecast):
+        return forecast.length if forecast.step == 0 else forecast.gen_length + forecast.shifted
 
     @staticmethod
     def frozen(state):
@@ -175,6 +226,10 @@ class PrefillDecode(Policy):
     def active(self, state):
         return Prefill().active(state) & Decode(self.refresh_interval, shift=self.shift).active(state)
 
+    def max_active(self, forecast):
+        decode = Decode(self.refresh_interval, shift=self.shift)
+        return min(Prefill().max_active(forecast), decode.max_active(forecast))
+
 
 class PrefixCache(Policy):
     """Fast-dLLM's prefix cache: a full step at the start of each block, then the block and everything behind it.
@@ -189,6 +244,11 @@ class PrefixCache(Policy):
         in_block_or_behind = (state.columns >= state.block_start) | ((state.block == 0) & ~state.prompt)
         return (state.block_step == 0) | in_block_or_behind
 
+    def max_active(self, forecast):
+        if forecast.block_step == 0:
+            return forecast.length
+        return forecast.gen_length - forecast.block * forecast.block_length + forecast.shifted
+
 
 class DualCache(Policy):
     """Fast-dLLM's dual cache: a full step at the start of each block, then the block alone."""
@@ -197,6 +257,11 @@ class DualCache(Policy):
 
     def active(self, state):
         return PrefixCache().active(state) & ((state.block_step == 0) | (state.columns < state.block_end))
+
+    def max_active(self, forecast):
+        if forecast.block_step == 0:
+            return forecast.length
+        return min(forecast.block_length + forecast.shifted, PrefixCache().max_active(forecast))
 
 
 def _following_is_set(flags, last):

@@ -1,16 +1,17 @@
-"""From logits to committed tokens: the remasking rules of LLaDA and Dream, and confidence-parallel decoding."""
+"""From hidden states to scored tokens: the remasking rules of LLaDA and Dream, and confidence-parallel decoding."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 
-from dkv.noise import gumbel, noise_key, uniform
+from dkv.kernels import lm_head_confidence, reference
+from dkv.kernels.noise import gumbel, noise_key, uniform
 
 ORDERED = ("random", "origin")  # what a step decodes is known before its outputs
 BY_PROBABILITY = ("low_confidence", "maskgit_plus", "topk_margin")
 RULES = ("low_confidence", "random", "entropy", "topk_margin", "maskgit_plus", "origin")
-CHUNK_ELEMENTS = 2**22  # logits at a time: 16 MiB of float32
-NEGLIGIBLE = -1e4  # a logit so far below the largest counts nothing
+CHUNK_ELEMENTS = 2**22  # logits at a time, where there must be some: 16 MiB of float32
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,6 @@ class Sampler:
     """How tokens are chosen and which of them are committed; the arguments of `dkv.generate` of the same names.
 
     Attributes:
-        seed: int, of the noise.
         divides_logits: as in `Family`.
         excluded_ids: their logits are -inf.
         unconfident_ids: a token among them has the confidence -inf, and the others are normalised without them.
@@ -31,7 +31,6 @@ class Sampler:
     alg_temp: float
     threshold: float | None
     factor: float | None
-    seed: int
     divides_logits: bool
     excluded_ids: tuple[int, ...]
     unconfident_ids: tuple[int, ...]
@@ -40,64 +39,88 @@ class Sampler:
     def ordered(self):
         return self.remasking in ORDERED
 
-    def predict(self, logits, keys):
-        """Tokens and their scores by the remasking rule; higher is committed first.
-
-        Args:
-            logits: (rows, vocab), any float dtype.
-            keys: (rows,) int64, the noise key of each row; None without temperature.
-
-        Returns:
-            token (rows,) int64, score (rows,) float32 or float64.
-        """
-        z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        for excluded in self.excluded_ids:
-            z[:, excluded] = float("-inf")
-        if self.temperature > 0 and self.divides_logits:
-            z = z / self.temperature
-        z = filter_top_k(filter_top_p(z, self.top_p), self.top_k)
-        top, best = z.max(-1)
-        token = best
-        if self.temperature > 0:
-            ids = torch.arange(z.shape[1], device=z.device)
-            noise = gumbel(noise_key(0, keys[:, None], ids[None]))
-            token = (z + (1.0 if self.divides_logits else self.temperature) * noise).argmax(-1)
-        if not self.unconfident_ids:
-            return token, self._score(z, token, top, best)
-        unconfident = torch.zeros_like(token, dtype=torch.bool)
-        for i in self.unconfident_ids:
-            unconfident |= token == i
-            z[:, i] = float("-inf")
-        score = self._score(z, token, *z.max(-1))
-        return token, score.masked_fill(unconfident, float("-inf"))
-
-    def _score(self, z, token, top, best):
-        if self.remasking == "topk_margin":
-            two = z.softmax(-1).topk(2).values
-            return two[:, 0] - two[:, 1]
-        # relative to the largest, whose own term is exact: keeps the rank order of very confident rows, where a plain
-        # softmax would tie at 1
-        shifted = (z - top[:, None]).clamp_(min=NEGLIGIBLE)
-        weights = shifted.exp()
-        others = weights.scatter(1, best[:, None], 0.0).sum(-1)
-        if self.remasking == "entropy":
-            mean = torch.bmm(weights[:, None], shifted[:, :, None])[:, 0, 0] / (1 + others)
-            return mean - others.log1p()
-        return z.gather(1, token[:, None])[:, 0] - top - others.log1p()
+    @property
+    def by_probability(self):
+        """Whether confidences, not a count, decide how many tokens are committed."""
+        return self.threshold is not None or self.factor is not None
 
     @property
     def noisy(self):
         """Whether noise keys are needed."""
         return self.temperature > 0 or self.alg_temp > 0
 
-    def probability(self, score):
-        """What threshold and factor are compared with."""
-        return score if self.remasking == "topk_margin" else score.exp()
+    @property
+    def _scales(self):
+        """What logits and noise are multiplied by."""
+        if self.temperature == 0:
+            return 1.0, 0.0
+        return (1 / self.temperature, 1.0) if self.divides_logits else (1.0, self.temperature)
 
-    def priority(self, state, order):
+    def predict(self, decoder, hidden, keys, impl):
+        """Tokens and their scores by the remasking rule; higher is committed first.
+
+        Args:
+            decoder: `dkv.decoder.Decoder`, for its head.
+            hidden: (rows, hidden_size), after the final norm.
+            keys: (rows,) int64, the noise key of each row; None where the sampler is not noisy.
+            impl: as in `dkv.kernels`.
+
+        Returns:
+            token (rows,) int64, score (rows,) float32 or float64.
+        """
+        logit_scale, noise_scale = self._scales
+        keys = keys if noise_scale else None
+        if decoder.head_weight is not None and self.top_p is None and self.top_k is None and not self.unconfident_ids:
+            found = lm_head_confidence(
+                hidden,
+                decoder.head_weight,
+                logit_scale=logit_scale,
+                noise_scale=noise_scale,
+                noise_key=keys,
+                exclude_ids=self.excluded_ids,
+                impl=impl,
+            )
+            return found.token, self._score(found)
+        rows = max(1, CHUNK_ELEMENTS // decoder.vocab_size)
+        chunks = zip(hidden.split(rows), itertools.repeat(None) if keys is None else keys.split(rows), strict=False)
+        parts = [self._predict_logits(decoder.logits(h), k) for h, k in chunks]
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+    def _predict_logits(self, logits, keys):
+        """The same from logits (rows, vocab), which may be changed."""
+        logit_scale, noise_scale = self._scales
+        z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        z = z if logit_scale == 1 else z * logit_scale
+        for excluded in self.excluded_ids:
+            z[:, excluded] = float("-inf")
+        z = filter_top_k(filter_top_p(z, self.top_p), self.top_k)
+        found = reference.confidence_of_logits(z, noise_scale=noise_scale, noise_key=keys)
+        if not self.unconfident_ids:
+            return found.token, self._score(found)
+        token, unconfident = found.token, torch.zeros_like(found.token, dtype=torch.bool)
+        for i in self.unconfident_ids:
+            unconfident |= token == i
+            z[:, i] = float("-inf")
+        found = reference.confidence_of_logits(z)
+        best = z.gather(1, found.token[:, None])[:, 0]
+        found = found._replace(log_prob=found.log_prob + (z.gather(1, token[:, None])[:, 0] - best))
+        return token, self._score(found).masked_fill(unconfident, float("-inf"))
+
+    def _score(self, found):
+        if self.remasking == "entropy":
+            return -found.entropy
+        return found.margin if self.remasking == "topk_margin" else found.log_prob
+
+    def ranking(self, score, keys):
+        """What decides the commits: probabilities for threshold and factor, else the score, with noise for alg_temp."""
+        if self.by_probability:
+            return score if self.remasking == "topk_margin" else score.exp()
+        return score / self.alg_temp + gumbel(keys).to(score.dtype) if self.alg_temp > 0 else score
+
+    def priority(self, state, order, seed):
         """(batch, seqlen) float64: positions of higher priority are decoded first, for the ordered rules.
 
-        order: (batch, gen_length) int64 or None: the order given by the user.
+        order: (batch, gen_length) int64 or None: the order given by the user; seed: () int64.
         """
         if order is not None:
             columns = order + state.first_generated
@@ -105,32 +128,7 @@ class Sampler:
             return torch.zeros(state.x.shape, dtype=torch.float64, device=order.device).scatter(1, columns, -ranks)
         rows = torch.arange(state.x.shape[0], device=state.x.device)[:, None]
         # the position within the row, so that padding does not change the draw
-        return uniform(noise_key(self.seed, rows, torch.full_like(rows, -1), state.columns - state.first_column))
-
-    def choose(self, score, candidates, counts, keys=None):
-        """(batch, seqlen) bool: which candidates are committed.
-
-        Args:
-            score: (batch, seqlen) float.
-            candidates: (batch, seqlen) bool.
-            counts: (batch, 1) int64, how many to commit (fixed steps).
-            keys: (batch, seqlen) int64 noise keys, for alg_temp > 0.
-        """
-        if self.alg_temp > 0:
-            score = score / self.alg_temp + gumbel(keys)
-        lowest = torch.finfo(score.dtype).min
-        score = torch.where(candidates, score.clamp(min=lowest), float("-inf"))
-        ranks = descending_ranks(score)
-        if self.threshold is not None:
-            chosen = (self.probability(score) >= self.threshold) | (ranks == 0)
-        elif self.factor is not None:
-            # the n-th most confident needs 1 - factor / (n + 1), and all before it theirs; the first needs nothing
-            enough = (self.probability(score) >= 1 - self.factor / (ranks + 2)) | (ranks == 0)
-            first_short = torch.where(enough, ranks.shape[1], ranks).amin(1, keepdim=True)
-            chosen = ranks < first_short
-        else:
-            chosen = ranks < counts
-        return chosen & candidates
+        return uniform(noise_key(seed, rows, torch.full_like(rows, -1), state.columns - state.first_column))
 
 
 def descending_ranks(score):

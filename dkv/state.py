@@ -9,13 +9,15 @@ MASKED = 2**30  # decoded_step of positions that are still masked
 class State:
     """The state a policy reads; everything is a tensor on the model's device, one row per sequence.
 
+    The tensors are allocated once and change in place, so that a recorded step can be replayed on them.
+
     Attributes:
         x: (batch, seqlen) int64, the sequence before this step.
         masked, decoded: (batch, seqlen) bool, which positions hold the mask token, and which do not.
-        real: (batch, seqlen) bool, False for padding.
+        real: (batch, seqlen) bool, False for padding, which is on the left.
         decoded_step: (batch, seqlen) int32, the step after which a position was decoded; `PROMPT` and `MASKED` are its
             values for positions decoded from the start and for masked ones.
-        step: int, steps done so far; the step about to run has this number.
+        step: () int64, steps done so far; the step about to run has this number.
         block, block_step: (batch, 1) int64, the block of a row's first mask, and the steps done since it was reached.
         block_start, block_end: (batch, 1) int64, the first column of that block and the one behind it.
         block_masks: (batch, 1) int64, masks of the block when it was reached.
@@ -29,18 +31,31 @@ class State:
 
     def __init__(self, x, *, mask_id, real, first_generated, block_length, shifted):
         """first_generated: (batch, 1) int64, where blocks are counted from; block_length: int, None: one block."""
-        self.x, self.mask_id, self.real, self.shifted = x, mask_id, real, shifted
-        self.columns = torch.arange(x.shape[1], device=x.device)[None]
-        self.first_column = real.int().argmax(1, keepdim=True)
-        self.first_generated = first_generated
+        self.mask_id, self.shifted = mask_id, shifted
         self.block_length = block_length or x.shape[1]
-        self.step = 0
-        self.masked = (x == mask_id) & real
-        self.decoded_step = torch.where(self.masked, MASKED, PROMPT).int()
+        self.columns = torch.arange(x.shape[1], device=x.device)[None]
+        self.x, self.real, self.masked = torch.empty_like(x), torch.empty_like(real), torch.empty_like(real)
+        self.decoded_step = torch.empty(x.shape, dtype=torch.int32, device=x.device)
+        self.step = torch.zeros((), dtype=torch.int64, device=x.device)
+        self.first_generated, self.first_column = torch.empty_like(first_generated), torch.empty_like(first_generated)
+        self.running = torch.empty_like(first_generated, dtype=torch.bool)
+        self.block, self.block_step, self.block_masks = (torch.empty_like(first_generated) for _ in range(3))
+        self.block_start, self.block_end = (torch.empty_like(first_generated) for _ in range(2))
         self.to_decode = self.to_decode_columns = None
-        self.block = torch.full_like(first_generated, -1)
-        self.block_step = torch.zeros_like(first_generated)
-        self.block_masks = torch.zeros_like(first_generated)
+        self.start(x, real, first_generated)
+
+    def start(self, x, real, first_generated):
+        """Begins a run: a new sequence of the same shape in the same memory."""
+        self.x.copy_(x)
+        self.real.copy_(real)
+        self.first_generated.copy_(first_generated)
+        self.first_column.copy_(real.int().argmax(1, keepdim=True))
+        self.masked.copy_((x == self.mask_id) & real)
+        self.decoded_step.fill_(PROMPT).masked_fill_(self.masked, MASKED)
+        self.step.zero_()
+        self.block.fill_(-1)
+        self.block_step.zero_()
+        self.block_masks.zero_()
         self._find_blocks()
 
     @property
@@ -62,22 +77,24 @@ class State:
         return self.masked & (self.columns < self.block_end)
 
     def advance(self, x):
-        """Takes the sequence after this step's commit and moves on to the next step."""
-        newly_decoded = self.masked & (x != self.mask_id)
-        self.decoded_step = torch.where(newly_decoded, self.step, self.decoded_step)
-        self.x, self.masked = x, self.masked & ~newly_decoded
-        self.step += 1
-        self.block_step = self.block_step + 1
+        """Takes the sequence after this step's commit, which may be `self.x`, and moves on to the next step."""
+        if x is not self.x:
+            self.x.copy_(x)
+        newly_decoded = self.masked & (self.x != self.mask_id)
+        self.decoded_step.copy_(torch.where(newly_decoded, self.step, self.decoded_step))
+        self.masked.masked_fill_(newly_decoded, False)
+        self.step.add_(1)
+        self.block_step.add_(1)
         self._find_blocks()
 
     def _find_blocks(self):
-        self.running = self.masked.any(1, keepdim=True)
+        self.running.copy_(self.masked.any(1, keepdim=True))
         first_mask = self.masked.int().argmax(1, keepdim=True)
         block = (first_mask - self.first_generated).clamp(min=0) // self.block_length
         block = torch.where(self.running, block, self.block)
         entered = block != self.block
-        self.block = block
-        self.block_start = self.first_generated + block * self.block_length
-        self.block_end = self.block_start + self.block_length
-        self.block_step = torch.where(entered, 0, self.block_step)
-        self.block_masks = torch.where(entered, self.in_block.sum(1, keepdim=True), self.block_masks)
+        self.block.copy_(block)
+        torch.add(self.first_generated, block, alpha=self.block_length, out=self.block_start)
+        torch.add(self.block_start, self.block_length, out=self.block_end)
+        self.block_step.masked_fill_(entered, 0)
+        self.block_masks.copy_(torch.where(entered, self.in_block.sum(1, keepdim=True), self.block_masks))

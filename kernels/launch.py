@@ -9,6 +9,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
+import triton
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,64 @@ class RopeLaunch:
 
     block_t: int
     block_h: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class PackLaunch:
+    """Columns at a time and warps of `pack_positions`."""
+
+    block: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class CommitLaunch:
+    """Entries per program, entries that they are compared with at a time, and warps of `commit_tokens`."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class NormLaunch:
+    """Elements (a whole row) per program and warps of `add_rms_norm`."""
+
+    block: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class SwigluLaunch:
+    """Columns of one row per program and warps of `swiglu`."""
+
+    block: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class HeadLaunch:
+    """Tile of rows by ids by channels, warps, pipeline stages, blocks that one processor holds of `lm_head_confidence`.
+
+    The statistics of a tile are taken in `parts` pieces of its ids.
+    """
+
+    block_r: int
+    block_v: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    blocks_per_processor: int
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class HeadMergeLaunch:
+    """Rows per program, partial results of a row at a time (all of them), and warps of the merge of the programs."""
+
+    block_r: int
+    block_p: int
     num_warps: int
 
 
@@ -71,6 +130,7 @@ INTERPRETER = (AttentionLaunch(16, 64, 4, 1, full_tiles_first=True), AttentionLa
 
 
 MERGE = MergeLaunch(block_m=16, num_warps=4)
+PACK = PackLaunch(block=1024, num_warps=4)
 
 
 def attention_table(arch, dtype):
@@ -137,3 +197,88 @@ def rope_launch(device, headdim):
     if architecture(device) is None:
         return RopeLaunch(block_t=16, block_h=8, num_warps=4)
     return RopeLaunch(block_t=1, block_h=max(8, 512 // headdim), num_warps=max(1, headdim // 64))
+
+
+def commit_launch(device):
+    """Few entries a program spread the n^2 comparisons of a long row over the GPU; each is compared with many others at
+    a time, for every turn of the loop waits for its loads."""
+    if architecture(device) is None:
+        return CommitLaunch(block_m=256, block_n=512, num_warps=4)
+    return CommitLaunch(block_m=16, block_n=512, num_warps=8)
+
+
+def norm_launch(dtype, size):
+    """Two loads of 16 bytes a thread from each tensor, up to 16 warps: few rows wait for each load in turn."""
+    block = triton.next_power_of_2(size)
+    return NormLaunch(block, num_warps=min(16, max(1, block * dtype.itemsize // (2 * 16 * 32))))
+
+
+def swiglu_launch(dtype):
+    """One load of 16 bytes a thread from gate and up, so that a few rows still fill the GPU."""
+    return SwigluLaunch(block=4 * 32 * 16 // dtype.itemsize, num_warps=4)
+
+
+# the first entry with block_r >= rows is used, else the last one; in tiles of up to 32 rows the ids are the long side
+HEAD = {
+    100: (
+        HeadLaunch(16, 128, 64, num_warps=4, num_stages=4, blocks_per_processor=2, parts=2),
+        HeadLaunch(32, 128, 64, num_warps=8, num_stages=4, blocks_per_processor=2, parts=2),
+        HeadLaunch(64, 64, 64, num_warps=4, num_stages=4, blocks_per_processor=3),
+        HeadLaunch(128, 256, 64, num_warps=8, num_stages=3, blocks_per_processor=1, parts=8),
+    ),
+    90: (
+        HeadLaunch(16, 128, 64, num_warps=4, num_stages=4, blocks_per_processor=2),
+        HeadLaunch(32, 128, 64, num_warps=4, num_stages=4, blocks_per_processor=2),
+        HeadLaunch(64, 128, 64, num_warps=4, num_stages=4, blocks_per_processor=2, parts=2),
+        HeadLaunch(128, 256, 64, num_warps=8, num_stages=3, blocks_per_processor=1, parts=8),
+    ),
+    80: (
+        HeadLaunch(16, 128, 64, num_warps=4, num_stages=4, blocks_per_processor=2),
+        HeadLaunch(32, 128, 64, num_warps=4, num_stages=4, blocks_per_processor=2),
+        HeadLaunch(64, 128, 64, num_warps=8, num_stages=4, blocks_per_processor=2, parts=2),
+        HeadLaunch(128, 128, 64, num_warps=8, num_stages=4, blocks_per_processor=1, parts=4),
+    ),
+    # 99 KiB of shared memory
+    86: (
+        HeadLaunch(16, 128, 64, num_warps=4, num_stages=3, blocks_per_processor=2),
+        HeadLaunch(32, 128, 64, num_warps=4, num_stages=3, blocks_per_processor=2),
+        HeadLaunch(64, 128, 64, num_warps=8, num_stages=3, blocks_per_processor=2, parts=4),
+        HeadLaunch(128, 128, 64, num_warps=8, num_stages=3, blocks_per_processor=1, parts=4),
+    ),
+}
+# in place of the last entry where noise is drawn, which needs registers
+HEAD_NOISE = {
+    100: HeadLaunch(128, 64, 64, num_warps=8, num_stages=4, blocks_per_processor=1, parts=2),
+    90: HeadLaunch(128, 128, 64, num_warps=8, num_stages=4, blocks_per_processor=1, parts=4),
+    80: HeadLaunch(128, 64, 64, num_warps=8, num_stages=4, blocks_per_processor=1, parts=2),
+    86: HeadLaunch(128, 64, 64, num_warps=8, num_stages=3, blocks_per_processor=1, parts=2),
+}
+HEAD_FULL_PRECISION = (
+    HeadLaunch(16, 128, 32, num_warps=4, num_stages=3, blocks_per_processor=2),
+    HeadLaunch(64, 64, 32, num_warps=8, num_stages=3, blocks_per_processor=2),
+)
+HEAD_INTERPRETER = (
+    HeadLaunch(32, 128, 64, 4, 1, blocks_per_processor=2),
+    HeadLaunch(64, 128, 64, 4, 1, blocks_per_processor=2),
+)
+
+
+def head_table(arch, dtype, noise):
+    """The tile sizes to choose from, as in `attention_table`; noise: whether Gumbel noise is drawn."""
+    if arch is None:
+        return HEAD_INTERPRETER
+    if dtype == torch.float32:
+        return HEAD_FULL_PRECISION
+    arch = arch if arch in HEAD else 86
+    return (*HEAD[arch][:-1], HEAD_NOISE[arch]) if noise else HEAD[arch]
+
+
+def head_launch(device, dtype, rows, noise):
+    """The launch of `lm_head_confidence` for `rows` rows."""
+    table = head_table(architecture(device), dtype, noise)
+    return next((launch for launch in table if launch.block_r >= rows), table[-1])
+
+
+def head_merge_launch(device, programs):
+    block_p = triton.next_power_of_2(programs)
+    return HeadMergeLaunch(block_r=max(1, 256 // block_p), block_p=block_p, num_warps=4)

@@ -4,9 +4,14 @@ Each function has the signature of its Triton twin (without `impl`) and works fo
 oracle. They read small index tensors on the host, so on a GPU they synchronise; the Triton kernels do not.
 """
 
+import itertools
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+
+from dkv.kernels import noise
 
 
 def rotate_half_split(x, cos, sin):
@@ -143,3 +148,142 @@ def _select(cache, rows, keys):
     if not isinstance(keys, slice):
         return cache[rows].index_select(1, keys)
     return cache if (rows, keys) == (slice(0, cache.shape[0]), slice(0, cache.shape[1])) else cache[rows, keys]
+
+
+def pack_positions(active, capacity=None):
+    """Twin of `dkv.kernels.pack_positions`."""
+    cu_seqlens = F.pad(active.sum(1).cumsum(0), (1, 0)).int()
+    slots = active.flatten().nonzero()[:capacity, 0]
+    if capacity is not None:
+        slots = F.pad(slots, (0, capacity - slots.shape[0]), value=-1)
+    return slots, cu_seqlens
+
+
+def commit_tokens(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=None, factor=None):
+    """Twin of `dkv.kernels.commit_tokens`."""
+    total = tokens.shape[0]
+    lengths = cu_seqlens.clamp(max=total).diff()
+    columns = torch.arange(max(lengths.tolist(), default=0), device=x.device)
+    # one line per row, the entries first
+    in_row = columns < lengths[:, None]
+    padded = torch.full(in_row.shape, float("-inf"), dtype=scores.dtype, device=x.device)
+    scores = padded.masked_scatter_(in_row, scores)
+    scores.nan_to_num_(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    ranks = torch.empty_like(order).scatter_(1, order, columns.expand_as(order))
+    if threshold is not None:
+        chosen = (scores >= threshold) | (ranks == 0)
+    elif factor is not None:
+        # scores fall and limits rise with the rank, so whoever passes has only such before it that pass
+        limits = 1 - torch.full_like(scores, factor) / (ranks + 2)
+        chosen = (scores >= limits) | (ranks == 0)
+    else:
+        chosen = ranks < counts[:, None]
+    chosen = chosen.masked_select(in_row)
+    chosen = F.pad(chosen, (0, total - chosen.shape[0]))
+    entries = chosen.nonzero()[:, 0]
+    x.view(-1).index_copy_(0, slots.index_select(0, entries), tokens.index_select(0, entries))
+    return chosen
+
+
+def add_rms_norm(x, residual, weight, eps):
+    """Twin of `dkv.kernels.add_rms_norm`."""
+    if residual is not None:
+        x = residual.add_(x)
+    s = x.to(torch.promote_types(x.dtype, torch.float32))
+    # few passes over s and few small operations: vector_norm is one, and addcmul takes its factor without a tensor
+    norm = torch.linalg.vector_norm(s, dim=-1, keepdim=True)
+    scale = torch.addcmul(s.new_full((), eps), norm, norm, value=1 / max(x.shape[1], 1)).rsqrt_()
+    return (s * scale).to(x.dtype).mul_(weight)
+
+
+def swiglu(gate_up):
+    """Twin of `dkv.kernels.swiglu`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up).contiguous()
+
+
+class Confidence(NamedTuple):
+    """What `dkv.kernels.lm_head_confidence` returns, each (rows,): token int64, the others floating point."""
+
+    token: torch.Tensor
+    log_prob: torch.Tensor
+    margin: torch.Tensor
+    entropy: torch.Tensor
+
+
+LOGITS_AT_A_TIME = 2**22  # 16 MiB of float32
+LOGITS_IN_CACHE = 2**20  # of which statistics are taken at a time
+LOWEST = -1e30  # stands for -inf, without the NaN of inf - inf
+
+
+def lm_head_confidence(
+    hidden,
+    weight,
+    *,
+    logit_scale=1.0,
+    noise_scale=0.0,
+    noise_key=None,
+    exclude_ids=None,
+    round_logits=False,
+):
+    """Twin of `dkv.kernels.lm_head_confidence`, a bounded number of logits at a time."""
+    parts = []
+    rows = max(1, LOGITS_AT_A_TIME // weight.shape[0])
+    rows_in_cache = max(1, LOGITS_IN_CACHE // weight.shape[0])
+    for start in range(0, max(hidden.shape[0], 1), rows):
+        z = _logits(hidden[start : start + rows], weight, round_logits)
+        for excluded in exclude_ids or ():
+            z[:, excluded] = LOWEST
+        if logit_scale != 1:
+            z.mul_(logit_scale)
+        keys = noise_key[start : start + rows].split(rows_in_cache) if noise_scale > 0 else itertools.repeat(None)
+        for z_part, key_part in zip(z.split(rows_in_cache), keys, strict=False):
+            parts.append(_confidence(z_part, noise_scale, key_part))
+    return Confidence(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _logits(hidden, weight, rounded):
+    """(rows, vocab), float32 at least; of 16-bit tensors in float32 too, unless `rounded` to their dtype."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    if rounded or hidden.dtype == dtype:
+        return F.linear(hidden, weight).to(dtype)
+    hidden, ids = hidden.to(dtype), max(1, LOGITS_AT_A_TIME // weight.shape[1])
+    z = torch.empty((hidden.shape[0], weight.shape[0]), dtype=dtype, device=hidden.device)
+    for z_part, weight_part in zip(z.split(ids, dim=1), weight.split(ids), strict=True):
+        z_part.copy_(hidden @ weight_part.to(dtype).T)
+    return z
+
+
+def confidence_of_logits(z, *, noise_scale=0.0, noise_key=None):
+    """What `lm_head_confidence` returns, from its z: (rows, vocab), any float dtype, -inf for excluded ids."""
+    return _confidence(z.to(torch.promote_types(z.dtype, torch.float32)).clamp(min=LOWEST), noise_scale, noise_key)
+
+
+def _confidence(z, noise_scale, noise_key):
+    """The same for finite z of float32 or float64, which it overwrites."""
+    top, best = _largest(z)
+    best = best[:, None]
+    shifted = z.sub_(top[:, None])
+    token = best
+    if noise_scale > 0:
+        ids = torch.arange(z.shape[1], device=z.device)
+        noisy = noise.gumbel(noise.noise_key(noise_key[:, None], ids)).mul_(noise_scale).add_(shifted)
+        token = _largest(noisy)[1][:, None]
+    # the largest term is left out: it is exactly 1, and beside it others that are tiny would be lost
+    weights = shifted.exp().scatter_(1, best, 0.0)
+    others, second = weights.sum(-1), weights.amax(-1)
+    log_sum, top_prob = others.log1p(), 1 / (1 + others)
+    log_prob = shifted.gather(1, token)[:, 0] - log_sum
+    entropy = log_sum - weights.mul_(shifted).sum(-1) * top_prob
+    return Confidence(token[:, 0], log_prob, (1 - second) * top_prob, entropy)
+
+
+def _largest(z):
+    """z.max(-1), in two levels where blocks of 128 fit: on a CPU only a maximum without index is vectorised."""
+    if z.shape[1] % 128:
+        return z.max(-1)
+    blocks = z.unflatten(1, (-1, 128))
+    top, block = blocks.amax(-1).max(-1)
+    within = blocks.gather(1, block[:, None, None].expand(-1, 1, 128))[:, 0].argmax(-1)
+    return top, block * 128 + within

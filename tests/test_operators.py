@@ -7,7 +7,15 @@ import torch
 from test_rope_cache import inputs as rope_inputs
 from utils import AttentionCase
 
-from dkv.kernels import delayed_attention, reference, rope_cache_update
+from dkv.kernels import (
+    add_rms_norm,
+    commit_tokens,
+    delayed_attention,
+    pack_positions,
+    reference,
+    rope_cache_update,
+    swiglu,
+)
 
 
 def attention(**changes):
@@ -145,7 +153,9 @@ def test_implementation_that_cannot_run(call, monkeypatch):
         call(impl="triton")
 
 
-@pytest.mark.parametrize("operator", [delayed_attention, rope_cache_update])
+@pytest.mark.parametrize(
+    "operator", [add_rms_norm, commit_tokens, delayed_attention, pack_positions, rope_cache_update, swiglu]
+)
 def test_the_twin_has_the_signature_of_the_operator(operator):
     parameters = dict(inspect.signature(operator).parameters)
     assert parameters.pop("impl").default == "auto"

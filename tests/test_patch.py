@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from test_generate import MASK, prompts
 
 import dkv
@@ -248,8 +249,74 @@ def test_undo_is_complete(model):
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == tensors
     assert dkv.restore_attention(model) is model and dict(model.__dict__) == attributes
     assert dkv.restore_attention(model) is model and "dkv=" not in repr(model)
-    with pytest.raises(ValueError, match="has no session: call dkv.replace_attention"):
+    with pytest.raises(ValueError, match="has nothing to reset: use dkv.replace_attention or dkv.generate"):
         dkv.reset(model)
+
+
+@each(NAMES)
+def test_merged_weights_are_the_models_own(model, tmp_path):
+    """While patched, Q, K, V and gate, up are views of one tensor: the same objects, names and values; then separate."""
+    parameters = dict(model.named_parameters())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x = F.pad(prompts(6)[0], (0, 4), value=MASK)
+    dkv.replace_attention(model, dkv.Decode(8))
+    with torch.no_grad():
+        model(x)
+    storages = {p.untyped_storage().data_ptr() for p in parameters.values()}
+    assert len(storages) < len(parameters), "nothing was merged"
+    assert all(dict(model.named_parameters())[name] is p for name, p in parameters.items())
+    state = model.state_dict()
+    assert state.keys() == before.keys() and all(torch.equal(state[name], before[name]) for name in before)
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(tmp_path)
+        saved = {}
+        for file in tmp_path.glob("*.safetensors"):
+            saved |= load_file(file)
+        assert all(torch.equal(saved[name], before[name]) for name in before)
+    dkv.restore_attention(model)
+    for name, parameter in model.named_parameters():
+        assert parameter is parameters[name] and torch.equal(parameter, before[name])
+        assert parameter.untyped_storage().nbytes() == parameter.numel() * parameter.element_size()
+
+
+@each(NAMES)
+@pytest.mark.parametrize("change", ["data", "moved", "in place", "hook"])
+def test_stale_merged_weights_are_noticed(model, change):
+    """Each way to change weights between two runs: the second run computes with the new ones."""
+    model = copy.deepcopy(model)
+    torch.manual_seed(1)
+    ids, _ = prompts(6)
+    options = {"gen_length": 4, "policy": dkv.NoCache(), "output_history": True}
+    calls, before = [], dkv.generate(model, ids, **options).sequences
+    k = find_decoder(model).layers[1].k
+    if change == "data":
+        k.weight.data = torch.randn_like(k.weight) * 3
+    elif change == "in place":
+        with torch.no_grad():
+            k.weight.copy_(torch.randn_like(k.weight) * 3)
+    elif change == "hook":
+        k.register_forward_hook(lambda module, args, output: calls.append(1) or output + torch.randn_like(output) * 3)
+    else:
+        model.double().float()
+        k.weight.data.normal_(std=3)
+    torch.manual_seed(0)
+    x = torch.cat((ids, torch.full((1, 4), MASK)), dim=1)
+    with torch.no_grad():
+        expected = model(x).logits
+    calls.clear()
+    torch.manual_seed(0)
+    dkv.replace_attention(model, dkv.NoCache())
+    with torch.no_grad():
+        got = model(x).logits
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert len(calls) == (change == "hook")
+    dkv.restore_attention(model)
+    # and in a run that would take over the memory of the first
+    fresh = copy.deepcopy(model)
+    torch.manual_seed(0)
+    again = dkv.generate(model, ids, **options).sequences
+    torch.manual_seed(0)
+    assert torch.equal(again, dkv.generate(fresh, ids, **options).sequences) and again.shape == before.shape
 
 
 @each(["LLaDA", "Dream"])

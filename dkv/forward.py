@@ -1,0 +1,153 @@
+"""One forward pass of packed active tokens over the cache: the layers of a `Decoder` in fused operators."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dkv.kernels import add_rms_norm, delayed_attention, rope_cache_update, swiglu
+from dkv.linear import Projection, is_plain, linear
+
+# norms of this kind: weight * rounded(x / rms(x)); the attribute that holds their eps
+NORM_EPS = {"RMSNorm": "eps", "RMSLayerNorm": "eps", "DreamRMSNorm": "variance_epsilon"}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Some positions of every row of a batch, packed by row.
+
+    Attributes:
+        slots: (total,) int64, row * seqlen + column; -1: padding behind the last row's.
+        cu_seqlens: (batch + 1,) int32, where each row's begin.
+        max_seqlen: int, an upper bound of one row's.
+    """
+
+    slots: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+
+
+class Forward:
+    """The layers and the final norm of a `Decoder`, ready to run: merged projections, fused norms, RoPE tables.
+
+    Args:
+        decoder: `dkv.decoder.Decoder`.
+        length: the number of RoPE positions.
+        impl: as in `dkv.kernels`.
+    """
+
+    def __init__(self, decoder, length, impl):
+        self.decoder, self.impl = decoder, impl
+        self.cos, self.sin = decoder.rope_tables(length, decoder.weight.device)
+        self.layers = [
+            (layer, Projection([layer.q, layer.k, layer.v]), Projection([layer.gate, layer.up]))
+            for layer in decoder.layers
+        ]
+        self._state = _fingerprint(decoder)
+
+    def __call__(self, ids, positions, active, cache, outputs=None):
+        """Recomputes the active positions, whose K/V in the cache are replaced.
+
+        Args:
+            ids, positions: (batch, seqlen) int64: tokens and RoPE positions.
+            active: `Packed`, of the same batch and seqlen.
+            cache: `KVCache` of the same batch and seqlen; its valid columns are attended.
+            outputs: a pair of a `Packed` of which only cu_seqlens and max_seqlen count, and (rows,) int64: the places
+                among the active positions whose outputs are wanted. None: all.
+
+        Returns:
+            hidden (rows, hidden_size) after the final norm; without meaning where a place is padding.
+        """
+        decoder = self.decoder
+        slots = active.slots
+        places = slots.clamp(min=0)
+        tokens = _Tokens(slots, positions.flatten()[places], active)
+        x = decoder.embed(ids.flatten()[places])
+        h = None
+        for index, (layer, qkv, gate_up) in enumerate(self.layers):
+            k_cache, v_cache = cache.k[index], cache.v[index]
+            normed = self._norm(layer.attn_norm, h, x)
+            if index < len(self.layers) - 1 or outputs is None:
+                q, k, v = self._heads(qkv(normed), decoder.nheads, decoder.nheads_k, decoder.nheads_k)
+                q = self._rope(q, k, v, tokens, k_cache, v_cache)
+            else:
+                # of the last layer only K and V are needed everywhere
+                k, v = self._heads(qkv(normed, first=1), decoder.nheads_k, decoder.nheads_k)
+                self._rope(k[:, :0], k, v, tokens, k_cache, v_cache)
+                packed, rows = outputs
+                x, tokens = x[rows], _Tokens(slots[rows], tokens.positions[rows], packed)
+                (q,) = self._heads(qkv(normed[rows], last=1), decoder.nheads)
+                # the same K and V once more: the operator rotates queries and keys together
+                q = self._rope(q, k[rows], v[rows], tokens, k_cache, v_cache)
+            attended = delayed_attention(
+                q,
+                k_cache,
+                v_cache,
+                tokens.packed.cu_seqlens,
+                max_seqlen_q=tokens.packed.max_seqlen,
+                cache_leftpad=cache.leftpad,
+                key_mask=cache.key_mask,
+                impl=self.impl,
+            )
+            normed = self._norm(layer.mlp_norm, linear(layer.o, attended.flatten(1)), x)
+            h = linear(layer.down, swiglu(gate_up(normed), impl=self.impl))
+        return self._norm(decoder.final_norm, h, x)
+
+    def _heads(self, projected, *heads):
+        """(rows, heads, headdim) each, of a projection's outputs beside each other."""
+        projected = projected.contiguous().unflatten(-1, (-1, self.decoder.headdim))
+        return projected.split(heads, dim=1)
+
+    def _rope(self, q, k, v, tokens, k_cache, v_cache):
+        return rope_cache_update(
+            q, k, v, self.cos, self.sin, tokens.positions, tokens.slots, k_cache, v_cache, impl=self.impl
+        )
+
+    def _norm(self, norm, h, x):
+        """The norm of x + h, which x becomes; h may be None."""
+        if _is_plain_norm(norm, x.dtype):
+            eps = getattr(norm, NORM_EPS[type(norm).__name__])
+            added, residual = (x, None) if h is None else (h.contiguous(), x)
+            return add_rms_norm(added, residual, norm.weight, eps, impl=self.impl)
+        return norm(x if h is None else x.add_(h))
+
+    def is_current(self, decoder):
+        """Whether the decoder, as it is found now, has the modules and parameters of this one, where they were."""
+        return self._state == _fingerprint(decoder)
+
+    @property
+    def is_plain(self):
+        """Whether nothing but known operators runs: a recorded pass stays right for as long as it is current."""
+        return all(plain for _, plain, _ in self._state)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    slots: torch.Tensor
+    positions: torch.Tensor
+    packed: Packed
+
+
+def _fingerprint(decoder):
+    """(module, whether it is plain, where its parameters lie) for every module that runs."""
+    linears = [module for layer in decoder.layers for module in layer.linears]
+    others = [module for module in (decoder.embed, decoder.head) if module is not None]
+    norms = [decoder.final_norm, *(norm for layer in decoder.layers for norm in layer.norms)]
+    plain = [is_plain(module, (nn.Linear, nn.Embedding)) for module in linears + others]
+    plain += [_is_plain_norm(norm, decoder.weight.dtype) for norm in norms]
+    modules = linears + others + norms
+    return [(module, p, _addresses(module)) for module, p in zip(modules, plain, strict=True)]
+
+
+def _is_plain_norm(norm, dtype):
+    eps = getattr(norm, NORM_EPS.get(type(norm).__name__, ""), None)
+    return (
+        isinstance(eps, float)
+        and not isinstance(norm, nn.RMSNorm)
+        and is_plain(norm, (type(norm),))
+        and norm.weight.dtype == dtype
+    )
+
+
+def _addresses(module):
+    return [(p.dtype, p.device, p.data_ptr()) for p in module.parameters(recurse=False)]

@@ -1,0 +1,66 @@
+"""CUDA graphs of steps that read and write static memory only: a step becomes one launch."""
+
+import time
+from collections import OrderedDict
+
+import torch
+
+MOST_GRAPHS = 32
+LARGEST_GRAPH = 2048  # packed positions; with more, launches cost nothing beside the work
+
+
+class StepGraphs:
+    """Runs functions by key: eagerly at first, which compiles and warms up, then recorded and replayed.
+
+    The graphs share one memory pool, since they never run at the same time: what a function returns must be used before
+    the next call.
+    Beyond `MOST_GRAPHS` the one that was replayed least recently is dropped.
+
+    Attributes:
+        captured: graphs recorded so far; capture_seconds: the time that took.
+    """
+
+    def __init__(self):
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self.captured, self.capture_seconds = 0, 0.0
+        self._seen, self._graphs = set(), OrderedDict()
+
+    def run(self, key, function):
+        """Does what function() does, on the current stream, and returns what it does; the same for the same key."""
+        if key not in self._seen:
+            self._seen.add(key)
+            return function()
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(function)
+            if len(self._graphs) > MOST_GRAPHS:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(key)
+        graph, result = self._graphs[key]
+        graph.replay()
+        return result
+
+    def _capture(self, function):
+        begin = time.perf_counter()
+        graph = torch.cuda.CUDAGraph()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            # not torch.cuda.graph: it would empty the allocator's cache each time
+            graph.capture_begin(pool=self.pool)
+            try:
+                result = function()
+                graph.capture_end()
+            except Exception as error:
+                raise RuntimeError(
+                    "a step could not be recorded as a CUDA graph: a policy with max_active must compute on the device "
+                    "alone, without reading from it; correct it, or pass cuda_graphs=False."
+                ) from error
+        torch.cuda.current_stream().wait_stream(self.stream)
+        self.captured += 1
+        self.capture_seconds += time.perf_counter() - begin
+        return graph, result
+
+
+def bucket(count):
+    """The next of 16, 32, 48, 64, 128, 192, 256, 512, ...: few sizes, and little padding where a step is short."""
+    unit = 16 if count <= 64 else 64 if count <= 256 else 256
+    return max(-(-count // unit), 1) * unit

@@ -1,0 +1,223 @@
+"""Which predictions become tokens at this step, and their write into the sequences, in one launch without the host.
+
+The entries of a row are ranked by their score, ties by their place; rank 0 is the most confident one:
+
+    rank[i] = #{j in the row of i: score[j] > score[i], or score[j] = score[i] and j < i}
+
+    counts     chosen[i] = rank[i] < counts[row]
+    threshold  chosen[i] = score[i] >= threshold or rank[i] = 0
+    factor     chosen[i] = score[i] >= 1 - factor / (rank[i] + 2) or rank[i] = 0
+
+(threshold and factor: Wu et al., Fast-dLLM, arXiv 2505.22618.) Layouts: x (batch, seqlen) contiguous; the entries
+(total,), packed by row as `cu_seqlens` says. Counting needs no sort and is exact: each program compares a few entries
+with all of their row, decides about them and writes them, so no program waits for another. It is bound by latency, and
+by n^2 comparisons in rows of n = thousands of entries.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from dkv.kernels import checks, reference
+from dkv.kernels.launch import commit_launch
+
+
+@triton.jit
+def _load_scores(scores_ptr, entries, end):
+    """NaN and what lies behind the row count as -inf."""
+    scores = tl.load(scores_ptr + entries, mask=entries < end, other=float("-inf"))
+    return tl.where(scores == scores, scores, float("-inf"))
+
+
+@triton.jit(do_not_specialize=["batch", "total"])
+def _commit_tokens_kernel(
+    # pointers
+    x_ptr,
+    tokens_ptr,
+    scores_ptr,
+    slots_ptr,
+    cu_seqlens_ptr,
+    counts_ptr,
+    chosen_ptr,
+    # sizes
+    batch,
+    total,
+    # scalars
+    limit,
+    # constants
+    RULE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row = tl.program_id(0)
+    block = tl.program_id(1)
+    start = tl.load(cu_seqlens_ptr + row)
+
+    # the programs of row `batch` clear the padding entries behind the last row
+    if row == batch:
+        for first in range(start + block * BLOCK_N, total, tl.num_programs(1) * BLOCK_N):
+            padding = first + tl.arange(0, BLOCK_N)
+            tl.store(chosen_ptr + padding, tl.zeros([BLOCK_N], dtype=tl.int1), mask=padding < total)
+        return
+
+    end = tl.minimum(tl.load(cu_seqlens_ptr + row + 1), total)
+    if start + block * BLOCK_M >= end:
+        return
+
+    # [BLOCK_M]
+    entries = start + block * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_row = entries < end
+    scores = _load_scores(scores_ptr, entries, end)
+    # [BLOCK_M, BLOCK_N]
+    ahead = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.int32)
+    for first in range(start, end, BLOCK_N):
+        others = first + tl.arange(0, BLOCK_N)
+        other_scores = _load_scores(scores_ptr, others, end)[None, :]
+        # what lies behind the row has no higher score than any entry, nor an earlier place
+        earlier = others[None, :] < entries[:, None]
+        ahead += ((other_scores > scores[:, None]) | ((other_scores == scores[:, None]) & earlier)).to(tl.int32)
+    # [BLOCK_M]
+    rank = tl.sum(ahead, 1)
+
+    if RULE == "counts":
+        chosen = rank < tl.load(counts_ptr + row)
+    else:
+        least = tl.full([BLOCK_M], limit, dtype=tl.float32)
+        if RULE == "factor":
+            # scores fall and limits rise with the rank, so whoever passes has only such before it that pass
+            least = 1.0 - tl.div_rn(least, (rank + 2).to(tl.float32))
+        chosen = (scores >= least) | (rank == 0)
+    tl.store(chosen_ptr + entries, chosen, mask=in_row)
+    written = chosen & in_row
+    slots = tl.load(slots_ptr + entries, mask=written, other=0)
+    tl.store(x_ptr + slots, tl.load(tokens_ptr + entries, mask=written, other=0), mask=written)
+
+
+def _launch(x, tokens, scores, slots, cu_seqlens, counts, threshold, factor):
+    batch, seqlen = x.shape
+    (total,) = tokens.shape
+    chosen = torch.empty((total,), dtype=torch.bool, device=x.device)
+    if total == 0:
+        return chosen
+    rule, limit = "counts", 0.0
+    if threshold is not None:
+        rule, limit = "threshold", threshold
+    elif factor is not None:
+        rule, limit = "factor", factor
+    launch = commit_launch(x.device)
+    # slots are distinct, so no row has more entries than columns; one block at least, for the padding
+    blocks = max(triton.cdiv(min(total, seqlen), launch.block_m), 1)
+    with checks.device_guard(x):
+        _commit_tokens_kernel[(batch + 1, blocks)](
+            x_ptr=x,
+            tokens_ptr=tokens,
+            scores_ptr=scores,
+            slots_ptr=slots,
+            cu_seqlens_ptr=cu_seqlens,
+            counts_ptr=counts if rule == "counts" else None,
+            chosen_ptr=chosen,
+            batch=batch,
+            total=total,
+            limit=limit,
+            RULE=rule,
+            BLOCK_M=launch.block_m,
+            BLOCK_N=launch.block_n,
+            num_warps=launch.num_warps,
+        )
+    return chosen
+
+
+def _commit_tokens(
+    x: torch.Tensor,
+    tokens: torch.Tensor,
+    scores: torch.Tensor,
+    slots: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    counts: torch.Tensor | None,
+    threshold: float | None,
+    factor: float | None,
+    impl: str,
+) -> torch.Tensor:
+    if impl == "triton":
+        return _launch(x, tokens, scores, slots, cu_seqlens, counts, threshold, factor)
+    return reference.commit_tokens(x, tokens, scores, slots, cu_seqlens, counts, threshold=threshold, factor=factor)
+
+
+_operator = torch.library.custom_op("dkv::commit_tokens", mutates_args=("x",))(_commit_tokens)
+
+
+@_operator.register_fake
+def _(x, tokens, *arguments):
+    return tokens.new_empty(tokens.shape, dtype=torch.bool)
+
+
+def commit_tokens(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=None, factor=None, impl="auto"):
+    """Chooses which predictions are committed, the most confident ones of each row, and writes them into the sequences.
+
+    Mutates x in place, at the slots of the chosen entries only.
+
+    Args:
+        x: (batch, seqlen) int64, contiguous: the sequences.
+        tokens: (total,) int64: what each entry would write.
+        scores: (total,) float32 (float64: impl "reference" only): higher is committed first, of equal ones the earlier
+            entry; NaN counts as -inf. With threshold or factor these are probabilities.
+        slots: (total,) int64: row * seqlen + column of each entry, distinct.
+        cu_seqlens: (batch + 1,) int32. The entries of row b are cu_seqlens[b] .. cu_seqlens[b + 1] - 1, as far as there
+            are so many; a row may have none. Entries from cu_seqlens[-1] on are padding, never chosen.
+        counts: (batch,) int32 or int64: how many entries of each row are committed; all of a row that has fewer. May be
+            None with threshold or factor, which take its place.
+        threshold: commits every entry whose score reaches it, and the highest of each row.
+        factor: above 0: commits the entry of rank r (0: the highest) if its score reaches 1 - factor / (r + 2), and the
+            highest of each row; so an entry is committed only with all that rank before it.
+        impl: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "reference".
+
+    Returns:
+        chosen (total,) bool.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or strides that do not fit together; both threshold and factor,
+            or neither and no counts; a factor that is not above 0.
+        NotImplementedError: an implementation that cannot run here.
+
+    Source: Wu et al., Fast-dLLM (arXiv 2505.22618), for threshold and factor.
+
+    Example:
+        >>> slots, cu_seqlens = pack_positions(candidates, capacity=32)
+        >>> token, log_prob, _, _ = lm_head_confidence(hidden, weight)
+        >>> chosen = commit_tokens(x, token, log_prob, slots, cu_seqlens, counts)
+    """
+    checks.check_no_grad(scores=scores)
+    checks.check_index("x", x, x, (None, None), "(batch, seqlen)", torch.int64)
+    if not x.is_contiguous():
+        raise ValueError(
+            f"x must be contiguous, got strides {x.stride()} for shape {tuple(x.shape)}; "
+            "pass x.contiguous() and keep it, for it is written in place."
+        )
+    checks.check_index("tokens", tokens, x, (None,), "(total,)", torch.int64)
+    total = tokens.shape[0]
+    checks.check_index("scores", scores, x, (total,), "(total,)", torch.float32, torch.float64)
+    checks.check_index("slots", slots, x, (total,), "(total,)", torch.int64)
+    checks.check_index("cu_seqlens", cu_seqlens, x, (x.shape[0] + 1,), "(batch + 1,)")
+    checks.check_index("counts", counts, x, (x.shape[0],), "(batch,)", torch.int64, torch.int32)
+    if threshold is not None and factor is not None:
+        raise ValueError("threshold and factor exclude each other; pass one of them.")
+    if threshold is None and factor is None and counts is None:
+        raise ValueError("counts must be a tensor where neither threshold nor factor is given, got None.")
+    if factor is not None and not factor > 0:
+        raise ValueError(f"factor must be positive, got {factor}.")
+    impl = checks.resolve_impl(impl, _commit_tokens_kernel, scores)
+    # the operator is there for torch.compile; in eager mode its dispatch would cost a CPU as much as a small call
+    run = torch.ops.dkv.commit_tokens
+    if impl == "reference" and not torch.compiler.is_compiling():
+        run = _commit_tokens
+    return run(
+        x,
+        tokens,
+        scores,
+        slots,
+        cu_seqlens,
+        counts,
+        None if threshold is None else float(threshold),
+        None if factor is None else float(factor),
+        impl,
+    )

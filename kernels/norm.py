@@ -1,0 +1,132 @@
+"""Residual addition and RMS normalisation of token rows, in one launch.
+
+With s the sum x + residual, rounded to the dtype (x itself where there is no residual):
+
+    normed = weight * round(s * rsqrt(mean(s^2) + eps))          (RMSNorm, Zhang and Sennrich, arXiv 1910.07467)
+
+s is normalised in float32 and rounded to the dtype before the weight is applied, as LLaDA and Dream do. Layouts: x and
+residual (rows, size), any row stride with the last dim contiguous; weight (size,). Each program holds one row in
+registers, so every value is read once; it is memory-bound, at 4 * rows * size elements.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from dkv.kernels import checks, reference
+from dkv.kernels.launch import norm_launch
+
+
+@triton.jit
+def _add_rms_norm_kernel(
+    # pointers
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    normed_ptr,
+    # strides
+    stride_x,
+    stride_residual,
+    # scalars
+    eps,
+    # constants
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    # [BLOCK]
+    offs = tl.arange(0, BLOCK)
+    valid = offs < SIZE
+    weight = tl.load(weight_ptr + offs, mask=valid, other=0.0)
+    x = tl.load(x_ptr + row * stride_x + offs, mask=valid, other=0.0)
+    if residual_ptr is not None:
+        residual_ptrs = residual_ptr + row * stride_residual + offs
+        residual = tl.load(residual_ptrs, mask=valid, other=0.0)
+        x = (residual.to(tl.float32) + x.to(tl.float32)).to(x.dtype)
+        tl.store(residual_ptrs, x, mask=valid)
+    s = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(s * s, 0) / SIZE + eps)
+    normed = (s * scale).to(x.dtype) * weight
+    tl.store(normed_ptr + row * SIZE + offs, normed, mask=valid)
+
+
+def _launch(x, residual, weight, eps):
+    rows, size = x.shape
+    normed = torch.empty((rows, size), dtype=x.dtype, device=x.device)
+    if normed.numel() == 0:
+        return normed
+    launch = norm_launch(x.dtype, size)
+    with checks.device_guard(x):
+        _add_rms_norm_kernel[(rows,)](
+            x_ptr=x,
+            residual_ptr=residual,
+            weight_ptr=weight,
+            normed_ptr=normed,
+            stride_x=x.stride(0),
+            stride_residual=0 if residual is None else residual.stride(0),
+            eps=eps,
+            SIZE=size,
+            BLOCK=launch.block,
+            num_warps=launch.num_warps,
+        )
+    return normed
+
+
+def _add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, impl: str
+) -> torch.Tensor:
+    run = _launch if impl == "triton" else reference.add_rms_norm
+    return run(x, residual, weight, eps)
+
+
+_operator = torch.library.custom_op("dkv::add_rms_norm", mutates_args=("residual",))(_add_rms_norm)
+
+
+@_operator.register_fake
+def _(x, residual, weight, eps, impl):
+    return x.new_empty(x.shape)
+
+
+def add_rms_norm(x, residual, weight, eps, *, impl="auto"):
+    """Adds token rows to the residual stream and returns the RMS norm of the sum.
+
+    Mutates residual in place: residual += x, rounded to its dtype. Without a residual it is the norm of x alone.
+
+    Args:
+        x: (rows, size), float16, bfloat16 or float32 (float64: impl "reference" only), any row stride with the last
+            dim contiguous.
+        residual: like x, in memory of its own, or None.
+        weight: (size,), the dtype of x, contiguous.
+        eps: added to the mean of the squares.
+        impl: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "reference".
+
+    Returns:
+        normed (rows, size), contiguous: normalised in float32, rounded, then times weight and rounded again.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or strides that do not fit together.
+        NotImplementedError: an implementation that cannot run here.
+
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization (arXiv 1910.07467).
+
+    Example:
+        >>> h = add_rms_norm(attended, residual, mlp_norm.weight, 1e-5)
+        >>> mlp = swiglu(h @ gate_up.T) @ down.T
+        >>> h = add_rms_norm(mlp, residual, next_attn_norm.weight, 1e-5)
+    """
+    checks.check_no_grad(x=x, residual=residual, weight=weight)
+    checks.check_floating("x", x)
+    checks.check_shape("x", x, (None, None), "(rows, size)")
+    checks.check_shape("weight", weight, (x.shape[1],), "(size,)")
+    checks.check_same("x", x, weight=weight)
+    checks.check_last_dim_contiguous(x=x, weight=weight)
+    if residual is not None:
+        checks.check_shape("residual", residual, tuple(x.shape), "(rows, size)")
+        checks.check_same("x", x, residual=residual)
+        checks.check_last_dim_contiguous(residual=residual)
+    impl = checks.resolve_impl(impl, _add_rms_norm_kernel, x)
+    # the operator is there for torch.compile; in eager mode its dispatch would cost a CPU as much as a small call
+    run = torch.ops.dkv.add_rms_norm
+    if impl == "reference" and not torch.compiler.is_compiling():
+        run = _add_rms_norm
+    return run(x, residual, weight, eps, impl)

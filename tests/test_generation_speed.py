@@ -1,0 +1,411 @@
+"""generate_speed measures what it says: the plain loop, peers, counts, floors, the order of samples, rows and statuses."""
+
+import csv
+import itertools
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import hub
+import pytest
+import tiny
+import torch
+
+import dkv
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import checkpoints  # noqa: E402
+import common  # noqa: E402
+import generate_speed  # noqa: E402
+import linear_speed  # noqa: E402
+import peer  # noqa: E402
+import plots  # noqa: E402
+import roofline  # noqa: E402
+import step_profile  # noqa: E402
+import study  # noqa: E402
+import systems  # noqa: E402
+from roofline import Sizes, Step  # noqa: E402
+from study import Point, Study  # noqa: E402
+from systems import Job, Ours, PlainLoop  # noqa: E402
+
+CEILINGS = {"bandwidth": 1e9, "flops": 1e10}
+SIZES = Sizes(hidden=8, mlp=16, layers=3, nheads=4, nheads_k=2, headdim=2, vocabulary=32, element_size=4)
+
+
+def tiny_study(family):
+    name, model = family, tiny.tiny_model(family.lower())
+    return Study(family, name, model, CEILINGS, [], [])
+
+
+# ---- counts and floors
+
+
+def test_operations_by_hand():
+    # Q and output 8 x 8, K and V 8 x 4 each, three of the MLP 8 x 16
+    assert SIZES.kv_weights == 64 and SIZES.layer_weights == 64 + 64 + 64 + 384
+    everything = Step(batch=2, seqlen=5, active=10, candidates=10)
+    linear, attention, head = 3 * 2 * 10 * 576, 3 * 4 * 10 * 5 * 8, 2 * 10 * 8 * 32
+    assert roofline.operations(SIZES, [everything]) == linear + attention + head
+    assert everything.full
+    # the last layer: K and V of three positions, the rest of one
+    cached = Step(batch=2, seqlen=5, active=3, candidates=1)
+    linear = 2 * 2 * 3 * 576 + 2 * (3 * 64 + 1 * 512)
+    assert roofline.operations(SIZES, [cached]) == linear + 4 * 5 * 8 * (2 * 3 + 1) + 2 * 8 * 32
+    assert roofline.operations(SIZES, [cached, cached]) == 2 * roofline.operations(SIZES, [cached])
+    assert not cached.full
+
+
+def test_floors_by_hand():
+    step = Step(batch=2, seqlen=5, active=3, candidates=1)
+    bytes_alone = roofline.floors(SIZES, step, {"bandwidth": 1.0, "flops": float("inf")})
+    keys = 2 * 5 + 3  # read and written; K and V of a position are 8 numbers, queries and outputs 8 each
+    assert bytes_alone["attention"] == 4 * (3 * keys * 8 + 2 * 8 * (2 * 3 + 1))
+    assert bytes_alone["linear"] == 4 * 3 * 576 and bytes_alone["head"] == 4 * 32 * 8
+    operations_alone = roofline.floors(SIZES, step, {"bandwidth": float("inf"), "flops": 1.0})
+    assert sum(operations_alone.values()) == roofline.operations(SIZES, [step])
+    assert (
+        roofline.floor(SIZES, step, CEILINGS) < sum(bytes_alone.values()) / 1e9 + sum(operations_alone.values()) / 1e10
+    )
+
+
+def test_sizes_of_the_true_models():
+    settings = checkpoints.settings_of(checkpoints.TRUE_SIZE["LLaDA"][1])
+    sizes = Sizes.of(SimpleNamespace(settings=settings, dtype=torch.bfloat16))
+    weights = sizes.layers * sizes.layer_weights + 2 * sizes.vocabulary * sizes.hidden
+    assert weights == pytest.approx(8.02e9, rel=0.01)
+    # the floor of a cached step of one row: its weights but for the embedding, at 3 TB/s
+    floor = roofline.floor(sizes, Step(1, 1024, 32, 32), {"bandwidth": 3e12, "flops": 800e12})
+    assert floor == pytest.approx(5.2e-3, rel=0.05)
+    shapes = linear_speed.shapes(checkpoints.settings_of(checkpoints.TRUE_SIZE["Dream"][1]))
+    assert shapes["Q, K, V"] == (4608, 3584) and shapes["gate, up"] == (37888, 3584)
+
+
+# ---- systems
+
+
+JOBS = [("LLaDA", 8, 24, 24), ("LLaDA", 8, 16, 8), ("Dream", 16, 16, 16), ("Dream", 16, 16, 6), ("Dream", 8, 16, 16)]
+
+
+@pytest.mark.parametrize("family, block_length, gen_length, steps", JOBS)
+def test_the_plain_loop_is_no_cache(family, block_length, gen_length, steps):
+    model = tiny_study(family).model
+    prompt = torch.randint(0, 250, (2, 9), generator=torch.Generator().manual_seed(1))
+    job = Job("NoCache", dkv.NoCache(), prompt, gen_length, block_length, steps)
+    ours, plain = Ours(model).run(job), PlainLoop(model).run(job)
+    assert ours.sequences == plain.sequences
+    assert [positions for positions, _ in plain.steps] == [2 * (9 + gen_length)] * steps
+
+
+@pytest.mark.parametrize("family", ["LLaDA", "Dream"])
+@pytest.mark.parametrize("label", study.POLICIES)
+def test_the_work_of_a_run_is_what_it_did(family, label):
+    job = tiny_study(family).job(label, Point(2, 12, 16))
+    system = Ours(tiny_study(family).model)
+    outcome = system.run(job)
+    output = dkv.generate(
+        system.model,
+        job.prompt,
+        gen_length=16,
+        block_length=job.block_length,
+        policy=job.policy,
+        remasking="random" if job.policy.needs_order else None,
+        generator=torch.Generator().manual_seed(0),
+        output_history=True,
+    )
+    assert outcome.sequences == output.sequences.tolist()
+    assert [step.active for step in system.work] == output.active.sum((1, 2)).tolist()
+    assert [positions for positions, _ in outcome.steps] == [step.active for step in system.work]
+    committed = 2 * 16 - (output.history == system.model.settings.mask_id).sum((1, 2))
+    first_of_step = torch.cat((torch.zeros(1, dtype=torch.int64), committed[:-1]))
+    if label == "Greedy":
+        assert [step.candidates for step in system.work] == (committed - first_of_step).tolist()
+    elif job.block_length == 16:
+        assert [step.candidates for step in system.work] == (2 * 16 - first_of_step).tolist()
+
+
+def test_peak_memory_is_counted():
+    model = torch.nn.Linear(1000, 1000, bias=False)
+
+    def run(stopwatch):
+        a = torch.ones(1000, 1000)
+        b = a + 1
+        del a
+        return (b + b)[:1, :1]
+
+    outcome = peer.measured(run, model, torch.device("cpu"), with_peak=True)
+    assert outcome.peak_bytes == pytest.approx(12e6, rel=0.01)
+    assert peer.measured(run, model, torch.device("cpu"), with_peak=False).peak_bytes is None
+
+
+def test_random_weights_depend_on_names_alone():
+    native = tiny.tiny_model("dream")
+    other = tiny.Lookalike(native)
+    one, two = (dict(peer.fill_random(model, 3).named_parameters()) for model in (native, other))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["lm_head.weight"], one["model.embed_tokens.weight"])
+
+
+# ---- peers: a stand-in for the hub's files, of the same layout
+
+MODELING = """
+import sys
+sys.path.insert(0, {root!r})
+import torch, transformers
+from types import SimpleNamespace
+from dkv.models import LLaDA
+
+print("their noise must not reach the answers")
+
+class LLaDAConfig(SimpleNamespace):
+    pass
+
+class LLaDAModelLM(LLaDA):
+    def __init__(self, config):
+        super().__init__(config)
+        self.to_empty(device="cpu")
+
+    def _init_weights(self, module):
+        raise AssertionError("weights are not initialised")
+"""
+LOOP = """
+import torch
+
+@torch.no_grad()
+def generate(model, prompt, steps, gen_length, block_length, temperature, mask_id):
+    x = torch.nn.functional.pad(prompt, (0, gen_length), value=mask_id)
+    for step in range(steps):
+        confidence, tokens = model(x).logits.softmax(-1).max(-1)
+        end = prompt.shape[1] + (step // block_length + 1) * block_length
+        confidence[x != mask_id] = -1
+        confidence[:, end:] = -1
+        chosen = confidence.argmax(-1, keepdim=True)
+        x.scatter_(1, chosen, tokens.gather(1, chosen) {error})
+    return x
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """Writes the stand-in; error: added to every token."""
+
+    def write(error=""):
+        folder = tmp_path / "hub"
+        (folder / "llada_v2").mkdir(parents=True)
+        (folder / "llada_v2" / "modeling_llada.py").write_text(textwrap.dedent(MODELING.format(root=str(ROOT))))
+        (folder / "llada_generate.py").write_text(LOOP.format(error=error))
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def bench(monkeypatch, capsys, tmp_path):
+    """Runs generate_speed here, on tiny models; returns (exit status, what it printed, the JSON of its last line)."""
+    tiny_models = {family: (f"{family}-tiny", tiny.CONFIGS[family.lower()]()) for family in checkpoints.FAMILIES}
+    monkeypatch.setattr(generate_speed, "SCALED_DOWN", tiny_models)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(common, "measure_ceilings", lambda: CEILINGS)
+
+    def run(*arguments):
+        status = generate_speed.main([*map(str, arguments), "--out", str(tmp_path)])
+        output = capsys.readouterr().out
+        return status, output, json.loads(output.splitlines()[-1])
+
+    return run
+
+
+POINT = ("--points", "LLaDA:2:16:8", "--policies", "NoCache,Decode", "--budget", "60")
+
+
+def test_a_peer_of_the_same_tokens(bench, stand_in):
+    status, output, result = bench(*POINT, "--peer", f"official={stand_in()}")
+    assert status == 0, output
+    rows = {(row["system"], row["label"]): row for row in result["rows"]}
+    assert rows.keys() == {("dkv", "NoCache"), ("dkv", "Decode"), ("official", "NoCache")}
+    theirs = rows["official", "NoCache"]
+    assert theirs["same_tokens"] == 1 and theirs["steps"] == 8 and theirs["samples"] == 3
+    assert theirs["peak_bytes"] > 0 and theirs["cache_ratio"] == 0 and theirs["ms_full_step"] > 0
+    assert theirs["speedup"] == 1 and theirs["times_ours"] > 0
+    assert rows["dkv", "Decode"]["speedup"] > 0
+    assert "as fast as official" in output
+
+
+def test_a_peer_of_other_tokens_fails_the_run(bench, stand_in):
+    status, output, result = bench(*POINT, "--peer", f"official={stand_in('+ 1')}")
+    assert status == 1 and "tokens differ: LLaDA-tiny" in output
+    assert len(result["mismatches"]) == 1 and "official" in result["mismatches"][0]
+    assert all(row["seconds"] for row in result["rows"]), "everything is shown all the same"
+
+
+@pytest.mark.parametrize("family", checkpoints.FAMILIES)
+def test_the_official_loops_agree(bench, family):
+    if hub.skip_reason():
+        pytest.skip(hub.skip_reason())
+    official = f"official={os.environ['DKV_HUB_CODE']}"
+    status, output, result = bench("--points", f"{family}:2:12:32", "--policies", "NoCache", "--peer", official)
+    assert status == 0, output
+    assert [row["same_tokens"] for row in result["rows"]] == [None, 1]
+
+
+def test_a_peer_that_cannot_start_is_reported(bench, tmp_path):
+    (tmp_path / "empty").mkdir()
+    status, _, result = bench(*POINT, "--peer", f"dkv-cache={tmp_path / 'empty'}")
+    assert status == 0
+    assert len(result["not_run"]) == 1 and "No module named" in result["not_run"][0]
+    assert {row["system"] for row in result["rows"]} == {"dkv", "plain loop"}
+
+
+def test_a_peer_that_dies_says_so(tmp_path):
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho 'the last words' >&2\n")
+    program.chmod(0o755)
+    settings = {"family": "LLaDA", "config": {}, "seed": 0, "dtype": torch.float32, "device": torch.device("cpu")}
+    with pytest.raises(systems.Failed, match="it ended: the last words"):
+        systems.Peer("official", tmp_path, str(program), **settings)
+
+
+# ---- order, rows, arguments
+
+
+class Timed:
+    """An entry that only notes its turns."""
+
+    def __init__(self, name, order):
+        self.name, self.order, self.outcomes = name, order, []
+
+    def take_sample(self):
+        self.order.append(self.name)
+        self.outcomes.append(None)
+
+
+def test_samples_are_interleaved_or_one_after_the_other():
+    for interleaved, expected in ((True, "ababab"), (False, "aaabbb")):
+        order = []
+        entries = [Timed(name, order) for name in "ab"]
+        study.take_samples(entries, 3, 60, interleaved=interleaved)
+        assert "".join(order) == expected
+    # without time the first alone
+    for interleaved in (True, False):
+        order = []
+        study.take_samples([Timed(name, order) for name in "ab"], 3, -1, interleaved=interleaved)
+        assert order == ["a"]
+
+
+def test_every_policy_and_kind(bench, tmp_path, monkeypatch):
+    points = (Point(1, 16, 8, "one"), Point(2, 8, 8, "two"))
+    plan = generate_speed.Plan(points=points, grid=(Point(2, 16, 8),), samples=1)
+    monkeypatch.setattr(generate_speed, "CPU", plan)
+    status, output, result = bench("--profile", "--budget", "100")
+    assert status == 0 and not result["mismatches"] and not result["not_run"], output
+    kinds = {kind: [row for row in result["rows"] if row["kind"] == kind] for kind in ("run", "steps", "threshold")}
+    assert {row["label"] for row in kinds["run"]} == set(study.LABELS)
+    assert {row["label"] for row in kinds["run"] if row["batch"] == 2} == set(plan.few)
+    for row in result["rows"]:
+        assert row["seconds"] > 0 and row["tokens_per_s"] > 0 and row["peak_bytes"] > 1e5 and row["ms_full_step"] > 0
+        assert row["floor_ms"] > 0 and row["fraction_of_floor"] > 0 and row["floor_ms_full_step"] > 0
+        assert (row["ms_cached_step"] is None) == (row["cache_ratio"] == 0)
+    for row in kinds["run"]:
+        assert row["speedup"] > 0 and row["cap"] >= 1 and row["steps"] == 8
+        assert row["same_tokens"] == (1 if row["system"] == "plain loop" else None)
+    assert kinds["steps"] and all(row["steps"] == 2 and row["label"] == "Decode" for row in kinds["steps"])
+    assert kinds["threshold"]
+    assert all(row["threshold"] > 0 and row["steps"] <= 8 and row["cap"] is None for row in kinds["threshold"])
+    decode = next(row for row in kinds["run"] if row["label"] == "Decode")
+    assert decode["cap"] > 1.2 and decode["floor_ms_cached_step"] < decode["floor_ms_full_step"]
+
+    assert {(p["model"], p["step"]) for p in result["profiles"]} == {
+        (f"{family}-tiny", step) for family in checkpoints.FAMILIES for step in ("full", "cached")
+    }
+    for profile in result["profiles"]:
+        groups = profile["groups"]
+        assert groups.keys() == set(step_profile.GROUPS)
+        assert sum(group["ms"] for group in groups.values()) == pytest.approx(profile["ms"], rel=1e-3)
+        assert all(groups[name]["ms"] > 0 for name in ("linear", "head", "attention", "norms", step_profile.REST))
+
+    with (tmp_path / "generate_speed.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(result["rows"])
+    assert json.loads((tmp_path / "generate_speed.json").read_text())["rows"] == result["rows"]
+    assert (tmp_path / "generate_speed.png").stat().st_size > 10_000
+
+
+def test_a_run_from_elsewhere(tmp_path):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    options = ("--points", "Dream:1:8:8", "--policies", "Decode", "--budget", "0", "--out", str(tmp_path / "out"))
+    command = [sys.executable, str(ROOT / "benchmarks" / "generate_speed.py"), *options]
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert result["impl"] == "PyTorch implementation" and result["device"].startswith("CPU")
+    assert [row["policy"] for row in result["rows"]] == [repr(dkv.Decode(8, shift="un"))]
+    assert (tmp_path / "out" / "generate_speed_points.json").exists()
+
+
+def test_without_time_it_says_what_was_not_run(bench):
+    status, _, result = bench("--points", "LLaDA:1:8:8,LLaDA:2:8:8", "--budget", "0")
+    assert status == 0
+    assert [row["label"] for row in result["rows"] if not row["failure"]] == ["NoCache"]
+    assert {row["failure"] for row in result["rows"]} == {None, "not run: the budget is used up"}
+    assert result["not_run"] == ["LLaDA-tiny: batch 2, prompt 8 + 8 tokens, run"]
+
+
+def test_bad_arguments_are_refused(tmp_path, capsys):
+    for arguments, message in (
+        (["--points", "GPT:1:2:3"], "FAMILY:BATCH:PROMPT:GENERATED"),
+        (["--points", "LLaDA:1:0:3"], "FAMILY:BATCH:PROMPT:GENERATED"),
+        (["--policies", "NoCache,Fast"], "'Fast' is none of NoCache, Decode"),
+        (["--peer", f"llama={tmp_path}"], "official, dkv-cache, fast-dllm"),
+        (["--peer", f"official={tmp_path / 'missing'}"], "NAME=FOLDER"),
+    ):
+        with pytest.raises(SystemExit):
+            generate_speed.parse_arguments(arguments)
+        assert message in capsys.readouterr().err
+    peers = ["--peer", f"official={tmp_path}", "--peer", f"fast-dllm={tmp_path}"]
+    peers += ["--peer-python", "some/python", "--peer-python", "fast-dllm=other/python"]
+    found = generate_speed.parse_arguments(peers).peers
+    assert [(name, python) for name, _, python in found] == [("official", "some/python"), ("fast-dllm", "other/python")]
+
+
+def test_the_plans_are_what_they_say():
+    for plan in (generate_speed.GPU, generate_speed.CPU):
+        assert len(plan.points) == 4 and all(point.name for point in plan.points)
+        assert {*plan.few, *plan.with_threshold} <= set(study.LABELS)
+    grid = list(itertools.product((1, 4, 8, 32), (128, 512, 1024, 2048, 4096)))
+    assert sorted((point.batch, point.prompt) for point in generate_speed.GPU.grid) == sorted(grid)
+
+
+def test_kernels_of_a_gpu_find_their_group():
+    for kernel, group in (
+        ("_delayed_attention_kernel", "attention"),
+        ("_merge_splits_kernel", "attention"),
+        ("_rope_cache_kernel", "rope, cache write"),
+        ("_add_rms_norm_kernel", "norms"),
+        ("_lm_head_kernel", "head"),
+        ("_commit_tokens_kernel", "packing, commit"),
+        ("nvjet_tst_64x8_64x16_4x1_v_bz_TNT", "linear"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>", "linear"),
+        ("void at::native::vectorized_elementwise_kernel<4, ...>", step_profile.REST),
+    ):
+        assert step_profile.group_of(kernel) == group
+
+
+def test_linear_speed_in_little_time(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(linear_speed, "COLD_BYTES", 1)
+    small = {family: (name, checkpoints.SCALED_DOWN[family][1]) for family, (name, _) in checkpoints.TRUE_SIZE.items()}
+    monkeypatch.setattr(linear_speed, "TRUE_SIZE", small)
+    linear_speed.main(["--rows", "1,3", "--budget", "1"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(result["rows"]) + 2 * len(result["not_run"]) == 2 * 2 * 5
+    assert all(row["ms"] > 0 and row["gbps"] > 0 and row["fraction_of_floor"] > 0 for row in result["rows"])
+    with pytest.raises(SystemExit):
+        linear_speed.main(["--rows", "1,x"])
+
+
+def test_no_picture_without_runs(tmp_path):
+    assert plots.generation([], {}, tmp_path / "x.png") is None

@@ -1,0 +1,432 @@
+"""What a run promises a GPU: no step waits for the host, and steps can be recorded once and replayed.
+
+Without a GPU, sizes are bounded on the CPU as they are there; the steps run on fake CUDA tensors, which have no values
+to read; and a tape of the operations of a step stands for its CUDA graph.
+"""
+
+import contextlib
+import gc
+import weakref
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_generate import EOS, FAMILIES, MASK, POLICIES, model, prompts
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+import dkv
+from dkv import forward, run
+from dkv.decoder import find_decoder
+from dkv.generate import prepare
+from dkv.kernels import checks
+from dkv.sampling import CHUNK_ELEMENTS, Sampler
+from dkv.schedule import Schedule
+
+
+def options_of(policy, family):
+    """Options of `generate` for a policy of POLICIES by name."""
+    policy = POLICIES[policy](family)
+    return {"policy": policy, "remasking": "random" if policy.needs_order else None}
+
+
+def generate(family, ids, real=None, *, device="cpu", **options):
+    generator = torch.Generator().manual_seed(0)
+    return dkv.generate(model(family, device), ids, real, output_history=True, generator=generator, **options)
+
+
+def assert_same_run(one, other):
+    assert torch.equal(one.history, other.history) and torch.equal(one.active, other.active)
+    assert torch.equal(one.sequences, other.sequences)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("largest", [2048, 0], ids=["buckets", "beyond the largest"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_bounded_sizes_change_nothing(family, largest, policy, device, monkeypatch):
+    """With room for more positions than there are, known before or read, every step is the same."""
+    ids, real = prompts(11, 4, 7, device=device)
+    options = {"gen_length": 16, "block_length": 8, "steps": 12, **options_of(policy, family), "device": device}
+    cases = [options, options | {"cfg_scale": 1.5}]
+    if not options["remasking"]:
+        cases.append(options | {"steps": None, "threshold": 0.02})
+        cases.append(options | {"eos_early_stop": True, "eos_token_id": list(range(0, 250, 2))})
+    exact = [generate(family, ids, real, **case) for case in cases]
+    dkv.reset(model(family, device))
+    monkeypatch.setattr(run, "reads_sizes", lambda device: False)
+    monkeypatch.setattr(run, "LARGEST_GRAPH", largest)
+    for case, want in zip(cases, exact, strict=True):
+        assert_same_run(generate(family, ids, real, **case), want)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("gen_length, block_length, steps", [(16, 8, 16), (18, 5, 7), (12, 12, 30), (9, 2, 9)])
+def test_forecasts_come_true(family, policy, gen_length, block_length, steps):
+    """Counts exactly, active positions from above; a policy that caches promises less than everything."""
+    ids, real = prompts(30, 22)
+    options = {"gen_length": gen_length, "block_length": block_length, "steps": steps, **options_of(policy, family)}
+    current = prepare(model(family), ids, real, **options)
+    promised = []
+    for forecast in current.forecasts:
+        state, policy = current.state, options["policy"]
+        assert current._read_sizes()[3] == 2
+        assert (state.masked.sum(1) == forecast.masks_before(0)).all()
+        assert (state.in_block.sum(1) == forecast.block_masks).all()
+        assert (state.block_step == forecast.block_step).all() and (state.block == forecast.block).all()
+        before = state.masked.sum(1)
+        promised.append(min(policy.max_active(forecast), forecast.length))
+        assert current.active.sum(1).max() <= (promised[-1] if forecast.step else forecast.length)
+        current.step()
+        assert (before - state.masked.sum(1) == forecast.commits).all()
+    assert not current.state.running.any()
+    current.finish()
+    if steps == 16 and not isinstance(policy, dkv.NoCache):
+        assert min(promised[1:]) < current.longest
+
+
+@given(
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.integers(1, 60),
+    st.booleans(),
+)
+def test_forecasts_commit_everything_once(gen_length, block_length, steps, time_steps):
+    schedule = Schedule(
+        steps=steps,
+        gen_length=gen_length,
+        block_length=min(block_length, gen_length),
+        time_steps=time_steps,
+        eps=1e-3,
+        device="cpu",
+    )
+    forecasts = schedule.forecasts(gen_length + 3, shifted=time_steps)
+    assert sum(f.commits for f in forecasts) == gen_length
+    assert len(forecasts) <= max(steps, len(schedule.ends))
+    assert [f.step for f in forecasts] == list(range(len(forecasts)))
+    assert all(f.masks_before(0) >= f.block_masks >= f.commits for f in forecasts)
+
+
+def test_a_promise_that_is_too_small_is_an_error(monkeypatch):
+    class Optimist(dkv.NoCache):
+        def max_active(self, forecast):
+            return 4
+
+    monkeypatch.setattr(run, "reads_sizes", lambda device: False)
+    with pytest.raises(RuntimeError, match=r"Optimist\(\).max_active promised fewer positions than were active: \d+"):
+        generate("llada", prompts(40)[0], gen_length=8, policy=Optimist())
+
+
+class Recorded(TorchDispatchMode):
+    """Operations on tensors, for a replay on new values: what a CUDA graph of them would do.
+
+    Tensors that no operation made are the static memory; a read of a value by the host is an error, as in a capture.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert "_local_scalar_dense" not in str(func) and "nonzero" not in str(func), f"{func} reads from the device"
+        result = func(*args, **(kwargs or {}))
+        self.operations.append((func, args, kwargs or {}, result))
+        return result
+
+    def replay(self):
+        current = {}
+
+        def of_now(leaf):
+            return current.get(id(leaf), leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+        for func, args, kwargs, recorded in self.operations:
+            result = func(*tree_map(of_now, args), **tree_map(of_now, kwargs))
+            for old, new in zip(tree_leaves(recorded), tree_leaves(result), strict=True):
+                if isinstance(old, torch.Tensor) and id(old) not in current:
+                    current[id(old)] = new
+
+
+class TapedGraphs:
+    """Stands for `StepGraphs`: the first run of a key is eager, the second recorded, the others replayed."""
+
+    def __init__(self):
+        self.captured, self.capture_seconds, self.replays, self.seen, self.tapes = 0, 0.0, 0, set(), {}
+
+    def run(self, key, function):
+        if key not in self.seen:
+            self.seen.add(key)
+            return function()
+        if key in self.tapes:
+            self.replays += 1
+            tape, result = self.tapes[key]
+            tape.replay()
+            return result
+        self.tapes[key] = Recorded(), None
+        with self.tapes[key][0]:
+            function()
+        self.captured += 1
+
+
+@pytest.mark.parametrize(
+    "family, options",
+    [
+        ("llada", {"policy": dkv.Decode(4), "block_length": 8}),
+        ("llada", {"policy": dkv.DualCache(), "block_length": 8, "temperature": 0.7}),
+        ("dream", {"policy": dkv.PrefillDecode(3)}),
+        ("dream", {"policy": dkv.Decode(4, shift="un"), "alg_temp": 0.5, "cfg_scale": 1.0}),
+    ],
+    ids=["Decode", "DualCache and noise", "PD", "Decode un, noise and guidance"],
+)
+def test_replayed_steps_are_the_steps(family, options, monkeypatch):
+    """Two batches of other lengths, one after the other, on the same recorded steps."""
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU, test_graphs_change_nothing takes real graphs")
+    llm, options = model(family, "cpu"), options | {"gen_length": 16, "steps": 16}
+    monkeypatch.setattr(run, "reads_sizes", lambda device: False)
+    # then each of our operators is one operation on the tape, whatever its twin reads on a CPU
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    eager = [generate(family, ids, real, **options) for ids, real in (prompts(9, 5), prompts(6, 12, seed=1))]
+    dkv.reset(llm)
+    # the first one keeps its run idle: give it graphs, and begin
+    monkeypatch.setattr(
+        run.Run,
+        "graphs",
+        property(lambda self: self.__dict__.setdefault("taped", TapedGraphs()), lambda self, value: None),
+        raising=False,
+    )
+    for (ids, real), want in zip((prompts(9, 5), prompts(6, 12, seed=1)), eager, strict=True):
+        assert_same_run(generate(family, ids, real, **options), want)
+    (idle,) = (r for m, r in run._IDLE.items() if m is llm)
+    assert idle.graphs.replays >= 16, "hardly a step was replayed"
+    dkv.reset(llm)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_graphs_change_nothing(family, policy, device):
+    ids, real = prompts(11, 4, 7, device=device)
+    options = {"gen_length": 32, "block_length": 8, **options_of(policy, family), "device": device}
+    cases = [options, options | {"cfg_scale": 1.5}]
+    if not options["remasking"]:
+        cases.append(options | {"threshold": 0.02})
+    for case in cases:
+        eager = generate(family, ids, real, cuda_graphs=False, **case)
+        for _ in range(2):  # the second run replays what the first recorded
+            graphed = generate(family, ids, real, **case)
+            assert_same_run(graphed, eager)
+        assert graphed.stats.graphs == 0 and "threshold" in case or graphed.stats.steps == eager.stats.steps
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_step_synchronises(family, policy, device):
+    ids, real = prompts(11, 4, 7, device=device)
+    options = {"gen_length": 16, "block_length": 8, **options_of(policy, family)}
+    prepare(model(family, device), ids, real, cuda_graphs=False, **options).finish()  # compiles
+    current = prepare(model(family, device), ids, real, cuda_graphs=False, **options)
+    current.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        while current.running():
+            current.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    current.finish()
+
+
+class OnlyOnTheDevice(TorchDispatchMode):
+    """FakeTensorMode refuses item() and the like by itself; this refuses tensors on the CPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, result)):
+            assert not isinstance(leaf, torch.Tensor) or leaf.device.type == "cuda", f"{func} touches the CPU"
+        return result
+
+
+def setitem(x, index, value):
+    part = getitem(x, index)
+    part.copy_(value) if isinstance(value, torch.Tensor) else part.fill_(value)
+
+
+def getitem(x, index):
+    """x[index] by operators."""
+    dim, gathered = 0, []
+    for item in index if isinstance(index, tuple) else (index,):
+        if isinstance(item, int):
+            x = x.select(dim, item)
+            continue
+        if item is None:
+            x = x.unsqueeze(dim)
+        elif isinstance(item, slice):
+            x = torch.ops.aten.slice(x, dim, item.start, item.stop, item.step or 1)
+        gathered.append(item if isinstance(item, torch.Tensor) else None)
+        dim += 1
+    return x if all(item is None for item in gathered) else torch.ops.aten.index(x, gathered)
+
+
+@contextlib.contextmanager
+def fake_gpu():
+    """Tensors on CUDA devices without one, and without values."""
+    # a build without CUDA refuses a few methods even for fake tensors: the operators behind them
+    methods = {
+        "__getitem__": getitem,
+        "__setitem__": setitem,
+        "__invert__": lambda x: torch.ops.aten.bitwise_not.default(x),
+        "copy_": lambda x, source: torch.ops.aten.copy_.default(x, source),
+        "contiguous": lambda x: x.clone(memory_format=torch.contiguous_format),
+    }
+    with (
+        FakeTensorMode(allow_non_fake_inputs=False),
+        mock.patch.multiple(torch.Tensor, **methods),
+        mock.patch.object(checks, "device_guard", lambda tensor: contextlib.nullcontext()),
+        mock.patch.object(forward, "_addresses", lambda module: []),
+        mock.patch.object(torch.cuda, "empty_cache"),
+    ):
+        yield
+
+
+def fake_run(family, policy, **settings):
+    """A run of a tiny model in bfloat16 on the fake GPU, started on a batch of ragged prompts."""
+    native = {"llada": dkv.models.LLaDA, "dream": dkv.models.Dream}[family]
+    llm = native(SimpleNamespace(**tiny.CONFIGS[family]())).eval()
+    for name, parameter in list(llm.named_parameters()):
+        llm._set_parameter(name, torch.empty(parameter.shape, dtype=torch.bfloat16, device="cuda"))
+    remasking = "random" if policy.needs_order else "low_confidence"
+    off = dict(temperature=0.0, top_p=None, top_k=None, alg_temp=0.0, threshold=None, factor=None)
+    off |= dict(divides_logits=family == "dream", excluded_ids=(MASK,), unconfident_ids=())
+    plan = run.Plan(
+        batch=3,
+        capacity=256,
+        policy=policy,
+        sampler=Sampler(remasking, **(off | settings.get("sampler", {}))),
+        gen_length=16,
+        block_length=8,
+        steps=6,
+        eps=1e-3,
+        mask_id=MASK,
+        eos_ids=settings.get("eos_ids", ()),
+        cfg_scale=settings.get("cfg_scale", 0.0),
+        impl="auto",
+        cuda_graphs=False,
+        has_forecasts=settings.get("has_forecasts", True),
+    )
+    current = run.Run(find_decoder(llm), plan)
+    x = torch.empty(3, 40, dtype=torch.int64, device="cuda")
+    real = torch.empty(3, 40, dtype=torch.bool, device="cuda")
+    return current, lambda forecasts: current.start(
+        llm, x, real, lengths=[40, 30, 21], forecasts=forecasts, first_generated=24, seed=0, order=None
+    )
+
+
+SETTINGS = {
+    "plain": {},
+    "noise": {"sampler": {"temperature": 0.7, "alg_temp": 0.3}},
+    "guidance": {"cfg_scale": 2.0},
+    "threshold": {"sampler": {"threshold": 0.9}, "has_forecasts": False},
+    "factor and early stop": {"sampler": {"factor": 1.0}, "eos_ids": (EOS,), "has_forecasts": False},
+    "filters": {"sampler": {"top_p": 0.9, "top_k": 20, "unconfident_ids": (EOS,)}},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "policy, settings", [(policy, "plain") for policy in POLICIES] + [("Decode", s) for s in SETTINGS if s != "plain"]
+)
+def test_no_step_waits_for_the_host(family, policy, settings):
+    """Whole runs on fake CUDA tensors: no value is read, and no tensor lies on the CPU.
+
+    Where the sizes depend on the tokens they are read once between two steps; within a step nothing is.
+    """
+    schedule = Schedule(
+        steps=6, gen_length=16, block_length=8, time_steps=family == "dream", eps=1e-3, device=torch.device("cpu")
+    )
+    forecasts = schedule.forecasts(40, shifted=family == "dream")
+    with fake_gpu():
+        current, start = fake_run(family, POLICIES[policy](family), **SETTINGS[settings])
+        with OnlyOnTheDevice(), torch.no_grad():
+            if current.plan.has_forecasts:
+                start(forecasts)
+                while current.running():
+                    current.step()
+                assert current.steps == len(forecasts) == 6
+            else:
+                start(None)
+                for sizes in ((128, 64, 32), (48, 32, 16)):
+                    current._step(*sizes)
+        with pytest.raises(Exception, match="_local_scalar_dense"):
+            current._read_sizes()
+
+
+def test_the_memory_of_a_run_serves_the_next(device):
+    """Prompts of other lengths within the same capacity, on memory full of NaN; freed by reset."""
+    llm, options = (
+        model("llada", device),
+        {"gen_length": 8, "block_length": 4, "policy": dkv.Decode(4), "device": device},
+    )
+    dkv.generate(model("dream", device), prompts(5, device=device)[0], gen_length=4)
+    generate("llada", *prompts(9, 5, device=device), **options)
+    idle = weakref.ref(run._IDLE[llm])
+    for layer in idle().cache.k + idle().cache.v:
+        layer.fill_(float("nan"))
+    ids, real = prompts(3, 14, seed=1, device=device)
+    reused = generate("llada", ids, real, **options)
+    assert run._IDLE[llm] is idle()
+    dkv.reset(llm)
+    gc.collect()
+    assert idle() is None and len(run._IDLE) >= 1, "the run of another model stays"
+    assert_same_run(generate("llada", ids, real, **options), reused)
+
+
+def test_two_runs_at_once_on_one_model(device):
+    """Each has memory of its own: step by step in turn they do what they do alone."""
+    options = {"gen_length": 8, "policy": dkv.Decode(3)}
+    inputs = [prompts(9, 5, device=device), prompts(6, 12, seed=1, device=device)]
+    alone = [dkv.generate(model("dream", device), *each, **options).sequences for each in inputs]
+    both = [prepare(model("dream", device), *each, **options) for each in inputs]
+    while both[0].running():
+        for current in both:
+            current.step()
+    for current, want in zip(both, alone, strict=True):
+        assert not current.running() and torch.equal(current.finish().sequences, want)
+
+
+def test_a_run_that_fails_leaves_nothing_behind(device):
+    class Failing(dkv.Policy):
+        def active(self, state):
+            if int(state.step) == 3:
+                raise KeyError("mine")
+            return torch.ones_like(state.masked)
+
+    llm = model("llada", device)
+    with pytest.raises(KeyError, match="mine"):
+        dkv.generate(llm, prompts(6, device=device)[0], gen_length=8, policy=Failing())
+    assert llm not in run._IDLE
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_sampling_holds_a_bounded_number_of_logits(temperature):
+    """(rows, vocab) would be 128 million: no tensor that is made is larger than what is allowed at a time."""
+    largest = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t is not weight]
+            largest = max([largest, *(t.numel() for t in made)])
+            return result
+
+    hidden, weight = torch.randn(2048, 4), torch.randn(65536, 4)
+    off = dict(top_p=None, top_k=None, alg_temp=0.0, threshold=None, factor=None, divides_logits=True)
+    sampler = Sampler("low_confidence", temperature, excluded_ids=(3,), unconfident_ids=(), **off)
+    with Largest():
+        token, _ = sampler.predict(SimpleNamespace(head_weight=weight), hidden, torch.arange(2048), "auto")
+    assert token.shape == (2048,) and largest <= CHUNK_ELEMENTS
