@@ -8,7 +8,7 @@ takes away padding and finished rows. A policy of your own subclasses `Policy`:
             return (state.step % 2 == 0) | state.masked
 
         def max_active(self, forecast):  # optional: lets a GPU run without waiting for the host, and record its steps
-            return forecast.length if forecast.step % 2 == 0 else forecast.masks_before(0)
+            return forecast.length if forecast.step % 2 == 0 else forecast.masks_before(0) * (1 + forecast.shifted)
 """
 
 import torch

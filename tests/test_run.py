@@ -5,6 +5,7 @@ to read; and a tape of the operations of a step stands for its CUDA graph.
 """
 
 import contextlib
+import copy
 import gc
 import weakref
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from unittest import mock
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from test_generate import EOS, FAMILIES, MASK, POLICIES, model, prompts
@@ -21,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import dkv
-from dkv import forward, run
+from dkv import forward, patch, run
 from dkv.decoder import find_decoder
 from dkv.generate import prepare
 from dkv.kernels import checks
@@ -138,7 +140,8 @@ class Recorded(TorchDispatchMode):
         self.operations.append((func, args, kwargs or {}, result))
         return result
 
-    def replay(self):
+    def replay(self, outputs):
+        """Does the operations again; returns what stands for the recorded `outputs` now."""
         current = {}
 
         def of_now(leaf):
@@ -149,6 +152,7 @@ class Recorded(TorchDispatchMode):
             for old, new in zip(tree_leaves(recorded), tree_leaves(result), strict=True):
                 if isinstance(old, torch.Tensor) and id(old) not in current:
                     current[id(old)] = new
+        return tree_map(of_now, outputs)
 
 
 class TapedGraphs:
@@ -163,13 +167,21 @@ class TapedGraphs:
             return function()
         if key in self.tapes:
             self.replays += 1
-            tape, result = self.tapes[key]
-            tape.replay()
-            return result
-        self.tapes[key] = Recorded(), None
-        with self.tapes[key][0]:
-            function()
+            tape, outputs = self.tapes[key]
+            return tape.replay(outputs)
+        tape = Recorded()
+        with tape:
+            outputs = function()
+        self.tapes[key] = tape, outputs
         self.captured += 1
+        return outputs
+
+
+def take_tapes(monkeypatch, owner):
+    """Instances of `owner` get `TapedGraphs` for graphs, and each of our operators is one operation on the tapes."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    taped = property(lambda self: self.__dict__.setdefault("taped", TapedGraphs()), lambda self, value: None)
+    monkeypatch.setattr(owner, "graphs", taped, raising=False)
 
 
 @pytest.mark.parametrize(
@@ -188,22 +200,43 @@ def test_replayed_steps_are_the_steps(family, options, monkeypatch):
         pytest.skip("on a GPU, test_graphs_change_nothing takes real graphs")
     llm, options = model(family, "cpu"), options | {"gen_length": 16, "steps": 16}
     monkeypatch.setattr(run, "reads_sizes", lambda device: False)
-    # then each of our operators is one operation on the tape, whatever its twin reads on a CPU
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     eager = [generate(family, ids, real, **options) for ids, real in (prompts(9, 5), prompts(6, 12, seed=1))]
     dkv.reset(llm)
-    # the first one keeps its run idle: give it graphs, and begin
-    monkeypatch.setattr(
-        run.Run,
-        "graphs",
-        property(lambda self: self.__dict__.setdefault("taped", TapedGraphs()), lambda self, value: None),
-        raising=False,
-    )
+    take_tapes(monkeypatch, run.Run)
     for (ids, real), want in zip((prompts(9, 5), prompts(6, 12, seed=1)), eager, strict=True):
         assert_same_run(generate(family, ids, real, **options), want)
     (idle,) = (r for m, r in run._IDLE.items() if m is llm)
     assert idle.graphs.replays >= 16, "hardly a step was replayed"
     dkv.reset(llm)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replayed_steps_under_a_foreign_loop(family, monkeypatch):
+    """Two prompts one after the other, through the same session memory; and one the loop changes under its feet."""
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU, the tests of replace_attention take real graphs")
+    llm = copy.deepcopy(model(family))
+
+    @torch.no_grad()
+    def outputs():
+        found = []
+        for seed, steps in ((0, 8), (1, 8), (2, 3)):
+            x = F.pad(prompts(9, 9, seed=seed)[0], (0, 8), value=MASK)
+            for step in range(steps):
+                found.append(llm(x).logits)
+                guess = found[-1][:, 8 + step if family == "dream" else 9 + step].argmax(-1)
+                x = x.clone()
+                x[:, 9 + step] = guess
+        return found
+
+    dkv.replace_attention(llm, dkv.Decode(4), block_length=4)
+    want = outputs()
+    dkv.restore_attention(llm)
+    take_tapes(monkeypatch, patch.Session)
+    dkv.replace_attention(llm, dkv.Decode(4), block_length=4)
+    for one, other in zip(outputs(), want, strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True)
+    assert llm._dkv.session.graphs.replays >= 10
 
 
 @pytest.mark.gpu
