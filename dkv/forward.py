@@ -77,8 +77,7 @@ class Forward:
                 packed, rows = outputs
                 x, tokens = x[rows], _Tokens(slots[rows], tokens.positions[rows], packed)
                 (q,) = self._heads(qkv(normed[rows], last=1), decoder.nheads)
-                # the same K and V once more: the operator rotates queries and keys together
-                q = self._rope(q, k[rows], v[rows], tokens, k_cache, v_cache)
+                q = self._rope(q, q[:, :0], q[:, :0], tokens, k_cache[:, :, :0], v_cache[:, :, :0])
             attended = delayed_attention(
                 q,
                 k_cache,

@@ -224,7 +224,7 @@ HEAD = {
         HeadLaunch(16, 128, 64, num_warps=4, num_stages=4, blocks_per_processor=2, parts=2),
         HeadLaunch(32, 128, 64, num_warps=8, num_stages=4, blocks_per_processor=2, parts=2),
         HeadLaunch(64, 64, 64, num_warps=4, num_stages=4, blocks_per_processor=3),
-        HeadLaunch(128, 256, 64, num_warps=8, num_stages=3, blocks_per_processor=1, parts=8),
+        HeadLaunch(128, 128, 64, num_warps=8, num_stages=4, blocks_per_processor=1, parts=4),
     ),
     90: (
         HeadLaunch(16, 128, 64, num_warps=4, num_stages=4, blocks_per_processor=2),
@@ -279,6 +279,7 @@ def head_launch(device, dtype, rows, noise):
     return next((launch for launch in table if launch.block_r >= rows), table[-1])
 
 
-def head_merge_launch(device, programs):
+def head_merge_launch(programs):
+    """All partial results of a row at a time; a load a thread from each of their fields, where that is enough."""
     block_p = triton.next_power_of_2(programs)
-    return HeadMergeLaunch(block_r=max(1, 256 // block_p), block_p=block_p, num_warps=4)
+    return HeadMergeLaunch(block_r=max(1, 128 // block_p), block_p=block_p, num_warps=4)

@@ -295,7 +295,7 @@ def _launch(hidden, weight, logit_scale, noise_scale, noise_key, exclude_ids, ro
     programs = triton.cdiv(tiles, triton.cdiv(tiles, programs))
     partial_values = torch.empty((6 if has_noise else 4, rows, programs), dtype=torch.float32, device=hidden.device)
     partial_ids = torch.empty((2 if has_noise else 1, rows, programs), dtype=torch.int32, device=hidden.device)
-    merge = head_merge_launch(hidden.device, programs)
+    merge = head_merge_launch(programs)
     with checks.device_guard(hidden):
         _lm_head_kernel[(row_blocks, programs)](
             hidden_ptr=hidden,

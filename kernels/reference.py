@@ -213,7 +213,7 @@ class Confidence(NamedTuple):
 
 
 LOGITS_AT_A_TIME = 2**22  # 16 MiB of float32
-LOGITS_IN_CACHE = 2**20  # of which statistics are taken at a time
+NOISE_AT_A_TIME = 2**20  # its integers are twice as large, and several
 LOWEST = -1e30  # stands for -inf, without the NaN of inf - inf
 
 
@@ -230,16 +230,14 @@ def lm_head_confidence(
     """Twin of `dkv.kernels.lm_head_confidence`, a bounded number of logits at a time."""
     parts = []
     rows = max(1, LOGITS_AT_A_TIME // weight.shape[0])
-    rows_in_cache = max(1, LOGITS_IN_CACHE // weight.shape[0])
-    for start in range(0, max(hidden.shape[0], 1), rows):
-        z = _logits(hidden[start : start + rows], weight, round_logits)
+    keys = noise_key.split(rows) if noise_scale > 0 else itertools.repeat(None)
+    for hidden_part, key_part in zip(hidden.split(rows), keys, strict=False):
+        z = _logits(hidden_part, weight, round_logits)
         for excluded in exclude_ids or ():
             z[:, excluded] = LOWEST
         if logit_scale != 1:
             z.mul_(logit_scale)
-        keys = noise_key[start : start + rows].split(rows_in_cache) if noise_scale > 0 else itertools.repeat(None)
-        for z_part, key_part in zip(z.split(rows_in_cache), keys, strict=False):
-            parts.append(_confidence(z_part, noise_scale, key_part))
+        parts.append(_confidence(z, noise_scale, key_part))
     return Confidence(*map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -265,11 +263,7 @@ def _confidence(z, noise_scale, noise_key):
     top, best = _largest(z)
     best = best[:, None]
     shifted = z.sub_(top[:, None])
-    token = best
-    if noise_scale > 0:
-        ids = torch.arange(z.shape[1], device=z.device)
-        noisy = noise.gumbel(noise.noise_key(noise_key[:, None], ids)).mul_(noise_scale).add_(shifted)
-        token = _largest(noisy)[1][:, None]
+    token = best if noise_scale == 0 else _noisy_token(shifted, noise_scale, noise_key)
     # the largest term is left out: it is exactly 1, and beside it others that are tiny would be lost
     weights = shifted.exp().scatter_(1, best, 0.0)
     others, second = weights.sum(-1), weights.amax(-1)
@@ -277,6 +271,17 @@ def _confidence(z, noise_scale, noise_key):
     log_prob = shifted.gather(1, token)[:, 0] - log_sum
     entropy = log_sum - weights.mul_(shifted).sum(-1) * top_prob
     return Confidence(token[:, 0], log_prob, (1 - second) * top_prob, entropy)
+
+
+def _noisy_token(z, noise_scale, noise_key):
+    """(rows, 1): the argmax of z with noise."""
+    ids = torch.arange(z.shape[1], device=z.device)
+    rows = max(1, NOISE_AT_A_TIME // z.shape[1])
+    parts = []
+    for z_part, key_part in zip(z.split(rows), noise_key[:, None].split(rows), strict=True):
+        noisy = noise.gumbel(noise.noise_key(key_part, ids)).mul_(noise_scale).add_(z_part)
+        parts.append(_largest(noisy)[1][:, None])
+    return torch.cat(parts)
 
 
 def _largest(z):

@@ -181,7 +181,8 @@ def rope_cache_update(
     Args:
         q: (total, nheads, headdim), float16, bfloat16 or float32 (float64: impl "reference" only), any strides with
             the last dim contiguous. headdim is 16, 32, 64 or 128.
-        k, v: (total, nheads_k, headdim), the dtype of q. nheads is a multiple of nheads_k.
+        k, v: (total, nheads_k, headdim), the dtype of q. nheads is a multiple of nheads_k. One of them may be 0: then
+            only keys and values are written, or only queries rotated.
         cos, sin: (max_position, headdim // 2) float32, of the half-split RoPE.
         positions: (total,) int32 or int64, 0 .. max_position - 1: the RoPE position of each token.
         slots: (total,) int32 or int64: row * seqlen_cache + column of each token's K/V; -1: a padding entry, of which
@@ -214,7 +215,8 @@ def rope_cache_update(
     checks.check_shape("k", k, (total, None, headdim), "(total, nheads_k, headdim)")
     checks.check_shape("v", v, k.shape, "(total, nheads_k, headdim)")
     nheads_k = k.shape[1]
-    checks.check_heads(nheads, nheads_k)
+    if nheads > 0 and nheads_k > 0:
+        checks.check_heads(nheads, nheads_k)
     cache_shape = "(batch, seqlen_cache, nheads_k, headdim)"
     checks.check_shape("k_cache", k_cache, (None, None, nheads_k, headdim), cache_shape)
     checks.check_shape("v_cache", v_cache, k_cache.shape, cache_shape)

@@ -66,6 +66,18 @@ def test_rotation_and_write(device, impl, dtype, headdim, heads):
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_queries_or_keys_alone(device, impl):
+    """Without key heads only the queries are rotated, without query heads only keys and values are written."""
+    q, k, v, *rest, k_cache, v_cache = inputs([3, -1, 39], device=device)
+    both = [k_cache.clone(), v_cache.clone()]
+    q_rotated = rope_cache_update(q, k, v, *rest, *both, impl=impl)
+    empty, empty_cache = q[:, :0], k_cache[:, :, :0]
+    assert torch.equal(rope_cache_update(q, empty, empty, *rest, empty_cache, empty_cache, impl=impl), q_rotated)
+    assert rope_cache_update(empty, k, v, *rest, k_cache, v_cache, impl=impl).shape == (3, 0, 32)
+    assert torch.equal(k_cache, both[0]) and torch.equal(v_cache, both[1])
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
 @pytest.mark.parametrize("slots", [[-1, 0, -1, 25], [-1, -1], [0], []], ids=str)
 def test_padding_entries_are_skipped(device, impl, slots):
     """Position and values of a padding entry are not even looked at, and slot 0 stays as it is."""
