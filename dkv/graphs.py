@@ -1,5 +1,6 @@
 """CUDA graphs of steps that read and write static memory only: a step becomes one launch."""
 
+import contextlib
 import time
 from collections import OrderedDict
 
@@ -13,15 +14,15 @@ class StepGraphs:
     """Runs functions by key: eagerly at first, which compiles and warms up, then recorded and replayed.
 
     The graphs share one memory pool, since they never run at the same time: what a function returns must be used before
-    the next call.
-    Beyond `MOST_GRAPHS` the one that was replayed least recently is dropped.
+    the next call. Beyond `MOST_GRAPHS` the one that was replayed least recently is dropped.
 
     Attributes:
         captured: graphs recorded so far; capture_seconds: the time that took.
     """
 
-    def __init__(self):
-        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+    def __init__(self, device):
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
         self.captured, self.capture_seconds = 0, 0.0
         self._seen, self._graphs = set(), OrderedDict()
 
@@ -36,13 +37,14 @@ class StepGraphs:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
         graph, result = self._graphs[key]
-        graph.replay()
+        with torch.cuda.device(self.device):
+            graph.replay()
         return result
 
     def _capture(self, function):
         begin = time.perf_counter()
-        graph = torch.cuda.CUDAGraph()
-        self.stream.wait_stream(torch.cuda.current_stream())
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
             # not torch.cuda.graph: it would empty the allocator's cache each time
             graph.capture_begin(pool=self.pool)
@@ -50,11 +52,13 @@ class StepGraphs:
                 result = function()
                 graph.capture_end()
             except Exception as error:
+                with contextlib.suppress(RuntimeError):
+                    graph.capture_end()
                 raise RuntimeError(
                     "a step could not be recorded as a CUDA graph: a policy with max_active must compute on the device "
                     "alone, without reading from it; correct it, or pass cuda_graphs=False."
                 ) from error
-        torch.cuda.current_stream().wait_stream(self.stream)
+        current.wait_stream(self.stream)
         self.captured += 1
         self.capture_seconds += time.perf_counter() - begin
         return graph, result

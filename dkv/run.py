@@ -151,7 +151,7 @@ class Run:
         # recomputed positions, all positions, positions beyond what the policy promised
         self.totals = torch.zeros(3, dtype=torch.int64, device=device)
         recorded = plan.cuda_graphs and device.type == "cuda" and self.forward.is_plain
-        self.graphs = StepGraphs() if recorded and (plan.has_forecasts or not self.sampler.ordered) else None
+        self.graphs = StepGraphs(device) if recorded and (plan.has_forecasts or not self.sampler.ordered) else None
 
     @torch.no_grad()
     def start(self, model, x, real, *, lengths, forecasts, first_generated, seed, order):
