@@ -285,8 +285,8 @@ def _noisy_token(z, noise_scale, noise_key):
 
 
 def _largest(z):
-    """z.max(-1), in two levels where blocks of 128 fit: on a CPU only a maximum without index is vectorised."""
-    if z.shape[1] % 128:
+    """z.max(-1), in two levels where that pays: on a CPU only a maximum without index is vectorised."""
+    if z.shape[1] % 128 or z.numel() < 2**16:
         return z.max(-1)
     blocks = z.unflatten(1, (-1, 128))
     top, block = blocks.amax(-1).max(-1)

@@ -309,7 +309,7 @@ def test_the_reference_works_in_float64_and_by_chunks(device, monkeypatch):
     largest = max(z.numel() for z in logits_made(monkeypatch, lambda: lm_head_confidence(hidden, weight, **options)))
     assert largest == 20 * 128 * 3
     monkeypatch.setattr(reference, "LOGITS_AT_A_TIME", 128 * 3 * 7)
-    monkeypatch.setattr(reference, "LOGITS_IN_CACHE", 128 * 3 * 3)
+    monkeypatch.setattr(reference, "NOISE_AT_A_TIME", 128 * 3 * 3)
     made = logits_made(monkeypatch, lambda: lm_head_confidence(hidden, weight, **options))
     assert max(z.numel() for z in made) == 128 * 3 * 7
     for one, other in zip(lm_head_confidence(hidden, weight, **options), whole, strict=True):
@@ -319,6 +319,18 @@ def test_the_reference_works_in_float64_and_by_chunks(device, monkeypatch):
     torch.testing.assert_close(
         lm_head_confidence(*halves).log_prob, lm_head_confidence(halves[0].float(), halves[1].float()).log_prob
     )
+
+
+def test_the_reference_finds_maxima_in_blocks(device):
+    """Of many logits it takes the maximum in two levels: the same, with the lowest of tied ids."""
+    z = torch.randint(0, 40, (130, 640), generator=torch.Generator().manual_seed(0)).float().to(device)
+    z[7, [130, 500]], z[8, [127, 128]] = 99.0, 99.0
+    assert z.numel() >= 2**16
+    for one, other in zip(reference._largest(z), z.max(-1), strict=True):
+        assert torch.equal(one, other)
+    check(z[:, :64], torch.eye(640, 64, device=device), "reference")
+    z[9, 300] = math.nan
+    assert reference._largest(z)[0][9].isnan() and reference._largest(z)[1][9] == 300
 
 
 def logits_made(monkeypatch, call):
