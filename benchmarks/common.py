@@ -100,9 +100,8 @@ def available_memory():
 def measure_ceilings():
     """What this device reaches at best: {"bandwidth": bytes/s, "flops": flop/s}, the best of several tries each.
 
-    Bandwidth: a large copy, bytes read plus bytes written. (A CPU also reads what it overwrites, so that code which
-    only reads can pass this ceiling.) Arithmetic: a large square matrix product of random numbers, bfloat16 on a GPU,
-    float32 on a CPU.
+    Bandwidth: a large copy, bytes read plus bytes written; on a CPU, which also reads what it overwrites, a sum if that
+    is faster. Arithmetic: a large square matrix product of random numbers, bfloat16 on a GPU, float32 on a CPU.
     """
     if torch.cuda.is_available():
         elements, size, dtype, tries = 2**29, 8192, torch.bfloat16, 20
@@ -110,11 +109,18 @@ def measure_ceilings():
         elements, size, dtype, tries = 2**25, 1536, torch.float32, 6
     source = torch.empty(elements, device=device(), dtype=dtype).uniform_()
     target = torch.empty_like(source)
-    copy = min(seconds_of(functools.partial(target.copy_, source), tries))
+    bandwidth = 2 * elements * dtype.itemsize / min(seconds_of(functools.partial(target.copy_, source), tries))
+    if not torch.cuda.is_available():
+        bandwidth = max(bandwidth, elements * dtype.itemsize / min(seconds_of(source.sum, tries)))
     del source, target
     a, b = (torch.randn(size, size, device=device(), dtype=dtype) for _ in range(2))
     product = min(seconds_of(functools.partial(torch.matmul, a, b), tries))
-    return {"bandwidth": 2 * elements * dtype.itemsize / copy, "flops": 2 * size**3 / product}
+    return {"bandwidth": bandwidth, "flops": 2 * size**3 / product}
+
+
+def describe(ceilings):
+    """`measure_ceilings` in words."""
+    return f"ceilings measured: {ceilings['bandwidth'] / 1e9:.0f} GB/s, {ceilings['flops'] / 1e12:.3g} Tflop/s"
 
 
 def seconds_of(call, tries):

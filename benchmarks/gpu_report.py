@@ -52,12 +52,16 @@ def steps(out, *, rehearse):
     """The steps on a GPU, or stand-ins of the same form that a CPU finishes in seconds."""
     here, python = common.ROOT / "benchmarks", sys.executable
     attention = (python, str(here / "attn_speed.py"), "--out", str(out), "--budget", "{seconds}")
+    generation = (python, str(here / "generate_speed.py"), "--out", str(out), "--budget", "{seconds}", "--profile")
+    linear = (python, str(here / "linear_speed.py"), "--budget", "{seconds}")
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     if rehearse:
         return [
             Step("environment", 1, (python, str(here / "gpu_report.py"), "--environment")),
             Step("tests", 3, (*pytest, "--collect-only", "tests/test_imports.py")),
             Step("attention speed", 6, (*attention, "--points", "LLaDA-8B:1:64:8", "--no-lint", "--no-plot")),
+            Step("generation speed", 8, (*generation, "--points", "Dream:1:16:8", "--policies", "Decode")),
+            Step("linear speed", 2, (python, str(here / "linear_speed.py"), "--budget", "0", "--rows", "1")),
             Step("memcheck", 1, (python, "-c", "print('stands for compute-sanitizer')")),
             Step("racecheck", 1, (python, "-c", "print('stands for compute-sanitizer')")),
         ]
@@ -67,6 +71,8 @@ def steps(out, *, rehearse):
         Step("environment", 1, (python, str(here / "gpu_report.py"), "--environment")),
         Step("tests", 6, (*pytest, *workers, "tests")),
         Step("attention speed", 8, attention),
+        Step("generation speed", 10, generation),
+        Step("linear speed", 2, linear),
     ]
     for tool in ("memcheck", "racecheck"):
         found.append(
@@ -80,9 +86,6 @@ def steps(out, *, rehearse):
                 unavailable="" if sanitizer else "compute-sanitizer is not installed",
             )
         )
-    if (here / "generate_speed.py").exists():
-        generate = (python, str(here / "generate_speed.py"), "--out", str(out), "--budget", "{seconds}")
-        found.append(Step("generation speed", 6, generate))
     return found
 
 

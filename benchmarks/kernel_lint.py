@@ -6,10 +6,11 @@
 
 Each case calls the real launcher with fake CUDA tensors of true model shapes; what it launches is recorded instead, and
 compiled with the specialisation that Triton's JIT would give it. A case fails if registers spill inside the loop, if
-shared memory passes the architecture's limit, if K and V are not loaded 16 bytes at a time, or if a matrix product
-misses the tensor cores (on Hopper: wgmma, from 64 rows on). The figures are compared with those kept, by --baseline, in
-benchmarks/results/compile/ for the Triton version at hand, on which registers and spills depend: spills that grow fail
-even outside the loop, where they cost little. The exit status is 1 if a case fails.
+shared memory passes the architecture's limit, if what the kernel streams (K and V, weights, rows) is not loaded 16
+bytes at a time, or if a matrix product misses the tensor cores (on Hopper: wgmma, from 64 rows on). The figures are
+compared with those kept, by --baseline, in benchmarks/results/compile/ for the Triton version at hand, on which
+registers and spills depend: spills that grow fail even outside the loop, where they cost little. The exit status is 1
+if a case fails.
 """
 
 import argparse
@@ -42,7 +43,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
-from dkv.kernels import attention, checks, rope_cache  # noqa: E402
+from dkv.kernels import activation, attention, checks, commit, lm_head, norm, packing, rope_cache  # noqa: E402
 from dkv.kernels import launch as tables  # noqa: E402
 
 BASELINES = ROOT / "benchmarks" / "results" / "compile"
@@ -69,13 +70,30 @@ ARCHITECTURES = {
 }
 TUNED_ARCHS = (80, 90)
 REGISTERS_PER_PROCESSOR = 65536
-# what each kernel streams, in one turn of its loop if it has one: how many tiles of which size
+# what each kernel streams, in one turn of its loop if it has one: tiles from these pointers, of these sizes
 STREAMED_TILES = {
-    "delayed_attention": (2, ("BLOCK_N", "HEADDIM")),
-    "merge_splits": (1, ("BLOCK_M", "HEADDIM")),
-    "rope_cache": (6, ("BLOCK_T", "BLOCK_H", "HALF")),
+    "delayed_attention": [(("k_ptr", "v_ptr"), ("BLOCK_N", "HEADDIM"))],
+    "merge_splits": [(("partial_out_ptr",), ("BLOCK_M", "HEADDIM"))],
+    # a tile is one half of a head
+    "rope_cache": [(("q_ptr", "k_ptr", "v_ptr") * 2, ("BLOCK_T", "BLOCK_H", "HALF"))],
+    "add_rms_norm": [(("x_ptr", "residual_ptr", "weight_ptr"), ("BLOCK",))],
+    # one tile of gate, one of up
+    "swiglu": [(("gate_up_ptr",) * 2, ("BLOCK",))],
+    "lm_head": [(("weight_ptr",), ("BLOCK_V", "BLOCK_D")), (("hidden_ptr",), ("BLOCK_R", "BLOCK_D"))],
 }
-MODELS = {"LLaDA": (32, 32), "Dream": (28, 4)}
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of a supported model; heads are those of the queries and those of keys and values."""
+
+    heads: tuple
+    d: int
+    mlp: int
+    vocab: int
+
+
+MODELS = {"LLaDA": Model((32, 32), 4096, 12288, 126464), "Dream": Model((28, 4), 3584, 18944, 152064)}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -105,12 +123,25 @@ class Launch:
 
     @property
     def streamed_bytes(self):
-        """Bytes that each thread streams in one turn, and how many of them, 16 at most, one load can bring."""
-        tiles, sizes = STREAMED_TILES.get(self.name, (0, ()))
-        first_pointer = next(value for value in self.arguments.values() if isinstance(value, PointerArgument))
+        """Bytes that each thread streams in one turn, and how many of them, 16 at most, one load can bring.
+
+        Tiles too small for loads of that many bytes do not count.
+        """
         threads = 32 * self.arguments.get("num_warps", 4)
-        tile_bytes = math.prod(self.arguments[size] for size in sizes) * first_pointer.dtype.itemsize // threads
-        return tiles * tile_bytes, min(16, tile_bytes)
+        tiles = []
+        for pointers, sizes in STREAMED_TILES.get(self.name, ()):
+            elements = math.prod(self.arguments[size] for size in sizes)
+            given = [self.arguments[name] for name in pointers if self.arguments[name] is not None]
+            tiles += [elements * pointer.dtype.itemsize // threads for pointer in given]
+        load_bytes = min(16, max(tiles, default=16))
+        return sum(tile for tile in tiles if tile >= load_bytes), load_bytes
+
+    @property
+    def matrix_rows(self):
+        """Rows of the left operand of its matrix products; None for a kernel without such, or an unknown one."""
+        if self.name == "lm_head":
+            return self.arguments["BLOCK_V" if self.arguments["VOCAB_FIRST"] else "BLOCK_R"]
+        return self.arguments["BLOCK_M"] if self.name == "delayed_attention" else None
 
 
 class _RefuseHostReads(TorchDispatchMode):
@@ -171,104 +202,159 @@ def compile_launch(launch, arch):
     return triton.compile(source, target=target, options=dict(options.__dict__))
 
 
-@dataclass(frozen=True)
+def _call_attention(empty, *, d=128, heads=(32, 32), queries=8, splits=1, bounds=True, key_mask=False, key_index=False):
+    batch, seqlen_cache = 2, 1024
+    k_cache, v_cache = (empty(batch, seqlen_cache, heads[1], d) for _ in "kv")
+    attention._launch(
+        q=empty(batch * queries, heads[0], d),
+        k_cache=k_cache,
+        v_cache=v_cache,
+        cu_seqlens_q=empty(batch + 1, dtype=torch.int32),
+        max_seqlen_q=queries,
+        cache_leftpad=empty(batch, dtype=torch.int32) if bounds else None,
+        cache_seqlens=empty(batch, dtype=torch.int32) if bounds else None,
+        key_mask=empty(batch, seqlen_cache, dtype=torch.bool) if key_mask else None,
+        key_index=empty(batch, seqlen_cache // 2, dtype=torch.int32) if key_index else None,
+        softmax_scale=d**-0.5,
+        num_splits=splits,
+    )
+
+
+def _call_rope(empty, *, d=128, heads=(32, 32)):
+    total, nheads, nheads_k = 16, *heads
+    # as they come out of one QKV product
+    q, k, v = empty(total, nheads + 2 * nheads_k, d).split([nheads, nheads_k, nheads_k], dim=1)
+    k_cache, v_cache = (empty(2, 1024, nheads_k, d) for _ in "kv")
+    cos, sin = (empty(1024, d // 2, dtype=torch.float32) for _ in "cs")
+    positions, slots = (empty(total, dtype=torch.int64) for _ in "ps")
+    rope_cache._launch(q, k, v, cos, sin, positions, slots, k_cache, v_cache)
+
+
+def _call_norm(empty, *, d=4096, residual=True):
+    norm._launch(empty(16, d), empty(16, d) if residual else None, empty(d), 1e-5)
+
+
+def _call_swiglu(empty, *, d=12288):
+    activation._launch(empty(16, 2 * d))
+
+
+def _call_lm_head(empty, *, d=4096, vocab=126464, rows=16, noise=False, round_logits=False):
+    noise_key = empty(rows, dtype=torch.int64) if noise else None
+    lm_head._launch(empty(rows, d), empty(vocab, d), 1.0, float(noise), noise_key, (vocab - 1,), round_logits)
+
+
+def _call_commit(empty, *, rule="counts"):
+    batch, seqlen, total = 2, 1024, 64
+    tokens, slots = (empty(total, dtype=torch.int64) for _ in "ts")
+    counts = empty(batch, dtype=torch.int64) if rule == "counts" else None
+    threshold, factor = (0.9 if rule == name else None for name in ("threshold", "factor"))
+    x, cu_seqlens = empty(batch, seqlen, dtype=torch.int64), empty(batch + 1, dtype=torch.int32)
+    commit._launch(x, tokens, empty(total), slots, cu_seqlens, counts, threshold, factor)
+
+
+def _call_packing(empty):
+    packing._launch(empty(2, 1024, dtype=torch.bool), 64)
+
+
+# how the launcher of a kernel is called; the keyword arguments are the options of a `Case`, d is the size of a row
+CALLS = {
+    "delayed_attention": _call_attention,
+    "merge_splits": _call_attention,
+    "rope_cache": _call_rope,
+    "add_rms_norm": _call_norm,
+    "swiglu": _call_swiglu,
+    "lm_head": _call_lm_head,
+    "merge_confidence": _call_lm_head,
+    "commit_tokens": _call_commit,
+    "pack_positions": _call_packing,
+}
+
+
 class Case:
     """One kernel of one call of a launcher: what is compiled, and the name under which the baseline keeps it."""
 
-    kernel: str
-    arch: int
-    dtype: str = "bf16"
-    headdim: int = 128
-    nheads: int = 32
-    nheads_k: int = 32
-    queries: int = 8
-    splits: int = 1
-    bounds: bool = True
-    key_mask: bool = False
-    key_index: bool = False
-
-    @property
-    def rows(self):
-        return self.queries * self.nheads // self.nheads_k
+    def __init__(self, kernel, arch, dtype="bf16", **options):
+        self.kernel, self.arch, self.dtype = kernel, arch, dtype
+        self.options = (CALLS[kernel].__kwdefaults__ or {}) | options
 
     def __str__(self):
-        words = [f"{self.dtype} d{self.headdim} heads {self.nheads}/{self.nheads_k}"]
-        if self.kernel == "delayed_attention":
-            words.append(f"rows {self.rows}")
-        if self.kernel != "rope_cache":
-            words.append(f"splits {self.splits}")
-        options = [name for name in ("bounds", "key_mask", "key_index") if getattr(self, name)]
-        return " ".join(words + (options if self.kernel == "delayed_attention" else []))
+        words = [self.dtype]
+        for name, value in self.options.items():
+            if isinstance(value, bool):
+                words += [name] if value else []
+            else:
+                words.append(f"{name} {'/'.join(map(str, value)) if isinstance(value, tuple) else value}")
+        return " ".join(words)
 
     @property
     def tensor_cores(self):
         """Whether it multiplies matrices in 16 bits; float32 products must stay off the tensor cores (TF32)."""
-        return self.kernel == "delayed_attention" and self.dtype != "fp32"
+        return self.kernel in ("delayed_attention", "lm_head") and self.dtype != "fp32"
 
     def record(self):
         """The launch of this kernel, as its launcher makes it."""
         if not isinstance(attention._delayed_attention_kernel, JITFunction):
             raise RuntimeError("the kernels are interpreted in this process (TRITON_INTERPRET=1); use workers()")
+
+        def empty(*shape, dtype=None):
+            return torch.empty(shape, dtype=dtype or DTYPES[self.dtype], device="cuda:0")
+
         with recording(self.arch) as launches:
-            self._call_launcher()
+            CALLS[self.kernel](empty, **self.options)
         return next(launch for launch in launches if launch.name == self.kernel)
 
-    def _call_launcher(self, batch=2, seqlen_cache=1024):
-        def empty(*shape, dtype=DTYPES[self.dtype]):
-            return torch.empty(shape, dtype=dtype, device="cuda:0")
 
-        total = batch * self.queries
-        q = empty(total, self.nheads, self.headdim)
-        k_cache, v_cache = (empty(batch, seqlen_cache, self.nheads_k, self.headdim) for _ in "kv")
-        if self.kernel == "rope_cache":
-            # as they come out of one QKV product
-            qkv = empty(total, self.nheads + 2 * self.nheads_k, self.headdim)
-            q, k, v = qkv.split([self.nheads, self.nheads_k, self.nheads_k], dim=1)
-            cos, sin = (empty(seqlen_cache, self.headdim // 2, dtype=torch.float32) for _ in "cs")
-            positions, slots = (empty(total, dtype=torch.int64) for _ in "ps")
-            rope_cache._launch(q, k, v, cos, sin, positions, slots, k_cache, v_cache)
-            return
-        attention._launch(
-            q=q,
-            k_cache=k_cache,
-            v_cache=v_cache,
-            cu_seqlens_q=empty(batch + 1, dtype=torch.int32),
-            max_seqlen_q=self.queries,
-            cache_leftpad=empty(batch, dtype=torch.int32) if self.bounds else None,
-            cache_seqlens=empty(batch, dtype=torch.int32) if self.bounds else None,
-            key_mask=empty(batch, seqlen_cache, dtype=torch.bool) if self.key_mask else None,
-            key_index=empty(batch, seqlen_cache // 2, dtype=torch.int32) if self.key_index else None,
-            softmax_scale=self.headdim**-0.5,
-            num_splits=self.splits,
-        )
-
-
-def tile_queries(arch, dtype, headdim, group, most_rows=512):
-    """For every tile that the table can pick, the most queries (of `group` heads each) that it is picked for."""
-    queries = {}
+def most_rows(arch, pick, bound=512):
+    """For every launch that `pick(device, rows)` returns, the most rows, `bound` at most, that it is picked for."""
+    rows = {}
     with on_gpu(arch):
-        for count in range(1, most_rows // group + 1):
-            queries[tables.attention_launch(torch.device("cuda:0"), DTYPES[dtype], count * group)] = count
-    return list(queries.values())
+        for count in range(1, bound + 1):
+            rows[pick(torch.device("cuda:0"), count)] = count
+    return list(rows.values())
 
 
-def attention_cases(arch, model, dtype="bf16", headdim=128, **options):
-    nheads, nheads_k = MODELS[model]
+def tile_queries(arch, dtype, group):
+    """For every tile of attention that the table can pick, the most queries (of `group` heads each)."""
+
+    def pick(device, queries):
+        return tables.attention_launch(device, DTYPES[dtype], queries * group)
+
+    return most_rows(arch, pick, 512 // group)
+
+
+def attention_cases(arch, model, dtype="bf16", **options):
+    heads = MODELS[model].heads
     return [
-        Case("delayed_attention", arch, dtype, headdim, nheads, nheads_k, queries, **options)
-        for queries in tile_queries(arch, dtype, headdim, nheads // nheads_k)
+        Case("delayed_attention", arch, dtype, heads=heads, queries=queries, **options)
+        for queries in tile_queries(arch, dtype, heads[0] // heads[1])
     ]
 
 
+def head_rows(arch, dtype, noise):
+    """For every tile of the LM head that the table can pick, the most rows."""
+    return most_rows(arch, lambda device, rows: tables.head_launch(device, DTYPES[dtype], rows, noise))
+
+
+def head_cases(arch, model, dtype="bf16", noise=False, **options):
+    sizes = {"d": MODELS[model].d, "vocab": MODELS[model].vocab, "noise": noise, **options}
+    return [Case("lm_head", arch, dtype, rows=rows, **sizes) for rows in head_rows(arch, dtype, noise)]
+
+
 def tuned_cases(archs=TUNED_ARCHS, models=tuple(MODELS)):
-    """bfloat16, headdim 128: every tile, split for LLaDA and unsplit for Dream, and the merge and RoPE kernels."""
+    """bfloat16, headdim 128: every tile, with splits and without noise for LLaDA, the other way round for Dream."""
     cases = []
     for arch in archs:
-        for model in models:
-            nheads, nheads_k = MODELS[model]
-            cases += attention_cases(arch, model, splits=4 if model == "LLaDA" else 1)
-            cases.append(Case("merge_splits", arch, nheads=nheads, nheads_k=nheads_k, splits=4))
-            cases.append(Case("rope_cache", arch, nheads=nheads, nheads_k=nheads_k))
+        for name in models:
+            model, llada = MODELS[name], name == "LLaDA"
+            cases += attention_cases(arch, name, splits=4 if llada else 1)
+            cases.append(Case("merge_splits", arch, heads=model.heads, splits=4))
+            cases.append(Case("rope_cache", arch, heads=model.heads))
+            cases.append(Case("add_rms_norm", arch, d=model.d))
+            cases.append(Case("swiglu", arch, d=model.mlp))
+            cases += head_cases(arch, name, noise=not llada)
+            cases.append(Case("merge_confidence", arch, d=model.d, vocab=model.vocab, noise=not llada))
+        cases.append(Case("commit_tokens", arch, "fp32"))
+        cases.append(Case("pack_positions", arch, "bool"))
     return cases
 
 
@@ -279,13 +365,21 @@ def all_cases(archs=tuple(ARCHITECTURES)):
         cases += attention_cases(arch, "LLaDA") + attention_cases(arch, "Dream", splits=4)
         for options in ({"bounds": False}, {"key_mask": True}, {"key_index": True}):
             cases += attention_cases(arch, "Dream", **options)
+        cases += head_cases(arch, "LLaDA", noise=True) + head_cases(arch, "Dream", round_logits=True)
+        cases += [Case("commit_tokens", arch, "fp32", rule=rule) for rule in ("threshold", "factor")]
         for dtype in DTYPES:
-            for headdim in checks.HEADDIMS:
-                if (dtype, headdim) != ("bf16", 128):
-                    cases += attention_cases(arch, "Dream", dtype, headdim)
-                    cases += attention_cases(arch, "LLaDA", dtype, headdim, splits=4, key_mask=True, key_index=True)
-                    cases.append(Case("merge_splits", arch, dtype, headdim, splits=4))
-                    cases.append(Case("rope_cache", arch, dtype, headdim))
+            cases.append(Case("add_rms_norm", arch, dtype, d=8192))
+            cases.append(Case("add_rms_norm", arch, dtype, residual=False))
+            if dtype != "bf16":
+                cases += [Case("add_rms_norm", arch, dtype, d=model.d) for model in MODELS.values()]
+                cases += [Case("swiglu", arch, dtype, d=model.mlp) for model in MODELS.values()]
+                cases += head_cases(arch, "LLaDA", dtype) + head_cases(arch, "Dream", dtype, noise=True)
+            for d in checks.HEADDIMS:
+                if (dtype, d) != ("bf16", 128):
+                    cases += attention_cases(arch, "Dream", dtype, d=d)
+                    cases += attention_cases(arch, "LLaDA", dtype, d=d, splits=4, key_mask=True, key_index=True)
+                    cases.append(Case("merge_splits", arch, dtype, d=d, splits=4))
+                    cases.append(Case("rope_cache", arch, dtype, d=d))
     return cases
 
 
@@ -296,7 +390,7 @@ class Row:
     kernel: str
     case: str
     arch: int
-    block_m: int | None
+    matrix_rows: int | None
     tile: str
     registers: int
     stack: int
@@ -326,15 +420,13 @@ def inspect(launch, arch, *, case="", tensor_cores=False):
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     streamed, load_bytes = launch.streamed_bytes
-    sizes = [
-        launch.arguments[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_T", "BLOCK_H") if name in launch.arguments
-    ]
+    sizes = [value for name, value in launch.arguments.items() if name.startswith("BLOCK")]
     stages = f" st{launch.arguments['num_stages']}" if "num_stages" in launch.arguments else ""
     row = Row(
         kernel=launch.name,
         case=case,
         arch=arch,
-        block_m=launch.arguments.get("BLOCK_M"),
+        matrix_rows=launch.matrix_rows,
         tile="x".join(map(str, sizes)) + f" w{launch.arguments.get('num_warps', 4)}{stages}",
         registers=registers,
         stack=int(re.search(r"STACK:(\d+)", usage)[1]),
@@ -372,15 +464,19 @@ class Sass:
             self.opcodes.append(instruction[1])
         # loops without a load only clear what has no result, if anything
         loops = [loop for loop in loops if any(_is_load(self.opcodes[i]) for i in loop)]
-        in_loops = [self.opcodes[i] for i in sorted({i for loop in loops for i in loop})]
-        self.loads = [_load_bytes(op) for op in in_loops or self.opcodes if _is_load(op)]
+        in_loops = self._opcodes_in(loops)
+        innermost = [loop for loop in loops if not any(loop.start < other.start < loop.stop for other in loops)]
+        self.loads = [_load_bytes(op) for op in self._opcodes_in(innermost) or self.opcodes if _is_load(op)]
         self.loop_spills = sum(op.split(".")[0] in ("LDL", "STL") for op in in_loops)
         self.tensor_core_instructions = dict(
             Counter(op.split(".")[0] for op in self.opcodes if re.match(r"(HMMA|HGMMA|UTC\w*MMA)\b", op))
         )
 
+    def _opcodes_in(self, loops):
+        return [self.opcodes[i] for i in sorted({i for loop in loops for i in loop})]
+
     def wide_bytes(self, load_bytes):
-        """Bytes that a thread loads in the loops (without one: at all) by instructions of `load_bytes` or more."""
+        """Bytes a thread loads in the innermost loops (without one: at all) by instructions of `load_bytes` or more."""
         return sum(width for width in self.loads if width >= load_bytes)
 
 
@@ -418,7 +514,7 @@ def check(row, tensor_cores):
     kinds = set(row.tensor_core_instructions)
     if tensor_cores and not kinds:
         failures.append("no tensor-core instruction")
-    elif tensor_cores and row.arch == 90 and row.block_m >= 64 and kinds != {"HGMMA"}:
+    elif tensor_cores and row.arch == 90 and (row.matrix_rows or 0) >= 64 and kinds != {"HGMMA"}:
         failures.append(f"{' and '.join(sorted(kinds))} where wgmma is possible")
     elif kinds and not tensor_cores:
         failures.append(f"{' and '.join(sorted(kinds))} in a kernel that must be exact in float32")
@@ -491,7 +587,7 @@ def save_baseline(rows, *, complete):
 
 
 HEADER = (
-    f"{'kernel':18}{'case':46}{'arch':>7}{'tile':>18}{'regs':>6}{'stack':>6}{'KiB':>6}{'blocks':>7}"
+    f"{'kernel':18}{'case':52}{'arch':>7}{'tile':>18}{'regs':>6}{'stack':>6}{'KiB':>6}{'blocks':>7}"
     f"{'tensor-core':>13}{'wide':>6}{'instr':>7}  verdict"
 )
 
@@ -507,7 +603,7 @@ def format_row(row):
     if row.changes:
         verdict += f" ({', '.join(row.changes)})"
     return (
-        f"{row.kernel:18}{row.case:46}{f'sm_{row.arch}':>7}{row.tile:>18}{row.registers:>6}{row.stack:>6}"
+        f"{row.kernel:18}{row.case:52}{f'sm_{row.arch}':>7}{row.tile:>18}{row.registers:>6}{row.stack:>6}"
         f"{row.shared / 1024:>6.0f}{row.blocks:>7}{mma:>13}{row.wide_share:>6.0%}{row.instructions:>7}  {verdict}"
     )
 

@@ -136,3 +136,77 @@ def _label(axis, x, ends):
             color=color,
             arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.5},
         )
+
+
+SYSTEM_COLORS = {
+    "dkv": "#c1121f",
+    "dkv, eager": "#e58a90",
+    "official": "#555555",
+    "plain loop": "#555555",
+    "dkv-cache": "#7a5195",
+    "fast-dllm": "#1d6fa3",
+}
+
+
+def generation(rows, env, path):
+    """Seconds of whole runs beside their floors, one panel for each model and point (two at most); returns the path."""
+    plt = load_pyplot()
+    measured = [row for row in rows if row["kind"] == "run" and row["seconds"]]
+    if plt is None or not measured:
+        return None
+    models = list(dict.fromkeys(row["model"] for row in measured))
+    panels = {model: _points(measured, model)[:2] for model in models}
+    columns = max(map(len, panels.values()))
+    heights = [1 + max(len(_of(measured, model, point)) for point in panels[model]) for model in models]
+    figure, axes = plt.subplots(
+        len(models),
+        columns,
+        figsize=(7.2 * columns, 1.5 + 0.34 * sum(heights)),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for model, line in zip(models, axes, strict=True):
+        for point, axis in zip(panels[model], line, strict=False):
+            axis.set_visible(True)
+            _bars(axis, _of(measured, model, point))
+            axis.set_title("{}, batch {}, prompt {} + {} tokens".format(model, *point), fontsize=12)
+    on_cpu = env["device"].startswith("CPU")
+    figure.suptitle(
+        f"Whole generations, one token a step, {measured[0]['dtype']}, {env['date'][:10]}\n"
+        f"{env['device']}{', PyTorch implementation of every system' * on_cpu}",
+        fontsize=13,
+    )
+    figure.supxlabel(
+        "seconds, medians; x: against the family's own loop; green: floor of the same steps at the measured ceilings",
+        fontsize=9,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _points(rows, model):
+    return list(dict.fromkeys((r["batch"], r["prompt"], r["gen_length"]) for r in rows if r["model"] == model))
+
+
+def _of(rows, model, point):
+    """The rows of a panel, slowest first."""
+    found = [r for r in rows if (r["model"], r["batch"], r["prompt"], r["gen_length"]) == (model, *point)]
+    return sorted(found, key=lambda row: -row["seconds"])
+
+
+def _bars(axis, rows):
+    names = [f"{row['system']}: {row['label']}" for row in rows]
+    axis.barh(names, [row["seconds"] for row in rows], color=[SYSTEM_COLORS[row["system"]] for row in rows], height=0.7)
+    for i, row in enumerate(rows):
+        speedup = f"  {row['speedup']:.2f}x" if row["speedup"] else ""
+        axis.text(row["seconds"], i, f" {row['seconds']:.3g} s{speedup}", va="center", fontsize=9)
+        if row["floor_ms"]:
+            axis.plot([row["floor_ms"] / 1e3] * 2, [i - 0.35, i + 0.35], color="#2a9d3a", linewidth=2.5)
+    axis.set_xlim(0, 1.25 * max(row["seconds"] for row in rows))
+    axis.grid(True, axis="x", alpha=0.3)
+    axis.tick_params(labelsize=9.5)

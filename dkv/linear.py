@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 # With fewer or more rows PyTorch's own product is as fast. Between, on 2 cores of a Xeon, it takes up to three times as
 # long as with the weight as its left factor, and from some 50 rows on a tenth longer than oneDNN's, which PyTorch does
 # not call by itself for float32.
-CPU_SKINNY_ROWS, CPU_ONEDNN_ROWS = range(9, 49), range(49, 257)
+CPU_SKINNY_ROWS, CPU_ONEDNN_ROWS = range(2, 49), range(49, 257)
 # the first of several modules -> parameter name -> the tensor that its and the others' are parts of, and references
 _MERGED = weakref.WeakKeyDictionary()
 
@@ -33,12 +33,12 @@ def is_plain(module, kinds=(nn.Linear,)):
 
 
 def _product(x, weight, bias):
-    """x weight^T + bias, x (rows, in_features).
+    """x weight^T + bias, x (rows, in_features) or of more dimensions.
 
     On a CPU a product of few rows runs at the speed of reading the weight only if the weight is its left factor. The
     result is then a transposed view, which the next such product takes as it is.
     """
-    if x.device.type == "cpu" and x.dtype == torch.float32:
+    if x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 2 and not torch.is_grad_enabled():
         if x.shape[0] in CPU_SKINNY_ROWS:
             y = torch.mm(weight, x.t()).t()
             return y if bias is None else y.add_(bias)

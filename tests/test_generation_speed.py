@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,10 +52,8 @@ def test_operations_by_hand():
     linear, attention, head = 3 * 2 * 10 * 576, 3 * 4 * 10 * 5 * 8, 2 * 10 * 8 * 32
     assert roofline.operations(SIZES, [everything]) == linear + attention + head
     assert everything.full
-    # the last layer: K and V of three positions, the rest of one
     cached = Step(batch=2, seqlen=5, active=3, candidates=1)
-    linear = 2 * 2 * 3 * 576 + 2 * (3 * 64 + 1 * 512)
-    assert roofline.operations(SIZES, [cached]) == linear + 4 * 5 * 8 * (2 * 3 + 1) + 2 * 8 * 32
+    assert roofline.operations(SIZES, [cached]) == 3 * (2 * 3 * 576 + 4 * 3 * 5 * 8) + 2 * 8 * 32
     assert roofline.operations(SIZES, [cached, cached]) == 2 * roofline.operations(SIZES, [cached])
     assert not cached.full
 
@@ -68,7 +65,9 @@ def test_floors_by_hand():
     assert bytes_alone["attention"] == 4 * (3 * keys * 8 + 2 * 8 * (2 * 3 + 1))
     assert bytes_alone["linear"] == 4 * 3 * 576 and bytes_alone["head"] == 4 * 32 * 8
     operations_alone = roofline.floors(SIZES, step, {"bandwidth": float("inf"), "flops": 1.0})
-    assert sum(operations_alone.values()) == roofline.operations(SIZES, [step])
+    # the last layer: K and V of three positions, the rest of one
+    linear, attention = 2 * 2 * 3 * 576 + 2 * (3 * 64 + 1 * 512), 4 * 5 * 8 * (2 * 3 + 1)
+    assert operations_alone == {"linear": linear, "attention": attention, "head": 2 * 8 * 32}
     assert (
         roofline.floor(SIZES, step, CEILINGS) < sum(bytes_alone.values()) / 1e9 + sum(operations_alone.values()) / 1e10
     )
@@ -190,16 +189,27 @@ def generate(model, prompt, steps, gen_length, block_length, temperature, mask_i
 """
 
 
+DECODE_LOOP = LOOP.replace("(model, prompt,", "(model, tokenizer, prompt,").replace(
+    "mask_id):", "mask_id, enable_cache, cache_reloading_step):"
+)
+
+
+def write_stand_in(folder, files):
+    """files: path -> text; returns the folder."""
+    for path, text in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+    return folder
+
+
 @pytest.fixture
-def stand_in(tmp_path):
-    """Writes the stand-in; error: added to every token."""
+def official(tmp_path):
+    """Writes a stand-in of the hub's files; error: added to every token."""
 
     def write(error=""):
-        folder = tmp_path / "hub"
-        (folder / "llada_v2").mkdir(parents=True)
-        (folder / "llada_v2" / "modeling_llada.py").write_text(textwrap.dedent(MODELING.format(root=str(ROOT))))
-        (folder / "llada_generate.py").write_text(LOOP.format(error=error))
-        return folder
+        modeling = MODELING.format(root=str(ROOT))
+        files = {"llada_v2/modeling_llada.py": modeling, "llada_generate.py": LOOP.format(error=error)}
+        return write_stand_in(tmp_path / "hub", files)
 
     return write
 
@@ -223,8 +233,8 @@ def bench(monkeypatch, capsys, tmp_path):
 POINT = ("--points", "LLaDA:2:16:8", "--policies", "NoCache,Decode", "--budget", "60")
 
 
-def test_a_peer_of_the_same_tokens(bench, stand_in):
-    status, output, result = bench(*POINT, "--peer", f"official={stand_in()}")
+def test_a_peer_of_the_same_tokens(bench, official):
+    status, output, result = bench(*POINT, "--peer", f"official={official()}")
     assert status == 0, output
     rows = {(row["system"], row["label"]): row for row in result["rows"]}
     assert rows.keys() == {("dkv", "NoCache"), ("dkv", "Decode"), ("official", "NoCache")}
@@ -236,11 +246,48 @@ def test_a_peer_of_the_same_tokens(bench, stand_in):
     assert "as fast as official" in output
 
 
-def test_a_peer_of_other_tokens_fails_the_run(bench, stand_in):
-    status, output, result = bench(*POINT, "--peer", f"official={stand_in('+ 1')}")
+def test_a_peer_of_other_tokens_fails_the_run(bench, official):
+    status, output, result = bench(*POINT, "--peer", f"official={official('+ 1')}")
     assert status == 1 and "tokens differ: LLaDA-tiny" in output
     assert len(result["mismatches"]) == 1 and "official" in result["mismatches"][0]
     assert all(row["seconds"] for row in result["rows"]), "everything is shown all the same"
+
+
+def test_on_a_gpu_peers_take_turns(bench, official, tmp_path, monkeypatch):
+    modeling = MODELING.format(root=str(ROOT))
+    files = {"models/modeling_llada_dkv_cache_decode.py": modeling}
+    files["generation_utils/llada_dkv_cache_decode.py"] = DECODE_LOOP.format(error="+ 1")
+    authors = write_stand_in(tmp_path / "authors", files)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(generate_speed, "TRUE_SIZE", generate_speed.SCALED_DOWN)
+    alive = []
+
+    class Watched(systems.Peer):
+        def __init__(self, name, *rest, **settings):
+            super().__init__(name, *rest, **settings)
+            alive.append(name)
+            assert alive == [name], "one at a time"
+
+        def close(self):
+            super().close()
+            alive.clear()
+
+    class OnGPU(generate_speed.Bench):
+        def __init__(self, arguments):
+            super().__init__(arguments)
+            self.cuda, self.dtype = True, torch.float32
+
+    monkeypatch.setattr(generate_speed, "Peer", Watched)
+    monkeypatch.setattr(generate_speed, "Bench", OnGPU)
+    peers = f"official={official()}", f"dkv-cache={authors}", f"fast-dllm={tmp_path / 'empty'}"
+    status, output, result = bench(*POINT, *(part for peer in peers for part in ("--peer", peer)))
+    assert status == 1 and len(result["mismatches"]) == 1 and "Decode: dkv-cache" in result["mismatches"][0]
+    assert len(result["not_run"]) == 1 and "No module named" in result["not_run"][0]
+    rows = {(row["system"], row["label"]): row for row in result["rows"]}
+    assert {system for system, _ in rows} == {"dkv", "dkv, eager", "official", "dkv-cache"}
+    assert rows["dkv, eager", "Decode"]["same_tokens"] == rows["official", "NoCache"]["same_tokens"] == 1
+    theirs = rows["dkv-cache", "Decode"]
+    assert theirs["speedup"] > 0 and theirs["cap"] == rows["dkv", "Decode"]["cap"] and theirs["times_ours"] > 0
 
 
 @pytest.mark.parametrize("family", checkpoints.FAMILIES)

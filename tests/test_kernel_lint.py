@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dkv.kernels import attention
+from dkv.kernels import attention, launch
 from dkv.kernels.launch import AttentionLaunch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -65,12 +65,13 @@ def lint_scores(arch, dtype, in_kernel, expected):
     return kernel_lint.inspect(launches[0], arch, tensor_cores=expected)
 
 
-def test_tuned_cases_pass(compilers):
-    rows = list(compilers.map(kernel_lint.lint_case, kernel_lint.tuned_cases()))
+@pytest.mark.parametrize("arch", kernel_lint.TUNED_ARCHS)
+def test_tuned_cases_pass(compilers, arch):
+    rows = list(compilers.map(kernel_lint.lint_case, kernel_lint.tuned_cases((arch,))))
     for row in rows:
         kernel_lint.compare(row, kernel_lint.load_baseline())
     assert not [kernel_lint.format_row(row) for row in rows if row.failures]
-    assert {row.kernel for row in rows} == {"delayed_attention", "merge_splits", "rope_cache"}
+    assert {row.kernel for row in rows} == set(kernel_lint.CALLS)
     for row in rows:
         assert 0 < row.registers <= 255 and row.instructions > 100 and row.blocks >= 1
 
@@ -100,7 +101,7 @@ def test_scores_kernel_passes_where_it_should(compilers):
 
 
 def test_a_case_that_does_not_compile_fails(compilers):
-    row = compilers.submit(kernel_lint.lint_case, Case("delayed_attention", 80, headdim=100)).result()
+    row = compilers.submit(kernel_lint.lint_case, Case("delayed_attention", 80, d=100)).result()
     assert len(row.failures) == 1 and row.failures[0].startswith("does not compile: CompilationError")
     assert "FAIL" in kernel_lint.format_row(row)
 
@@ -140,6 +141,34 @@ def test_sass_counts_what_is_inside_loops_that_load():
     assert sass.tensor_core_instructions == {"HMMA": 1}
 
 
+def test_only_innermost_loops_say_how_wide_loads_are():
+    """What is loaded on the way into a loop, ahead of its first turn, is not streamed."""
+    inner = SASS.split(".L_x_2:")[0]
+    outer = inner.replace(".text._kernel:", ".text._kernel:\n.L_x_9:") + "        /*0100*/  BRA `(.L_x_9) ;\n"
+    sass = kernel_lint.Sass(outer)
+    assert sass.loads == [2, 16] and sass.loop_spills == 3
+
+
+def test_streamed_bytes():
+    """Tensors that are not there do not count, nor tiles too small for wide loads; rows of the left operand."""
+
+    def recorded(name, num_warps, **arguments):
+        kernel = mock.Mock()
+        kernel.fn.__name__ = f"_{name}_kernel"
+        return kernel_lint.Launch(kernel, (1,), arguments | {"num_warps": num_warps})
+
+    bf16, fp32 = (kernel_lint.PointerArgument(dtype, 0) for dtype in (torch.bfloat16, torch.float32))
+    pointers = {"x_ptr": bf16, "residual_ptr": bf16, "weight_ptr": bf16}
+    assert recorded("add_rms_norm", 8, BLOCK=4096, **pointers).streamed_bytes == (96, 16)
+    assert recorded("add_rms_norm", 8, BLOCK=4096, **pointers | {"residual_ptr": None}).streamed_bytes == (64, 16)
+    assert recorded("swiglu", 4, BLOCK=128, gate_up_ptr=fp32).streamed_bytes == (8, 4)
+    sizes = {"BLOCK_R": 16, "BLOCK_V": 128, "BLOCK_D": 64}
+    head = recorded("lm_head", 8, VOCAB_FIRST=True, hidden_ptr=bf16, weight_ptr=bf16, **sizes)
+    assert head.streamed_bytes == (64, 16) and head.matrix_rows == 128
+    assert recorded("lm_head", 8, VOCAB_FIRST=False, **sizes).matrix_rows == 16
+    assert recorded("pack_positions", 4, BLOCK=1024).streamed_bytes == (0, 16)
+
+
 def test_resident_blocks():
     hopper, ada = kernel_lint.ARCHITECTURES[90], kernel_lint.ARCHITECTURES[89]
     # by registers: 168 x 32 a warp, 12 of them; by shared memory: 113 KiB each with what the system takes; by warps
@@ -174,28 +203,39 @@ def test_comparison_with_the_baseline(tmp_path):
 
 def test_cases_cover_the_tables():
     """A tile that enters a table enters the cases by itself, and every tile that is there can be picked."""
-    from dkv.kernels import launch
-
+    device = torch.device("cuda:0")
     for arch in kernel_lint.ARCHITECTURES:
         for name, dtype in kernel_lint.DTYPES.items():
-            tiles = set()
-            for queries in kernel_lint.tile_queries(arch, name, 128, group=1):
-                with kernel_lint.on_gpu(arch):
-                    tiles.add(launch.attention_launch(torch.device("cuda:0"), dtype, queries))
+            queries = kernel_lint.tile_queries(arch, name, group=1)
+            with kernel_lint.on_gpu(arch):
+                tiles = {launch.attention_launch(device, dtype, count) for count in queries}
             assert tiles == set(launch.attention_table(arch, dtype))
+            for noise in (False, True):
+                rows = kernel_lint.head_rows(arch, name, noise)
+                with kernel_lint.on_gpu(arch):
+                    tiles = {launch.head_launch(device, dtype, count, noise) for count in rows}
+                assert tiles == set(launch.head_table(arch, dtype, noise))
     cases = kernel_lint.all_cases()
     assert len({f"{case.kernel} {case} {case.arch}" for case in cases}) == len(cases)
-    assert {(case.dtype, case.headdim) for case in cases} == {
-        (d, h) for d in kernel_lint.DTYPES for h in (16, 32, 64, 128)
-    }
+    for kernel in ("delayed_attention", "merge_splits", "rope_cache"):
+        assert {(case.dtype, case.options["d"]) for case in cases if case.kernel == kernel} == {
+            (dtype, headdim) for dtype in kernel_lint.DTYPES for headdim in (16, 32, 64, 128)
+        }
 
 
 def test_launchers_never_wait_for_the_gpu(compilers):
     """Under fake tensors a launcher cannot read a value; every option of every launcher gets through."""
-    cases = [
-        Case(kernel, 90, queries=8, splits=2, bounds=bounds, key_mask=mask, key_index=index)
-        for kernel in ("delayed_attention", "merge_splits", "rope_cache")
+    cases = [Case(kernel, 90, "fp32") for kernel in kernel_lint.CALLS if kernel != "merge_splits"]
+    cases += [
+        Case(kernel, 90, splits=2, bounds=bounds, key_mask=mask, key_index=index)
+        for kernel in ("delayed_attention", "merge_splits")
         for bounds, mask, index in ((True, False, False), (False, True, False), (False, False, True))
+    ]
+    cases += [
+        Case("add_rms_norm", 90, residual=False),
+        Case("lm_head", 90, rows=256, noise=True, round_logits=True),
+        Case("commit_tokens", 90, "fp32", rule="threshold"),
+        Case("commit_tokens", 90, "fp32", rule="factor"),
     ]
     assert list(compilers.map(launches_by_name, cases)) == [case.kernel for case in cases]
 
