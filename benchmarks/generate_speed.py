@@ -219,8 +219,11 @@ class Bench:
 
         def add(weight, kind, point, labels, **options):
             def task(seconds):
-                found = study.compare(systems, point, labels, seconds=seconds, kind=kind, **options)
-                print_table(f"{study.name}, {point}: {KINDS[kind]}", found)
+                known = len(study.rows)
+                try:
+                    study.compare(systems, point, labels, seconds=seconds, kind=kind, **options)
+                finally:
+                    print_table(f"{study.name}, {point}: {KINDS[kind]}", study.rows[known:])
 
             tasks.append((weight, f"{point}, {kind}", task))
 

@@ -103,6 +103,7 @@ class PointerArgument:
 
     dtype: torch.dtype
     address: int
+    elements: int
 
     def data_ptr(self):
         return self.address
@@ -125,14 +126,14 @@ class Launch:
     def streamed_bytes(self):
         """Bytes that each thread streams in one turn, and how many of them, 16 at most, one load can bring.
 
-        Tiles too small for loads of that many bytes do not count.
+        Tensors without elements do not count, nor tiles too small for loads of that many bytes.
         """
         threads = 32 * self.arguments.get("num_warps", 4)
         tiles = []
         for pointers, sizes in STREAMED_TILES.get(self.name, ()):
             elements = math.prod(self.arguments[size] for size in sizes)
             given = [self.arguments[name] for name in pointers if self.arguments[name] is not None]
-            tiles += [elements * pointer.dtype.itemsize // threads for pointer in given]
+            tiles += [elements * pointer.dtype.itemsize // threads for pointer in given if pointer.elements]
         load_bytes = min(16, max(tiles, default=16))
         return sum(tile for tile in tiles if tile >= load_bytes), load_bytes
 
@@ -176,7 +177,9 @@ def recording(arch):
         arguments = kernel.signature.bind_partial(*args).arguments | kwargs
         for name, value in arguments.items():
             if isinstance(value, torch.Tensor):
-                arguments[name] = PointerArgument(value.dtype, value.storage_offset() * value.element_size())
+                arguments[name] = PointerArgument(
+                    value.dtype, value.storage_offset() * value.element_size(), value.numel()
+                )
         launches.append(Launch(kernel, grid, arguments))
 
     with (
@@ -367,6 +370,8 @@ def all_cases(archs=tuple(ARCHITECTURES)):
             cases += attention_cases(arch, "Dream", **options)
         cases += head_cases(arch, "LLaDA", noise=True) + head_cases(arch, "Dream", round_logits=True)
         cases += [Case("commit_tokens", arch, "fp32", rule=rule) for rule in ("threshold", "factor")]
+        # keys and values alone, queries alone
+        cases += [Case("rope_cache", arch, heads=heads) for heads in ((0, 4), (28, 0))]
         for dtype in DTYPES:
             cases.append(Case("add_rms_norm", arch, dtype, d=8192))
             cases.append(Case("add_rms_norm", arch, dtype, residual=False))

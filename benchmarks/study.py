@@ -153,7 +153,7 @@ class Study:
         return logits.softmax(-1).amax(-1).quantile(0.75).item()
 
     def compare(self, systems, point, labels, *, samples, seconds, kind="run", steps=None, threshold=None):
-        """Times every system at every policy that it has, in about `seconds`; returns the new rows."""
+        """Times every system at every policy that it has, in about `seconds`; appends the rows."""
         jobs = [self.job(label, point, steps=steps, threshold=threshold) for label in labels]
         entries = [Entry(system, job) for job in jobs if job for system in systems if system.has(job)]
         known = self._known.setdefault((point, steps, threshold), [])
@@ -161,9 +161,7 @@ class Study:
         try:
             take_samples(entries, samples, seconds, interleaved=self.model.device.type == "cpu")
         finally:  # of a run that is stopped there are rows too
-            rows = [self._row(entry, known, point, kind) for entry in entries]
-            self.rows += rows
-        return rows
+            self.rows += [self._row(entry, known, point, kind) for entry in entries]
 
     def _row(self, entry, known, point, kind):
         job, system = entry.job, entry.system

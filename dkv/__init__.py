@@ -3,6 +3,7 @@
 from dkv.generate import GenerateOutput, GenerateStats, generate
 from dkv.models import from_pretrained
 from dkv.patch import replace_attention, reset, restore_attention
+from dkv.plot import plot_history
 from dkv.policy import Decode, DualCache, Greedy, NoCache, Policy, Prefill, PrefillDecode, PrefixCache
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "PrefixCache",
     "from_pretrained",
     "generate",
+    "plot_history",
     "replace_attention",
     "reset",
     "restore_attention",

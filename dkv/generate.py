@@ -75,7 +75,7 @@ def generate(
         generator: a torch.Generator that seeds the noise; None: PyTorch's default one.
         impl: "auto", "triton" or "reference", see `dkv.kernels`.
         cuda_graphs: on a GPU, record steps as CUDA graphs and replay them; False: launch every kernel of every step.
-        output_history: also return the sequence and the active positions of every step.
+        output_history: also return the sequence and the active positions of every step, see `dkv.plot_history`.
         show_progress: a progress bar over the masks.
 
     Returns:
@@ -110,6 +110,7 @@ def generate(
     output = run.finish()
     if output_history:
         output.history, output.active = torch.stack(history), torch.stack(actives)
+        output.decoded_step = run.trimmed(run.state.decoded_step).long().clamp(min=-1)
     return output
 
 
@@ -204,6 +205,7 @@ def prepare(
         steps=steps,
         eps=eps,
         mask_id=mask_id,
+        pad_id=decoder.pad_token_id,
         eos_ids=tuple(eos_ids) if eos_early_stop else (),
         cfg_scale=float(cfg_scale),
         impl=impl,

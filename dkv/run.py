@@ -11,6 +11,7 @@ from dkv.forward import Forward, Packed
 from dkv.graphs import LARGEST_GRAPH, StepGraphs, bucket
 from dkv.kernels import commit_tokens, pack_positions
 from dkv.kernels.noise import noise_key
+from dkv.policy import Policy
 from dkv.sampling import descending_ranks
 from dkv.schedule import Schedule
 from dkv.state import State
@@ -50,12 +51,14 @@ class GenerateOutput:
         stats: `GenerateStats`.
         history: (steps, batch, seqlen) int64, the sequence after every step, or None.
         active: (steps, batch, seqlen) bool, the positions recomputed at every step, or None.
+        decoded_step: (batch, seqlen) int64, the step that committed each position, -1 for the prompt; or None.
     """
 
     sequences: torch.Tensor
     stats: GenerateStats
     history: torch.Tensor | None = None
     active: torch.Tensor | None = None
+    decoded_step: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Plan:
     Attributes:
         capacity: columns of the memory, of which a shorter batch uses the last ones.
         has_forecasts: whether no count depends on the tokens; else the host reads counts at each step.
+        pad_id: what fills the masks of a row that ended early.
         The others are arguments of `dkv.generate`.
     """
 
@@ -77,6 +81,7 @@ class Plan:
     steps: int
     eps: float
     mask_id: int
+    pad_id: int
     eos_ids: tuple[int, ...]
     cfg_scale: float
     impl: str
@@ -150,7 +155,9 @@ class Run:
         self.sizes = torch.zeros(4, dtype=torch.int64, device=device)
         # recomputed positions, all positions, positions beyond what the policy promised
         self.totals = torch.zeros(3, dtype=torch.int64, device=device)
-        recorded = plan.cuda_graphs and device.type == "cuda" and self.forward.is_plain
+        # of a policy without max_active nothing is known: it may read from the device, or change
+        known = type(plan.policy).max_active is not Policy.max_active
+        recorded = plan.cuda_graphs and device.type == "cuda" and self.forward.is_plain and known
         self.graphs = StepGraphs(device) if recorded and (plan.has_forecasts or not self.sampler.ordered) else None
 
     @torch.no_grad()
@@ -238,13 +245,12 @@ class Run:
         if reads_sizes(self.sizes.device):
             total, most, candidates, _ = self._read_sizes()
             return total, most + shifted, candidates
-        if self.forecasts is None:
+        forecast = self.forecasts[self.steps] if self.forecasts else None
+        most = plan.policy.max_active(forecast) if forecast else None
+        if most is None:
             total, most, candidates, _ = self._read_sizes()
             return bucket(total), bucket(most + shifted), bucket(candidates)
-        forecast = self.forecasts[self.steps]
-        most = self.longest
-        if forecast.step:
-            most = min(plan.policy.max_active(forecast), most)
+        most = min(most, self.longest) if forecast.step else self.longest
         if plan.batch * most * self.copies > LARGEST_GRAPH:
             candidates = forecast.commits if self.sampler.ordered else forecast.block_masks
             return min(plan.batch * most, self.real_positions), most + shifted, plan.batch * candidates
@@ -339,7 +345,7 @@ class Run:
         ends = torch.isin(state.x, self.eos_ids) & (state.columns >= state.first_generated)
         no_mask_before = masked.int().cumsum(1) == 0
         ended = (ends & no_mask_before).any(1, keepdim=True)
-        state.x.masked_fill_(masked & ended, self.decoder.pad_token_id)
+        state.x.masked_fill_(masked & ended, self.plan.pad_id)
 
 
 def capacity_for(seqlen):

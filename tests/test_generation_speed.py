@@ -401,6 +401,25 @@ def test_without_time_it_says_what_was_not_run(bench):
     assert result["not_run"] == ["LLaDA-tiny: batch 2, prompt 8 + 8 tokens, run"]
 
 
+def test_a_stopped_run_keeps_what_it_has(bench, monkeypatch):
+    run, calls = Ours.run, []
+
+    def stopped_at_the_fourth(self, job, **options):
+        calls.append(job.label)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return run(self, job, **options)
+
+    monkeypatch.setattr(Ours, "run", stopped_at_the_fourth)
+    status, output, result = bench("--points", "LLaDA:1:8:8", "--policies", "NoCache,Decode", "--budget", "60")
+    assert status == 0 and result["not_run"] == ["whatever is not above: stopped by a signal"]
+    assert [(row["system"], row["label"]) for row in result["rows"] if row["seconds"]] == [
+        ("dkv", "NoCache"),
+        ("plain loop", "NoCache"),
+    ]
+    assert "plain loop  NoCache" in output
+
+
 def test_bad_arguments_are_refused(tmp_path, capsys):
     for arguments, message in (
         (["--points", "GPT:1:2:3"], "FAMILY:BATCH:PROMPT:GENERATED"),

@@ -157,10 +157,12 @@ def test_streamed_bytes():
         kernel.fn.__name__ = f"_{name}_kernel"
         return kernel_lint.Launch(kernel, (1,), arguments | {"num_warps": num_warps})
 
-    bf16, fp32 = (kernel_lint.PointerArgument(dtype, 0) for dtype in (torch.bfloat16, torch.float32))
+    bf16, fp32 = (kernel_lint.PointerArgument(dtype, 0, 1) for dtype in (torch.bfloat16, torch.float32))
     pointers = {"x_ptr": bf16, "residual_ptr": bf16, "weight_ptr": bf16}
     assert recorded("add_rms_norm", 8, BLOCK=4096, **pointers).streamed_bytes == (96, 16)
     assert recorded("add_rms_norm", 8, BLOCK=4096, **pointers | {"residual_ptr": None}).streamed_bytes == (64, 16)
+    empty = kernel_lint.PointerArgument(torch.bfloat16, 0, 0)
+    assert recorded("add_rms_norm", 8, BLOCK=4096, **pointers | {"residual_ptr": empty}).streamed_bytes == (64, 16)
     assert recorded("swiglu", 4, BLOCK=128, gate_up_ptr=fp32).streamed_bytes == (8, 4)
     sizes = {"BLOCK_R": 16, "BLOCK_V": 128, "BLOCK_D": 64}
     head = recorded("lm_head", 8, VOCAB_FIRST=True, hidden_ptr=bf16, weight_ptr=bf16, **sizes)

@@ -7,6 +7,7 @@ to read; and a tape of the operations of a step stands for its CUDA graph.
 import contextlib
 import copy
 import gc
+import inspect
 import weakref
 from types import SimpleNamespace
 from unittest import mock
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from test_generate import EOS, FAMILIES, MASK, POLICIES, model, prompts
+from test_generate import EOS, FAMILIES, MASK, POLICIES, EveryOther, model, prompts
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -112,6 +113,17 @@ def test_forecasts_commit_everything_once(gen_length, block_length, steps, time_
     assert len(forecasts) <= max(steps, len(schedule.ends))
     assert [f.step for f in forecasts] == list(range(len(forecasts)))
     assert all(f.masks_before(0) >= f.block_masks >= f.commits for f in forecasts)
+
+
+def test_a_policy_without_a_promise(device, monkeypatch):
+    """The host reads the sizes at each step, whatever is known beforehand."""
+    options = {"gen_length": 12, "block_length": 6, "policy": EveryOther(), "device": device}
+    ids, real = prompts(11, 4, 7, device=device)
+    want = generate("dream", ids, real, **options)
+    dkv.reset(model("dream", device))
+    monkeypatch.setattr(run, "reads_sizes", lambda device: False)
+    assert_same_run(generate("dream", ids, real, **options), want)
+    assert run._IDLE[model("dream", device)].graphs is None
 
 
 def test_a_promise_that_is_too_small_is_an_error(monkeypatch):
@@ -345,6 +357,7 @@ def fake_run(family, policy, **settings):
         steps=6,
         eps=1e-3,
         mask_id=MASK,
+        pad_id=EOS,
         eos_ids=settings.get("eos_ids", ()),
         cfg_scale=settings.get("cfg_scale", 0.0),
         impl="auto",
@@ -429,6 +442,12 @@ def test_two_runs_at_once_on_one_model(device):
             current.step()
     for current, want in zip(both, alone, strict=True):
         assert not current.running() and torch.equal(current.finish().sequences, want)
+
+
+def test_prepare_takes_what_generate_takes():
+    wanted = dict(inspect.signature(dkv.generate).parameters)
+    assert not wanted.pop("output_history").default and not wanted.pop("show_progress").default
+    assert dict(inspect.signature(prepare).parameters) == wanted
 
 
 def test_a_run_that_fails_leaves_nothing_behind(device):
