@@ -65,7 +65,7 @@ def plot_history(output, row=0, ax=None):
     if ax is None:
         _, ax = pyplot.subplots(figsize=(9, 5), layout="constrained")
     colours = ListedColormap([colour for _, colour in KINDS])
-    ax.imshow(kinds, cmap=colours, vmin=0, vmax=len(KINDS) - 1, aspect="auto", interpolation="nearest")
+    ax.imshow(kinds.numpy(), cmap=colours, vmin=0, vmax=len(KINDS) - 1, aspect="auto", interpolation="nearest")
     ax.set(xlabel="position", ylabel="step")
     shown = [Patch(color=colour, label=name) for i, (name, colour) in enumerate(KINDS) if i and (kinds == i).any()]
     ax.legend(handles=shown, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)

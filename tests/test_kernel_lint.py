@@ -242,6 +242,12 @@ def test_launchers_never_wait_for_the_gpu(compilers):
     assert list(compilers.map(launches_by_name, cases)) == [case.kernel for case in cases]
 
 
+@pytest.mark.parametrize("heads", [(32, 0), (0, 4)])
+def test_rope_of_queries_or_keys_alone_compiles(compilers, heads):
+    row = compilers.submit(kernel_lint.lint_case, Case("rope_cache", 90, heads=heads)).result()
+    assert row.registers > 0 and row.stack == 0
+
+
 def launches_by_name(case):
     return case.record().name
 
