@@ -566,7 +566,7 @@ def lint(cases, baseline, processes=2):
 
 
 def run_cases(cases=None, processes=2):
-    """The Rows of some cases as dictionaries, for JSON and `table`; by default LLaDA's tuned ones on Hopper (15 s)."""
+    """The Rows of some cases as dictionaries, for JSON and `table`; by default LLaDA's tuned ones on Hopper."""
     cases = tuned_cases((90,), ("LLaDA",)) if cases is None else cases
     return [asdict(row) for row in lint(cases, load_baseline(), processes)]
 

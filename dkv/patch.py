@@ -93,8 +93,11 @@ def restore_attention(model):
 
 
 def reset(model):
-    """Frees the caches that the model's last session and its last `generate` left; a patched model's next call is a
-    full step."""
+    """Frees the memory that a model's session and its last `generate` keep; if patched, its next call is a full step.
+
+    Raises:
+        ValueError: neither `replace_attention` nor `generate` was used on the model.
+    """
     patch = model.__dict__.get("_dkv")
     if not drop_idle(model) and patch is None:
         raise ValueError(

@@ -143,7 +143,7 @@ class Run:
             shifted=decoder.family.shifted,
         )
         self.rows = torch.arange(plan.batch, device=device)[:, None]
-        self.positions, self.keys = torch.zeros_like(x), torch.zeros_like(x)
+        self.positions, self.keys = self._of_copies(torch.zeros_like(x)), torch.zeros_like(x)
         self.active, self.candidates = torch.zeros_like(self.state.real), torch.zeros_like(self.state.real)
         self.counts = torch.zeros_like(self.rows)
         self.seed = torch.zeros((), dtype=torch.int64, device=device)
@@ -180,8 +180,8 @@ class Run:
             F.pad(real, pad),
             torch.full_like(self.rows, first_generated + self.unused),
         )
-        self.positions.copy_((state.columns - state.first_column).clamp(min=0))
-        self.cache.leftpad.copy_(state.first_column[:, 0].repeat(self.copies))
+        self.positions.copy_(self._of_copies((state.columns - state.first_column).clamp(min=0)))
+        self.cache.leftpad.copy_(self._of_copies(state.first_column)[:, 0])
         self.seed.fill_(seed)
         if self.sampler.ordered:
             self.priority.copy_(self.sampler.priority(state, order, self.seed))
@@ -283,14 +283,14 @@ class Run:
     def _hidden(self, positions, positions_of_a_row, candidates):
         """The final hidden states (candidates, hidden_size) that predict the candidates, and those as `Packed`."""
         state, plan, copies = self.state, self.plan, self.copies
-        ids, active = state.x, self.active.repeat(copies, 1)
+        ids, active = state.x, self._of_copies(self.active)
         if copies > 1:
             # the unconditional rows see masks in place of the prompt, which count as prompt all the same
             ids = torch.cat((ids, torch.where(state.prompt & state.real, state.mask_id, ids)))
         packed = self._packed(active, positions * copies, positions_of_a_row)
-        wanted = self._packed(self.candidates.repeat(copies, 1), candidates * copies, positions_of_a_row)
+        wanted = self._packed(self._of_copies(self.candidates), candidates * copies, positions_of_a_row)
         places = output_places(active, wanted.slots, state, positions * copies)
-        hidden = self.forward(ids, self.positions.repeat(copies, 1), packed, self.cache, (wanted, places))
+        hidden = self.forward(ids, self.positions, packed, self.cache, (wanted, places))
         if copies == 1:
             return hidden, wanted
         # the unconditional rows begin where the conditional ones end
@@ -298,6 +298,10 @@ class Run:
         uncond = hidden[(torch.arange(candidates, device=hidden.device) + behind).clamp(max=2 * candidates - 1)]
         guided = (plan.cfg_scale + 1) * cond.float() - plan.cfg_scale * uncond.float()
         return guided.to(cond.dtype), self._packed(self.candidates, candidates, positions_of_a_row)
+
+    def _of_copies(self, tensor):
+        """(batch, ...) for each of the model's rows: with guidance once more, for the unconditional ones."""
+        return tensor if self.copies == 1 else torch.cat((tensor, tensor))
 
     def _packed(self, flags, capacity, most):
         slots, cu_seqlens = pack_positions(flags, capacity, impl=self.plan.impl)
@@ -317,7 +321,7 @@ class Run:
             self.counts.fill_(self.plan.capacity)
         self.active.copy_(active_positions(self.plan.policy, state, self.candidates))
         if self.sampler.noisy:
-            self.keys.copy_(noise_key(self.seed, self.rows, state.step, self.positions))
+            self.keys.copy_(noise_key(self.seed, self.rows, state.step, self.positions[: self.plan.batch]))
         per_row = self.active.sum(1)
         total = per_row.sum()
         self.sizes.copy_(torch.stack((total, per_row.max(), self.candidates.sum(), state.running.sum())))

@@ -7,11 +7,11 @@ import torch
 
 from dkv.kernels import lm_head_confidence, reference
 from dkv.kernels.noise import gumbel, noise_key, uniform
+from dkv.kernels.reference import LOGITS_AT_A_TIME
 
 ORDERED = ("random", "origin")  # what a step decodes is known before its outputs
 BY_PROBABILITY = ("low_confidence", "maskgit_plus", "topk_margin")
 RULES = ("low_confidence", "random", "entropy", "topk_margin", "maskgit_plus", "origin")
-CHUNK_ELEMENTS = 2**22  # logits at a time, where there must be some: 16 MiB of float32
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Sampler:
                 impl=impl,
             )
             return found.token, self._score(found)
-        rows = max(1, CHUNK_ELEMENTS // decoder.vocab_size)
+        rows = max(1, LOGITS_AT_A_TIME // decoder.vocab_size)
         chunks = zip(hidden.split(rows), itertools.repeat(None) if keys is None else keys.split(rows), strict=False)
         parts = [self._predict_logits(decoder.logits(h), k) for h, k in chunks]
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))

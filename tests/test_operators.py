@@ -11,6 +11,7 @@ from dkv.kernels import (
     add_rms_norm,
     commit_tokens,
     delayed_attention,
+    lm_head_confidence,
     pack_positions,
     reference,
     rope_cache_update,
@@ -154,7 +155,8 @@ def test_implementation_that_cannot_run(call, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "operator", [add_rms_norm, commit_tokens, delayed_attention, pack_positions, rope_cache_update, swiglu]
+    "operator",
+    [add_rms_norm, commit_tokens, delayed_attention, lm_head_confidence, pack_positions, rope_cache_update, swiglu],
 )
 def test_the_twin_has_the_signature_of_the_operator(operator):
     parameters = dict(inspect.signature(operator).parameters)

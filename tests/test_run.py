@@ -28,7 +28,8 @@ from dkv import forward, patch, run
 from dkv.decoder import find_decoder
 from dkv.generate import prepare
 from dkv.kernels import checks
-from dkv.sampling import CHUNK_ELEMENTS, Sampler
+from dkv.kernels.reference import LOGITS_AT_A_TIME
+from dkv.sampling import Sampler
 from dkv.schedule import Schedule
 
 
@@ -262,10 +263,11 @@ def test_graphs_change_nothing(family, policy, device):
         cases.append(options | {"threshold": 0.02})
     for case in cases:
         eager = generate(family, ids, real, cuda_graphs=False, **case)
-        for _ in range(2):  # the second run replays what the first recorded
-            graphed = generate(family, ids, real, **case)
-            assert_same_run(graphed, eager)
-        assert graphed.stats.graphs == 0 and "threshold" in case or graphed.stats.steps == eager.stats.steps
+        # what came up once in the first run is recorded in the second; the third only replays
+        graphed = [generate(family, ids, real, **case) for _ in range(3)]
+        for one in graphed:
+            assert_same_run(one, eager)
+        assert graphed[0].stats.graphs + graphed[1].stats.graphs > 0 and graphed[2].stats.graphs == 0
 
 
 @pytest.mark.gpu
@@ -481,4 +483,4 @@ def test_sampling_holds_a_bounded_number_of_logits(temperature):
     sampler = Sampler("low_confidence", temperature, excluded_ids=(3,), unconfident_ids=(), **off)
     with Largest():
         token, _ = sampler.predict(SimpleNamespace(head_weight=weight), hidden, torch.arange(2048), "auto")
-    assert token.shape == (2048,) and largest <= CHUNK_ELEMENTS
+    assert token.shape == (2048,) and largest <= LOGITS_AT_A_TIME
