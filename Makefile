@@ -5,7 +5,7 @@ BUDGET ?= 540
 PY     := .venv/bin/python
 STAMP  := .venv/.installed
 
-.PHONY: test test-transformers bench lint lint-kernels wheel gpu-report clean
+.PHONY: test test-transformers test-eval bench lint lint-kernels wheel gpu-report clean
 
 # two processes of one thread each: the kernels' tests run in Triton's interpreter, which is plain Python
 test: $(STAMP)
@@ -17,6 +17,11 @@ OTHER        := .venv/transformers-$(TRANSFORMERS)
 test-transformers: $(STAMP)
 	test -d $(OTHER) || $(PY) -m pip install -qq --disable-pip-version-check --target $(OTHER) transformers==$(TRANSFORMERS)
 	PYTHONPATH=$(OTHER) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/test_models.py tests/test_patch.py tests/test_readme.py
+
+# the evaluation harness brings 0.6 GB of packages: `make test` skips its tests where it is not installed
+test-eval: $(STAMP)
+	$(PY) -m pip install -qq --disable-pip-version-check $(TORCH) -e '.[eval]'
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_lm_eval.py
 
 bench: $(STAMP)
 	$(PY) benchmarks/attn_speed.py $(ARGS)

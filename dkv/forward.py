@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from dkv.kernels import add_rms_norm, delayed_attention, rope_cache_update, swiglu
+from dkv.kernels.product import like_products
 from dkv.linear import Projection, is_plain, linear
 
 # norms of this kind: weight * rounded(x / rms(x)); the attribute that holds their eps
@@ -62,7 +63,7 @@ class Forward:
         slots = active.slots
         places = slots.clamp(min=0)
         tokens = _Tokens(slots, positions.flatten()[places], active)
-        x = decoder.embed(ids.flatten()[places])
+        x = like_products(decoder.embed(ids.flatten()[places]))
         h = None
         for index, (layer, qkv, gate_up) in enumerate(self.layers):
             k_cache, v_cache = cache.k[index], cache.v[index]
@@ -75,7 +76,7 @@ class Forward:
                 k, v = self._heads(qkv(normed, first=1), decoder.nheads_k, decoder.nheads_k)
                 self._rope(k[:, :0], k, v, tokens, k_cache, v_cache)
                 packed, rows = outputs
-                x, tokens = x[rows], _Tokens(slots[rows], tokens.positions[rows], packed)
+                x, tokens = like_products(x[rows]), _Tokens(slots[rows], tokens.positions[rows], packed)
                 (q,) = self._heads(qkv(normed[rows], last=1), decoder.nheads)
                 q = self._rope(q, q[:, :0], q[:, :0], tokens, k_cache[:, :, :0], v_cache[:, :, :0])
             attended = delayed_attention(
@@ -90,7 +91,7 @@ class Forward:
             )
             normed = self._norm(layer.mlp_norm, linear(layer.o, attended.flatten(1)), x)
             h = linear(layer.down, swiglu(gate_up(normed), impl=self.impl))
-        return self._norm(decoder.final_norm, h, x)
+        return self._norm(decoder.final_norm, h, x).contiguous()
 
     def _heads(self, projected, *heads):
         """(rows, heads, headdim) each, of a projection's outputs beside each other."""
@@ -106,7 +107,7 @@ class Forward:
         """The norm of x + h, which x becomes; h may be None."""
         if _is_plain_norm(norm, x.dtype):
             eps = getattr(norm, NORM_EPS[type(norm).__name__])
-            added, residual = (x, None) if h is None else (h.contiguous(), x)
+            added, residual = (x, None) if h is None else (h, x)
             return add_rms_norm(added, residual, norm.weight, eps, impl=self.impl)
         return norm(x if h is None else x.add_(h))
 

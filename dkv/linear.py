@@ -1,23 +1,20 @@
-"""Linear layers of a step: those of one input as one product, and products of few rows, which are most of it."""
+"""Linear layers of a step: those of one input as one product of merged weights."""
 
 import weakref
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-# With fewer or more rows PyTorch's own product is as fast. Between, on 2 cores of a Xeon, it takes up to three times as
-# long as with the weight as its left factor, and from some 50 rows on a tenth longer than oneDNN's, which PyTorch does
-# not call by itself for float32.
-CPU_SKINNY_ROWS, CPU_ONEDNN_ROWS = range(2, 49), range(49, 257)
+from dkv.kernels import product
+
 # the first of several modules -> parameter name -> the tensor that its and the others' are parts of, and references
 _MERGED = weakref.WeakKeyDictionary()
 
 
 def linear(module, x):
     """module(x) for x (rows, in_features), whatever kind of module it is."""
-    return _product(x, module.weight, module.bias) if is_plain(module) else module(x)
+    return product.linear(x, module.weight, module.bias) if is_plain(module) else module(x)
 
 
 def is_plain(module, kinds=(nn.Linear,)):
@@ -30,21 +27,6 @@ def is_plain(module, kinds=(nn.Linear,)):
         and isinstance(module.weight, nn.Parameter)
         and not is_traceable_wrapper_subclass(module.weight)
     )
-
-
-def _product(x, weight, bias):
-    """x weight^T + bias, x (rows, in_features) or of more dimensions.
-
-    On a CPU a product of few rows runs at the speed of reading the weight only if the weight is its left factor. The
-    result is then a transposed view, which the next such product takes as it is.
-    """
-    if x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() == 2 and not torch.is_grad_enabled():
-        if x.shape[0] in CPU_SKINNY_ROWS:
-            y = torch.mm(weight, x.t()).t()
-            return y if bias is None else y.add_(bias)
-        if x.shape[0] in CPU_ONEDNN_ROWS and torch.backends.mkldnn.is_available():
-            return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
 
 
 class Projection:
@@ -74,7 +56,7 @@ class Projection:
             parts = [linear(module, x) for module in self.modules[first:last]]
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         part = slice(self.ends[first], self.ends[len(self.modules) if last is None else last])
-        return _product(x, self.weight[part], None if self.bias is None else self.bias[part])
+        return product.linear(x, self.weight[part], None if self.bias is None else self.bias[part])
 
 
 def separate(model):

@@ -12,6 +12,7 @@ from dkv.forward import Forward, Packed
 from dkv.graphs import LARGEST_GRAPH, StepGraphs, bucket
 from dkv.kernels import pack_positions
 from dkv.kernels.checks import IMPLS
+from dkv.kernels.product import fast_rows
 from dkv.linear import separate
 from dkv.policy import Decode, Policy
 from dkv.run import drop_idle
@@ -272,7 +273,7 @@ class Session:
     def logits(self):
         """(batch, seqlen, vocab): logits of the recomputed positions, NaN elsewhere."""
         state, decoder = self.state, self.decoder
-        capacity = self.count
+        capacity = fast_rows(self.count) if state.x.device.type == "cpu" else self.count
         if self.graphs is not None and bucket(capacity) <= LARGEST_GRAPH:
             capacity = bucket(capacity)
             hidden, slots = self.graphs.run(capacity, lambda: self._hidden(capacity))

@@ -11,6 +11,7 @@ from dkv.forward import Forward, Packed
 from dkv.graphs import LARGEST_GRAPH, StepGraphs, bucket
 from dkv.kernels import commit_tokens, pack_positions
 from dkv.kernels.noise import noise_key
+from dkv.kernels.product import fast_rows
 from dkv.policy import Policy
 from dkv.sampling import descending_ranks
 from dkv.schedule import Schedule
@@ -101,7 +102,7 @@ def drop_idle(model):
 
 
 def reads_sizes(device):
-    """Whether the sizes of a step are read rather than bounded: on a CPU that costs nothing and nothing is padded."""
+    """Whether the sizes of a step are read rather than bounded: on a CPU that costs nothing, and little is padded."""
     return device.type == "cpu"
 
 
@@ -244,7 +245,7 @@ class Run:
         plan, shifted = self.plan, self.state.shifted
         if reads_sizes(self.sizes.device):
             total, most, candidates, _ = self._read_sizes()
-            return total, most + shifted, candidates
+            return fast_rows(total), most + shifted, fast_rows(candidates)
         forecast = self.forecasts[self.steps] if self.forecasts else None
         most = plan.policy.max_active(forecast) if forecast else None
         if most is None:

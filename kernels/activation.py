@@ -60,8 +60,7 @@ def _launch(gate_up):
 
 
 def _swiglu(gate_up: torch.Tensor, impl: str) -> torch.Tensor:
-    run = _launch if impl == "triton" else reference.swiglu
-    return run(gate_up)
+    return _launch(gate_up) if impl == "triton" else reference.swiglu(gate_up).contiguous()
 
 
 _operator = torch.library.custom_op("dkv::swiglu", mutates_args=())(_swiglu)
@@ -83,7 +82,8 @@ def swiglu(gate_up, *, impl="auto"):
         impl: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "reference".
 
     Returns:
-        (rows, size), contiguous, the dtype of gate_up: silu in float32, rounded, then times up and rounded again.
+        (rows, size), contiguous (impl "reference": laid out as gate_up is), the dtype of gate_up: silu in float32,
+        rounded, then times up and rounded again.
 
     Raises:
         ValueError, TypeError: a shape or dtype that does not fit.
@@ -103,7 +103,6 @@ def swiglu(gate_up, *, impl="auto"):
         raise ValueError(f"gate_up must have shape (rows, 2 * size), an even second size, got {tuple(gate_up.shape)}.")
     impl = checks.resolve_impl(impl, _swiglu_kernel, gate_up)
     # the operator is there for torch.compile; in eager mode its dispatch would cost a CPU as much as a small call
-    run = torch.ops.dkv.swiglu
     if impl == "reference" and not torch.compiler.is_compiling():
-        run = _swiglu
-    return run(gate_up, impl)
+        return reference.swiglu(gate_up)
+    return torch.ops.dkv.swiglu(gate_up, impl)

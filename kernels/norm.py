@@ -75,8 +75,9 @@ def _launch(x, residual, weight, eps):
 def _add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, impl: str
 ) -> torch.Tensor:
-    run = _launch if impl == "triton" else reference.add_rms_norm
-    return run(x, residual, weight, eps)
+    if impl == "triton":
+        return _launch(x, residual, weight, eps)
+    return reference.add_rms_norm(x, residual, weight, eps).contiguous()
 
 
 _operator = torch.library.custom_op("dkv::add_rms_norm", mutates_args=("residual",))(_add_rms_norm)
@@ -94,14 +95,15 @@ def add_rms_norm(x, residual, weight, eps, *, impl="auto"):
 
     Args:
         x: (rows, size), float16, bfloat16 or float32 (float64: impl "reference" only), any row stride with the last
-            dim contiguous.
+            dim contiguous (impl "reference": any strides).
         residual: like x, in memory of its own, or None.
         weight: (size,), the dtype of x, contiguous.
         eps: added to the mean of the squares.
         impl: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "reference".
 
     Returns:
-        normed (rows, size), contiguous: normalised in float32, rounded, then times weight and rounded again.
+        normed (rows, size), contiguous (impl "reference": laid out as x is): normalised in float32, rounded, then times
+        weight and rounded again.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or strides that do not fit together.
@@ -119,14 +121,14 @@ def add_rms_norm(x, residual, weight, eps, *, impl="auto"):
     checks.check_shape("x", x, (None, None), "(rows, size)")
     checks.check_shape("weight", weight, (x.shape[1],), "(size,)")
     checks.check_same("x", x, weight=weight)
-    checks.check_last_dim_contiguous(x=x, weight=weight)
+    checks.check_last_dim_contiguous(weight=weight)
     if residual is not None:
         checks.check_shape("residual", residual, tuple(x.shape), "(rows, size)")
         checks.check_same("x", x, residual=residual)
-        checks.check_last_dim_contiguous(residual=residual)
     impl = checks.resolve_impl(impl, _add_rms_norm_kernel, x)
     # the operator is there for torch.compile; in eager mode its dispatch would cost a CPU as much as a small call
-    run = torch.ops.dkv.add_rms_norm
     if impl == "reference" and not torch.compiler.is_compiling():
-        run = _add_rms_norm
-    return run(x, residual, weight, eps, impl)
+        return reference.add_rms_norm(x, residual, weight, eps)
+    if impl == "triton":
+        checks.check_last_dim_contiguous(x=x, **({} if residual is None else {"residual": residual}))
+    return torch.ops.dkv.add_rms_norm(x, residual, weight, eps, impl)

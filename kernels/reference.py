@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from dkv.kernels import noise
+from dkv.kernels.product import linear
 
 
 def rotate_half_split(x, cos, sin):
@@ -33,8 +34,10 @@ def rotate_half_split(x, cos, sin):
 
 def rope_cache_update(q, k, v, cos, sin, positions, slots, k_cache, v_cache, *, k_descale=None, v_descale=None):
     """Twin of `dkv.kernels.rope_cache_update`."""
-    if slots.numel() and int(slots.min()) < 0:
-        written = slots >= 0
+    count = int((slots >= 0).sum())
+    if count < slots.shape[0]:
+        # padding, mostly behind the others
+        written = slice(count) if bool((slots[:count] >= 0).all()) else slots >= 0
         q_rotated = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
         q_rotated[written] = rope_cache_update(
             q[written], k[written], v[written], cos, sin, positions[written], slots[written], k_cache, v_cache
@@ -191,16 +194,14 @@ def add_rms_norm(x, residual, weight, eps):
     if residual is not None:
         x = residual.add_(x)
     s = x.to(torch.promote_types(x.dtype, torch.float32))
-    # few passes over s and few small operations: vector_norm is one, and addcmul takes its factor without a tensor
-    norm = torch.linalg.vector_norm(s, dim=-1, keepdim=True)
-    scale = torch.addcmul(s.new_full((), eps), norm, norm, value=1 / max(x.shape[1], 1)).rsqrt_()
+    scale = s.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
     return (s * scale).to(x.dtype).mul_(weight)
 
 
 def swiglu(gate_up):
     """Twin of `dkv.kernels.swiglu`."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up).contiguous()
+    return F.silu(gate).mul_(up)
 
 
 class Confidence(NamedTuple):
@@ -245,7 +246,7 @@ def _logits(hidden, weight, rounded):
     """(rows, vocab), float32 at least; of 16-bit tensors in float32 too, unless `rounded` to their dtype."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     if rounded or hidden.dtype == dtype:
-        return F.linear(hidden, weight).to(dtype)
+        return linear(hidden, weight).contiguous().to(dtype)
     hidden, ids = hidden.to(dtype), max(1, LOGITS_AT_A_TIME // weight.shape[1])
     z = torch.empty((hidden.shape[0], weight.shape[0]), dtype=dtype, device=hidden.device)
     for z_part, weight_part in zip(z.split(ids, dim=1), weight.split(ids), strict=True):

@@ -29,7 +29,10 @@ def __getattr__(name):
 
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted((ROOT / "dkv").rglob("*.py"))]
-MODULES = [name.removesuffix(".__init__") for name in MODULES] + [f"dkv.kernels.{path.stem}" for path in KERNELS]
+# the one of the evaluation harness needs it, and imports transformers with it
+MODULES = [name.removesuffix(".__init__") for name in MODULES if name != "dkv.lm_eval"] + [
+    f"dkv.kernels.{path.stem}" for path in KERNELS
+]
 
 # for `python -c` and as a test module; says where `dkv.kernels` and `kernels` come from
 PROBE = f"""

@@ -1,0 +1,326 @@
+"""LLaDA and Dream in the Language Model Evaluation Harness, under the name "dkv".
+
+    python -m dkv.lm_eval --model dkv --model_args pretrained=GSAI-ML/LLaDA-8B-Instruct,policy=Decode --tasks gsm8k ...
+
+is the harness's own command line with this model added; in Python, importing this module adds it.
+"""
+
+import inspect
+import logging
+import time
+from itertools import groupby, islice
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import dkv
+from dkv.inputs import count, eos_ids_of
+from dkv.models import find_decoder
+
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+except ModuleNotFoundError as error:
+    if error.name.partition(".")[0] != "lm_eval":
+        raise
+    raise ModuleNotFoundError("dkv.lm_eval needs the evaluation harness; run: pip install 'dkv[eval]'") from error
+
+__all__ = ["DiffusionLM", "sample_masks"]
+
+logger = logging.getLogger("lm_eval.models.dkv")  # among the harness's own, whose level its users set
+
+_KINDS = (dkv.NoCache, dkv.Decode, dkv.Greedy, dkv.Prefill, dkv.PrefillDecode, dkv.PrefixCache, dkv.DualCache)
+_POLICIES = {kind.__name__: tuple(inspect.signature(kind).parameters) for kind in _KINDS}  # name -> its settings
+_PER_CALL = {"model", "input_ids", "attention_mask", "policy", "order", "generator", "output_history", "show_progress"}
+_GENERATE = set(inspect.signature(dkv.generate).parameters) - _PER_CALL
+
+
+@register_model("dkv")
+class DiffusionLM(TemplateLM):
+    """A LLaDA or Dream whose texts come from `dkv.generate` with a policy, and whose likelihoods use no cache.
+
+    Prompts are generated for in left-padded batches. A text ends at its first end of text or end of turn, or before the
+    first of the task's stop strings; a row that has ended is not computed further (`eos_early_stop=False`: it is).
+
+    The likelihood of a continuation is the masked diffusion bound, by `mc_num` samples of `sample_masks`, which depend
+    on PyTorch's seed (the harness sets it) and on the length of the continuation alone: a repeated run, another batch
+    size or another policy gives the same figures, and choices of one length are compared under the same masks.
+
+    Args:
+        pretrained: what `dkv.from_pretrained` takes, or a model that `dkv.generate` runs.
+        policy: the name of a policy; its settings are arguments too (refresh_interval=4). Or a `dkv.Policy`.
+        gen_length: tokens to generate. None: the task's max_gen_toks, or 256 if it has none.
+        steps, block_length: as in `dkv.generate`, None included.
+        batch_size: prompts a batch; for likelihoods, masked sequences of one length a batch.
+        dtype, device: as in `dkv.from_pretrained`; "auto" is None.
+        tokenizer: a name, a folder or a tokenizer. None: that of pretrained, if this is not a model.
+        max_length: prompts are cut on the left so that prompt and continuation fit. None: the model's positions.
+        add_bos_token: whether a prompt begins with the tokenizer's BOS even where the tokenizer does not add it.
+        trust_remote_code: for the tokenizer, Dream's needs it; the model never runs remote code.
+        mc_num: samples of a likelihood. Of equal ones one is computed: one token costs one pass, whatever mc_num is.
+        check_greedy: whether likelihoods also say if the greedy text (without a cache) is the continuation, at a pass
+            a token; False: they say no, so that tasks which score this, LAMBADA's acc for one, are not valid.
+        settings: other arguments of `dkv.generate`, such as remasking, temperature, top_p and threshold. Where
+            temperature or top_p are absent, they are the task's.
+
+    Raises:
+        ValueError, TypeError: an unknown policy or setting, a setting the policy does not have, values out of range.
+
+    Source: Nie et al., LLaDA (arXiv 2502.09992), equation 6, for the likelihood.
+
+    Example:
+        >>> from lm_eval import simple_evaluate
+        >>> model = DiffusionLM("GSAI-ML/LLaDA-8B-Instruct", policy="Decode", refresh_interval=8)
+        >>> simple_evaluate(model, tasks=["gsm8k"], apply_chat_template=True)
+    """
+
+    def __init__(
+        self,
+        pretrained,
+        *,
+        policy="Decode",
+        gen_length=None,
+        steps=None,
+        block_length=None,
+        batch_size=1,
+        dtype=None,
+        device=None,
+        tokenizer=None,
+        max_length=None,
+        add_bos_token=False,
+        trust_remote_code=False,
+        mc_num=128,
+        check_greedy=False,
+        **settings,
+    ):
+        super().__init__()
+        # before the weights are read: a wrong setting should not cost minutes
+        self.settings = {"eos_early_stop": True, "steps": steps, "block_length": block_length}
+        self.settings |= {name: settings.pop(name) for name in _GENERATE & settings.keys()}
+        self.policy = _make_policy(policy, settings)
+        self.gen_length = None if gen_length is None else count("gen_length", gen_length)
+        if not str(batch_size).isdecimal():
+            raise ValueError(f"batch_size must be a number, there is no automatic choice; got {batch_size!r}.")
+        self.batch_size, self.mc_num = count("batch_size", int(batch_size)), count("mc_num", mc_num)
+        self.add_bos_token, self.check_greedy = add_bos_token, check_greedy
+
+        if isinstance(pretrained, torch.nn.Module):
+            self.model = pretrained
+            if tokenizer is None:
+                raise ValueError("tokenizer must be given where pretrained is a model; pass a name, a folder or one.")
+            if "_dkv" in vars(pretrained):
+                raise ValueError("likelihoods need a model without a cache; call dkv.restore_attention(model) first.")
+        else:
+            self.model = dkv.from_pretrained(pretrained, dtype=None if dtype == "auto" else dtype, device=device)
+        self.decoder = find_decoder(self.model)
+        self.policy.check(self.decoder.family.shifted)
+        self.eos_ids = eos_ids_of(self.settings.get("eos_token_id"), self.decoder)
+        self.max_length = self.decoder.max_positions if max_length is None else count("max_length", max_length)
+        self.tokenizer = pretrained if tokenizer is None else tokenizer
+        if not hasattr(self.tokenizer, "decode"):
+            from transformers import AutoTokenizer
+
+            self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=trust_remote_code)
+
+    @property
+    def device(self):
+        return self.decoder.weight.device
+
+    @property
+    def eot_token_id(self):
+        return self.decoder.eos_token_id
+
+    @property
+    def prefix_token_id(self):
+        """What stands for an empty prompt."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self):
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True):
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def tok_encode(self, string, add_special_tokens=None, **kwargs):
+        """The ids of a string; a BOS that a chat template has written is not doubled."""
+        bos = self.tokenizer.bos_token
+        if add_special_tokens is None:
+            add_special_tokens = not (bos and string.startswith(bos))
+        ids = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        missing = self.add_bos_token and add_special_tokens and ids[:1] != [self.prefix_token_id]
+        return [self.prefix_token_id] * missing + ids
+
+    def generate_until(self, requests, disable_tqdm=False):
+        """The text of each request, whose args are (prompt, kwargs of the task)."""
+        prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
+        texts, tokens, start = [None] * len(requests), 0, time.perf_counter()
+
+        def task_kwargs(i):
+            return repr(sorted(requests[i].args[1].items()))
+
+        progress = tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm)
+        order = sorted(range(len(requests)), key=lambda i: (task_kwargs(i), -len(prompts[i])))
+        for _, group in groupby(order, key=task_kwargs):
+            for batch in _batches(group, self.batch_size):
+                kwargs = requests[batch[0]].args[1]
+                until = kwargs.get("until") or []
+                until = [until] if isinstance(until, str) else until
+                for i, ids in zip(batch, self._generate([prompts[i] for i in batch], kwargs), strict=True):
+                    texts[i] = self._text(ids, until)
+                    tokens += len(ids)
+                    self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
+                progress.update(len(batch))
+        progress.close()
+        seconds = time.perf_counter() - start
+        speed = tokens / seconds
+        logger.info(f"{self.policy!r}: {tokens} tokens before ends of text, {seconds:.1f} s, {speed:.2f} tokens/s")
+        return texts
+
+    def _generate(self, prompts, kwargs):
+        """What follows each prompt (a list of ids), as a list of ids without the end of text."""
+        gen_length = self.gen_length or kwargs.get("max_gen_toks") or kwargs.get("max_new_tokens") or 256
+        sampled = {}
+        if kwargs.get("do_sample", True):
+            sampled = {name: kwargs[name] for name in ("temperature", "top_p") if kwargs.get(name) is not None}
+        prompts = [self._fitting(prompt, gen_length) for prompt in prompts]
+        width = max(map(len, prompts))
+        input_ids = torch.full((len(prompts), width), self.decoder.pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, prompt in enumerate(prompts):
+            input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            attention_mask[row, width - len(prompt) :] = 1
+        output = dkv.generate(
+            self.model,
+            input_ids.to(self.device),
+            attention_mask.to(self.device),
+            gen_length=gen_length,
+            policy=self.policy,
+            **(sampled | self.settings),
+        )
+        rows = output.sequences[:, width:].tolist()
+        return [row[: next((i for i, token in enumerate(row) if token in self.eos_ids), None)] for row in rows]
+
+    def _fitting(self, prompt, length):
+        """The end of a prompt that leaves room for `length` tokens."""
+        room = self.max_length - length
+        if room < 1:
+            raise ValueError(
+                f"{length} tokens and a prompt must fit max_length={self.max_length}; make gen_length smaller."
+            )
+        if len(prompt) > room:
+            logger.warning(f"a prompt of {len(prompt)} tokens is cut to its last {room}: max_length={self.max_length}.")
+        return prompt[-room:]
+
+    def _text(self, ids, until):
+        """The text before the first stop string; these may be special tokens, which are no text."""
+        text = self.tokenizer.decode(ids)
+        text = text[: min((text.find(stop) for stop in until if stop and stop in text), default=None)]
+        for token in self.tokenizer.all_special_tokens:
+            text = text.replace(token, "")
+        return text
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
+        """(log-likelihood, whether it is the greedy text) of each (texts, context ids, continuation ids)."""
+        if not self.check_greedy:
+            logger.info("check_greedy=False: metrics about the greedy text, such as LAMBADA's acc, are not valid.")
+        pairs = [(self._fitting(context, len(target)), target) for _, context, target in requests]
+        order = sorted(range(len(pairs)), key=lambda i: (sum(map(len, pairs[i])), pairs[i]))
+        progress = tqdm(order, desc="loglikelihood", disable=disable_tqdm)
+        samples = ((i, *sample) for i in progress for sample in self._samples(*pairs[i]))
+        totals = [0.0] * len(pairs)
+        # one length a batch: no padding takes part
+        for _, group in groupby(samples, key=lambda sample: len(sample[1])):
+            for batch in _batches(group, self.batch_size):
+                indices, tokens, masked, weights = zip(*batch, strict=True)
+                log_probs = self._log_probs(torch.stack(tokens), torch.stack(masked))
+                for i, weight, log_prob in zip(indices, weights, log_probs, strict=True):
+                    totals[i] += weight * log_prob
+        return [(total, self._is_greedy(*pair)) for total, pair in zip(totals, pairs, strict=True)]
+
+    def _samples(self, context, target):
+        """(tokens (seqlen,), masked (seqlen,) bool, weight) of each sample of a likelihood."""
+        generator = torch.Generator().manual_seed(torch.initial_seed())
+        tokens = torch.tensor(context + target)
+        if target:
+            masks, weights = sample_masks(len(target), self.mc_num, generator)
+            for masked, weight in zip(F.pad(masks, (len(context), 0)), weights.tolist(), strict=True):
+                yield tokens, masked, weight
+
+    @torch.no_grad()
+    def _log_probs(self, tokens, masked):
+        """Summed log-probabilities of the masked tokens of each row; tokens, masked (batch, seqlen) -> batch floats."""
+        # choices of one token are one input: its logits are computed once
+        inputs, source = tokens.masked_fill(masked, self.decoder.mask_id).unique(dim=0, return_inverse=True)
+        logits = self.model(inputs.to(self.device)).logits
+        row, column = masked.nonzero(as_tuple=True)
+        logits = logits[source[row], (column - int(self.decoder.family.shifted)).clamp(min=0)]
+        losses = F.cross_entropy(logits.float(), tokens[row, column].to(self.device), reduction="none")
+        return torch.zeros(len(tokens), dtype=torch.float64).index_add(0, row, -losses.double().cpu()).tolist()
+
+    def _is_greedy(self, context, target):
+        if not (self.check_greedy and target):
+            return False
+        prompt = torch.tensor([context], device=self.device)
+        output = dkv.generate(self.model, prompt, gen_length=len(target), policy=dkv.NoCache())
+        return output.sequences[0, len(context) :].tolist() == target
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+        raise NotImplementedError(
+            "a masked diffusion model bounds the likelihood of a continuation, it has none of each next token; "
+            "leave out perplexity tasks such as wikitext."
+        )
+
+
+def _make_policy(policy, settings):
+    """The `dkv.Policy` of a name and a dict of its settings; a `dkv.Policy` takes none and stays what it is."""
+    name = repr(policy) if isinstance(policy, dkv.Policy) else policy
+    if name == policy and name not in _POLICIES:
+        raise ValueError(f"policy must be one of {', '.join(_POLICIES)}, got {policy!r}.")
+    known = _POLICIES.get(policy, ())
+    for unknown in sorted(settings.keys() - set(known)):
+        others = [f"policy={other}" for other, names in _POLICIES.items() if unknown in names]
+        if others:
+            raise ValueError(
+                f"{unknown} must be a setting of the policy, but {name} has {', '.join(known) or 'none'}; "
+                f"leave it out or use {' or '.join(others)}."
+            )
+        raise ValueError(
+            f"{unknown!r} must be an argument of the model, of dkv.generate ({', '.join(sorted(_GENERATE))}) or of the "
+            f"policy {name} ({', '.join(known) or 'none'}); correct its name or leave it out."
+        )
+    return getattr(dkv, policy)(**settings) if name == policy else policy
+
+
+def sample_masks(length, mc_num, generator):
+    """Draws which of `length` tokens are masked in each of `mc_num` samples of a likelihood, and merges equal samples.
+
+    The number of masks is uniform on 1 .. length, its draws spread evenly over the samples; their places are uniform.
+
+    Returns:
+        masks (samples, length) bool, all different; weights (samples,) float64, so that the sum over the samples of the
+        weight times the log-probabilities of the masked tokens estimates the log-likelihood.
+    """
+    levels = (torch.arange(mc_num) + torch.rand((), generator=generator, dtype=torch.float64)) / mc_num
+    counts = 1 + (levels * length).long().clamp(max=length - 1)
+    ranks = torch.rand((mc_num, length), generator=generator).argsort(1).argsort(1)
+    masks, repeats = (ranks < counts[:, None]).unique(dim=0, return_counts=True)
+    return masks, repeats.double() / mc_num * length / masks.sum(1)
+
+
+def _batches(items, size):
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch
+
+
+if __name__ == "__main__":
+    cli_evaluate()
