@@ -5,8 +5,8 @@ With s the sum x + residual, rounded to the dtype (x itself where there is no re
     normed = weight * round(s * rsqrt(mean(s^2) + eps))          (RMSNorm, Zhang and Sennrich, arXiv 1910.07467)
 
 s is normalised in float32 and rounded to the dtype before the weight is applied, as LLaDA and Dream do. Layouts: x and
-residual (rows, size), any row stride with the last dim contiguous; weight (size,). Each program holds one row in
-registers, so every value is read once; it is memory-bound, at 4 * rows * size elements.
+residual (rows, size), any strides; weight (size,). Each program holds one row in registers, so every value is read
+once; it is memory-bound, at 4 * rows * size elements.
 """
 
 import torch
@@ -25,8 +25,10 @@ def _add_rms_norm_kernel(
     weight_ptr,
     normed_ptr,
     # strides
-    stride_x,
-    stride_residual,
+    stride_x_row,
+    stride_x_column,
+    stride_residual_row,
+    stride_residual_column,
     # scalars
     eps,
     # constants
@@ -38,9 +40,10 @@ def _add_rms_norm_kernel(
     offs = tl.arange(0, BLOCK)
     valid = offs < SIZE
     weight = tl.load(weight_ptr + offs, mask=valid, other=0.0)
-    x = tl.load(x_ptr + row * stride_x + offs, mask=valid, other=0.0)
+    columns = offs.to(tl.int64)
+    x = tl.load(x_ptr + row * stride_x_row + columns * stride_x_column, mask=valid, other=0.0)
     if residual_ptr is not None:
-        residual_ptrs = residual_ptr + row * stride_residual + offs
+        residual_ptrs = residual_ptr + row * stride_residual_row + columns * stride_residual_column
         residual = tl.load(residual_ptrs, mask=valid, other=0.0)
         x = (residual.to(tl.float32) + x.to(tl.float32)).to(x.dtype)
         tl.store(residual_ptrs, x, mask=valid)
@@ -56,14 +59,17 @@ def _launch(x, residual, weight, eps):
     if normed.numel() == 0:
         return normed
     launch = norm_launch(x.dtype, size)
+    residual_strides = (0, 0) if residual is None else residual.stride()
     with checks.device_guard(x):
         _add_rms_norm_kernel[(rows,)](
             x_ptr=x,
             residual_ptr=residual,
             weight_ptr=weight,
             normed_ptr=normed,
-            stride_x=x.stride(0),
-            stride_residual=0 if residual is None else residual.stride(0),
+            stride_x_row=x.stride(0),
+            stride_x_column=x.stride(1),
+            stride_residual_row=residual_strides[0],
+            stride_residual_column=residual_strides[1],
             eps=eps,
             SIZE=size,
             BLOCK=launch.block,
@@ -94,8 +100,7 @@ def add_rms_norm(x, residual, weight, eps, *, impl="auto"):
     Mutates residual in place: residual += x, rounded to its dtype. Without a residual it is the norm of x alone.
 
     Args:
-        x: (rows, size), float16, bfloat16 or float32 (float64: impl "reference" only), any row stride with the last
-            dim contiguous (impl "reference": any strides).
+        x: (rows, size), float16, bfloat16 or float32 (float64: impl "reference" only), any strides.
         residual: like x, in memory of its own, or None.
         weight: (size,), the dtype of x, contiguous.
         eps: added to the mean of the squares.
@@ -129,6 +134,4 @@ def add_rms_norm(x, residual, weight, eps, *, impl="auto"):
     # the operator is there for torch.compile; in eager mode its dispatch would cost a CPU as much as a small call
     if impl == "reference" and not torch.compiler.is_compiling():
         return reference.add_rms_norm(x, residual, weight, eps)
-    if impl == "triton":
-        checks.check_last_dim_contiguous(x=x, **({} if residual is None else {"residual": residual}))
     return torch.ops.dkv.add_rms_norm(x, residual, weight, eps, impl)

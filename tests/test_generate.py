@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import dkv
 from dkv.decoder import find_decoder
+from dkv.kernels import product
 
 MASK, EOS = 255, 254
 FAMILIES = ["llada", "dream"]
@@ -202,11 +203,15 @@ def slow_step(decoder, x, active, recorded):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_kernels_give_the_same_tokens(family, device):
-    """The Triton path on a whole short run (in the interpreter without a GPU)."""
+@pytest.mark.parametrize("weight_first, unit", [(range(0), 1), (range(2, 513), 8)], ids=["rows first", "weight first"])
+def test_kernels_give_the_same_tokens(family, weight_first, unit, device, monkeypatch):
+    """The Triton path on a whole short run (in the interpreter without a GPU), for every CPU's layout of products."""
     ids, real = prompts(5, 3, device=device)
     options = {"gen_length": 4, "block_length": 2, "policy": dkv.Decode(2, warmup_steps=1), "device": device}
     expected = generate(family, ids, real, impl="reference", **options)
+    monkeypatch.setattr(product, "WEIGHT_FIRST_ROWS", weight_first)
+    monkeypatch.setattr(product, "UNIT", unit)
+    assert torch.equal(generate(family, ids, real, impl="reference", **options).history, expected.history)
     assert torch.equal(generate(family, ids, real, impl="triton", **options).history, expected.history)
 
 
