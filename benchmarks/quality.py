@@ -1,7 +1,7 @@
 """Does the cache keep the answers: accuracy of two small trained models under every policy.
 
-    python benchmarks/quality.py            4,000 problems for the main rows, 500 for each other one
-    python benchmarks/quality.py --quick    a short look: the main rows on 48 problems
+    python benchmarks/quality.py            4,000 problems for NoCache and Decode(8), 250 for each other row
+    python benchmarks/quality.py --quick    a short look: four rows on 48 problems
 
 The models (benchmarks/small/, made by train_small.py) answer running sums, where one wrong digit makes all that follow
 wrong (running_sums.py). Every policy answers the same held-out problems as no cache does under the same decoding:
@@ -30,6 +30,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import common  # noqa: E402
 import numpy  # noqa: E402
+import quality_claims  # noqa: E402
 import quality_plots  # noqa: E402
 import running_sums  # noqa: E402
 import torch  # noqa: E402
@@ -40,7 +41,7 @@ from train_small import FOLDER as BENCHMARKS  # noqa: E402
 import dkv  # noqa: E402
 
 FAMILIES = ("llada", "dream")
-BATCH, RESAMPLES, THRESHOLD, BLOCK = 250, 10_000, 0.9, 32
+BATCH, RESAMPLES, THRESHOLD, BLOCK = 32, 10_000, 0.9, 32
 INTERVALS = (1, 2, 4, 8, 16, None)
 WINDOWS = range(7)
 # what a policy may have; others are None in a row
@@ -95,8 +96,12 @@ def cases(family):
 
 
 def quick_cases(family):
-    """The main rows and the ablation."""
-    return [c for c in cases(family) if c.main] + [Case(dkv.Decode(8, delay=0)), Case(dkv.Decode(None))]
+    """The main rows, and of Decode as it is by default: no refresh, and no delay."""
+    chosen = [(8, 0), (None, 1)]
+    found = [case for case in cases(family) if not case.main and case.decoding == "confidence"]
+    found = [c for c in found if (s := c.settings())["scope"] == "all" and s["shift"] in quality_plots.SHIFTS]
+    found = [c for c in found if (c.policy.refresh_interval, c.policy.delay) in chosen]
+    return [case for case in cases(family) if case.main] + found
 
 
 def arguments_of(decoding, family, rows):
@@ -173,73 +178,12 @@ def paired_interval(exact, baseline, resamples=RESAMPLES):
     return [float(q) for q in numpy.quantile((won - lost) / count, (0.025, 0.975))]
 
 
-# ---- the paper's claims
-
-
-def claims(rows):
-    """[(claim, verdict, figures)] for each model, from the rows of a whole run."""
-    found = []
-    for family in FAMILIES:
-        mine = [row for row in rows if row["model"] == family]
-        found += [(f"{family}: {claim}", verdict, figures) for claim, verdict, figures in family_claims(family, mine)]
-    return found
-
-
-def family_claims(family, rows):
-    def row(policy, interval=None, decoding="confidence", **settings):
-        wanted = {"policy": policy, "decoding": decoding, "delay": 1 if policy == "Decode" else None} | settings
-        if policy == "Decode":
-            wanted = {"shift": best_shift, "scope": "all"} | wanted
-        if interval is not None:
-            wanted["refresh_interval"] = interval
-        return next(r for r in rows if all(r[name] == value for name, value in wanted.items()))
-
-    def points(r):
-        return f"{100 * r['difference']:+.2f} points [{100 * r['ci95'][0]:+.2f}, {100 * r['ci95'][1]:+.2f}]"
-
-    best_shift = "un_right" if family == "dream" else None
-    names = [interval or "never" for interval in INTERVALS]
-    by_interval = {name: row("Decode", name) for name in names}
-    lossless = [name for name, r in by_interval.items() if r["ci95"][0] > -0.01]
-    figures = ", ".join(f"{name}: {points(r)}" for name, r in by_interval.items())
-    yield ("Decode is nearly lossless up to a long interval", verdict(8 in lossless), figures)
-
-    undelayed = {name: row("Decode", name, delay=0) for name in names[1:]}
-    figures = ", ".join(
-        f"{name}: {100 * r['exact_match']:.1f} % at ratio {r['cache_ratio']:.2f} "
-        f"(delayed {100 * by_interval[name]['exact_match']:.1f} %)"
-        for name, r in undelayed.items()
-    )
-    falls = undelayed["never"]["ci95"][1] < min(-0.1, by_interval["never"]["ci95"][0])
-    yield ("without the delay accuracy collapses as the cache ratio grows", verdict(falls), figures)
-
-    windows = [row("Greedy", 2, "left to right", window=w, window_kind="nearest_masked") for w in WINDOWS]
-    loses, wins = windows[0]["ci95"][1] < 0, windows[-1]["difference"] > windows[0]["difference"]
-    figures = ", ".join(f"window {r['window']}: {points(r)}" for r in windows)
-    yield ("Greedy loses some and the window wins some back", verdict(loses and wins), figures)
-
-    if family == "dream":
-        shifts = {s: [row("Decode", n, shift=s) for n in names[1:]] for s in ("un", "right", "un_right")}
-        means = {s: sum(r["exact_match"] for r in found) / len(found) for s, found in shifts.items()}
-        figures = ", ".join(f"{s}: {100 * mean:.1f} %" for s, mean in means.items())
-        best = means["un_right"] == max(means.values())
-        yield ("un_right is the best shift", verdict(best), f"exact match, mean over the intervals: {figures}")
-
-    suffices = {4, 8} <= set(lossless)
-    figures = f"lower end above -1 point at intervals {', '.join(map(str, lossless))}"
-    yield ("a refresh every 4 to 8 steps suffices", verdict(suffices), figures)
-
-
-def verdict(holds):
-    return "confirmed" if holds else "not confirmed"
-
-
 # ---- the run
 
 COLUMNS = (
     ("problems", 9, lambda r: str(r["problems"])),
     ("exact", 8, lambda r: f"{100 * r['exact_match']:.1f} %"),
-    ("against no cache", 24, lambda r: "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(100 * v for v in interval_of(r)))),
+    ("against no cache", 27, lambda r: "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(100 * v for v in interval_of(r)))),
     ("tokens", 8, lambda r: f"{100 * r['token_accuracy']:.1f} %"),
     ("slips", 7, lambda r: f"{r['slips']:.2f}"),
     ("agree", 8, lambda r: f"{100 * r['agreement']:.1f} %"),
@@ -298,10 +242,10 @@ def measure(family, chosen, counts):
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--problems", type=int, nargs=2, metavar=("MAIN", "OTHER"), help="default: 4000 500")
+    parser.add_argument("--problems", type=int, nargs=2, metavar=("MAIN", "OTHER"), help="default: 4000 250")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results/<device>")
     arguments = parser.parse_args(argv)
-    arguments.problems = arguments.problems or ((48, 48) if arguments.quick else (4000, 500))
+    arguments.problems = arguments.problems or ((48, 48) if arguments.quick else (4000, 250))
     if not arguments.problems[0] >= arguments.problems[1] >= 1:
         parser.error("--problems must be two positive numbers, MAIN at least OTHER: the others are a part of them.")
     return arguments
@@ -313,8 +257,8 @@ def main(argv=None):
     say(f"{environment['device']}, commit {environment['commit']}, answers of {ANSWER} tokens, {BATCH} at a time")
     rows = []
     for family in FAMILIES:
-        rows += measure(family, (quick_cases if arguments.quick else cases)(family), arguments.problems)
-    found = [] if arguments.quick else claims(rows)
+        rows += common.rounded(measure(family, (quick_cases if arguments.quick else cases)(family), arguments.problems))
+    found = [] if arguments.quick else quality_claims.claims(rows)
     if found:
         say("\nThe claims of the dKV-Cache paper, on these two models:")
     for claim, outcome, figures in found:
