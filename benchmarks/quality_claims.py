@@ -55,8 +55,8 @@ class _Rows:
     def delay(self):
         rows = self.find("Decode", shift=self.shift, scope="all", delay=0)
         figures = ", ".join(
-            f"{r['refresh_interval']}: {percent(r)} at {100 * r['cache_ratio']:.0f} % cached, "
-            f"delayed {percent(self.delayed[r['refresh_interval']])}"
+            f"{r['refresh_interval']}: {percent(r)} ({percent(r, 'token_accuracy')} of the tokens) "
+            f"at {100 * r['cache_ratio']:.0f} % cached, delayed {percent(self.delayed[r['refresh_interval']])}"
             for r in rows
         )
         worst, delayed = rows[-1], self.delayed[rows[-1]["refresh_interval"]]
@@ -92,13 +92,13 @@ class _Rows:
 
 
 def falls(rows):
-    """Whether the least accurate row has more cached than the most accurate one."""
-    by_accuracy = sorted(rows, key=lambda row: row["exact_match"])
+    """Whether the row with the fewest right tokens has more cached than the one with the most."""
+    by_accuracy = sorted(rows, key=lambda row: row["token_accuracy"])
     return by_accuracy[0]["cache_ratio"] > by_accuracy[-1]["cache_ratio"]
 
 
-def percent(row):
-    return f"{100 * row['exact_match']:.1f} %"
+def percent(row, name="exact_match"):
+    return f"{100 * row[name]:.1f} %"
 
 
 def points(row):

@@ -9,22 +9,26 @@ GROUPS = {
     "no cache": ("#222222", "*"),
     "Decode": ("#c1121f", "o"),
     "Decode, no delay": ("#e58a90", "x"),
+    "Decode, shift un or right": ("#c1121f", "v"),
     "Decode, scope block": ("#f4a259", "P"),
     "Greedy": ("#2a9d3a", "^"),
     "Prefill, PrefillDecode": ("#7a5195", "D"),
     "PrefixCache, DualCache": ("#1d6fa3", "s"),
 }
-# of Dream's shifts, the default one is drawn
+# what Decode has by default
 SHIFTS = (None, "un_right")
 
 
 def group_of(row):
-    policy = row["policy"]
-    if policy == "NoCache":
+    if row["policy"] == "NoCache":
         return "no cache"
-    if policy == "Decode":
-        return "Decode, no delay" if row["delay"] == 0 else "Decode" + ", scope block" * (row["scope"] == "block")
-    return next((group for group in GROUPS if policy in group), None)
+    if row["policy"] != "Decode":
+        return next((group for group in GROUPS if row["policy"] in group), None)
+    if row["delay"] == 0:
+        return "Decode, no delay"
+    if row["scope"] == "block":
+        return "Decode, scope block"
+    return "Decode" if row["shift"] in SHIFTS else "Decode, shift un or right"
 
 
 def accuracy(rows, env, path):
@@ -35,7 +39,7 @@ def accuracy(rows, env, path):
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure, axes = plt.subplots(len(models), 2, figsize=(13, 4.6 * len(models)), squeeze=False, layout="constrained")
     for model, line in zip(models, axes, strict=True):
-        shown = [r for r in rows if r["model"] == model and r["shift"] in SHIFTS and r["decoding"] != "threshold"]
+        shown = [r for r in rows if r["model"] == model and r["decoding"] != "threshold"]
         for axis, key, label in zip(
             line,
             ("cache_ratio", "ms"),
@@ -44,7 +48,7 @@ def accuracy(rows, env, path):
         ):
             _panel(axis, [row | {"ms": 1e3 * row["seconds"] / row["problems"]} for row in shown], key)
             axis.set(xlabel=label, ylabel="exact match (%)", title=model)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(*axes[-1][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.suptitle(
         f"Running sums, one token a step: right answers under every policy, {env['date'][:10]}\n{env['device']}",
         fontsize=13,
