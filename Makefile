@@ -38,9 +38,9 @@ wheel: $(STAMP)
 	rm -rf build dist
 	$(PY) -m pip wheel -q . --no-deps --no-build-isolation -w dist
 
-# in the environment at hand: installs nothing
+# in the environment at hand: installs nothing; ARGS="--peer ..." for other people's code
 gpu-report:
-	$(PYTHON) benchmarks/gpu_report.py --budget $(BUDGET) $(if $(OUT),--out "$(OUT)")
+	$(PYTHON) benchmarks/gpu_report.py --budget $(BUDGET) $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,8 @@
 """GPU tests and benchmarks within a budget of seconds, with the Python at hand: nothing is installed or downloaded.
 
     python benchmarks/gpu_report.py [--budget 540] [--out DIR]        what `make gpu-report` runs
+    ... --peer official=FOLDER --peer dkv-cache=FOLDER --peer fast-dllm=FOLDER --peer-python PYTHON
+                                                    also other people's code, as in generate_speed.py
 
 The steps run in the order of their importance, each in a process of its own that may use its share of what is left of
 the budget. What was not reached says "not run", what did not finish "timed out"; either way the output until then is
@@ -24,7 +26,9 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 import common  # noqa: E402
+import generate_speed  # noqa: E402
 import torch  # noqa: E402
+from peer import PEERS  # noqa: E402
 
 TAIL_LINES = 60
 # no step is started with less than this
@@ -48,11 +52,23 @@ class Step:
     unavailable: str = ""
 
 
-def steps(out, *, rehearse):
-    """The steps on a GPU, or stand-ins of the same form that a CPU finishes in seconds."""
+def steps(out, peers=(), *, rehearse):
+    """The steps on a GPU, or stand-ins of the same form that a CPU finishes in seconds.
+
+    peers: arguments of generate_speed.py.
+    """
     here, python = common.ROOT / "benchmarks", sys.executable
     attention = (python, str(here / "attn_speed.py"), "--out", str(out), "--budget", "{seconds}")
-    generation = (python, str(here / "generate_speed.py"), "--out", str(out), "--budget", "{seconds}", "--profile")
+    generation = (
+        python,
+        str(here / "generate_speed.py"),
+        "--out",
+        str(out),
+        "--budget",
+        "{seconds}",
+        "--profile",
+        *peers,
+    )
     linear = (python, str(here / "linear_speed.py"), "--budget", "{seconds}")
     pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     if rehearse:
@@ -165,9 +181,15 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=540, metavar="SECONDS", help="default: 540")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/results/<device>")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=FOLDER", help=", ".join(PEERS))
+    parser.add_argument("--peer-python", action="append", default=[], metavar="[NAME=]PYTHON")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU: small stand-ins of the steps")
     parser.add_argument("--environment", action="store_true", help="only print the environment and the ceilings")
     arguments = parser.parse_args(argv)
+    try:
+        generate_speed.parse_peers(arguments.peer, arguments.peer_python)
+    except ValueError as error:
+        parser.error(str(error))
     if arguments.environment:
         print_environment()
         return 0
@@ -182,7 +204,8 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     report = {"rehearsal": arguments.rehearse, **common.environment(), "budget_seconds": arguments.budget}
     report |= {"seconds": 0.0, "steps": []}
-    run_steps(steps(out, rehearse=arguments.rehearse), arguments.budget, report, out)
+    peers = [f"--peer={peer}" for peer in arguments.peer] + [f"--peer-python={path}" for path in arguments.peer_python]
+    run_steps(steps(out, peers, rehearse=arguments.rehearse), arguments.budget, report, out)
     print(f"report: {out / 'report.json'}")
     return 1 if any(step["status"].startswith("failed") for step in report["steps"]) else 0
 

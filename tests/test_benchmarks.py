@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import attn_speed  # noqa: E402
 import common  # noqa: E402
+import generate_speed  # noqa: E402
 import gpu_report  # noqa: E402
 import plots  # noqa: E402
 import providers  # noqa: E402
@@ -345,6 +346,21 @@ def test_the_report_needs_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_report.main([]) == 2
     assert "needs a CUDA GPU" in capsys.readouterr().err
+
+
+def test_other_peoples_code_in_the_report(tmp_path, monkeypatch, capsys):
+    """The peers reach generate_speed as they were given; a wrong one is noticed before anything runs."""
+    taken = []
+    monkeypatch.setattr(gpu_report, "run_steps", lambda todo, *rest: taken.extend(todo))
+    peers = ["--peer", f"official={tmp_path}", "--peer", f"dkv-cache={tmp_path}", "--peer-python", "official=python3"]
+    assert gpu_report.main(["--rehearse", "--out", str(tmp_path / "out"), *peers]) == 0
+    (command,) = (step.command for step in taken if step.name == "generation speed")
+    found = generate_speed.parse_arguments([part for part in command[2:] if part != "{seconds}" and part != "--budget"])
+    folder = str(tmp_path)
+    assert found.peers == [("official", folder, "python3"), ("dkv-cache", folder, sys.executable)]
+    with pytest.raises(SystemExit):
+        gpu_report.main(["--rehearse", "--peer", "official=/nowhere"])
+    assert "--peer must be NAME=FOLDER" in capsys.readouterr().err
 
 
 def test_the_real_steps_exist(monkeypatch, tmp_path):
