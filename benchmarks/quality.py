@@ -44,6 +44,7 @@ FAMILIES = ("llada", "dream")
 BATCH, RESAMPLES, THRESHOLD, BLOCK = 32, 10_000, 0.9, 32
 INTERVALS = (1, 2, 4, 8, 16, None)
 WINDOWS = range(7)
+CLAIM_KEYS = ("claim", "verdict", "figures")
 # what a policy may have; others are None in a row
 SETTINGS = ("refresh_interval", "delay", "shift", "scope", "window", "window_kind")
 
@@ -273,9 +274,6 @@ def main(argv=None):
         quality_plots.maps(titles, out / "quality_maps.png")
     print(json.dumps(common.rounded(record)))
     return 0
-
-
-CLAIM_KEYS = ("claim", "verdict", "figures")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 # Rows for which the weight comes first; rows for which oneDNN multiplies, which PyTorch does not call by itself for
 # float32; and the unit of rows of which the first kind is fast: 63 rows take 1.5 times as long as 64.
-# Measured in float32, weights coming from memory, on 2 cores each of an AMD EPYC (AVX2) and of Intel Xeons (AVX512).
+# Measured in float32 on 2 cores each of an AMD EPYC (AVX2) and of Intel Xeons (AVX512).
 if torch.backends.cpu.get_cpu_capability() == "AVX2":
     WEIGHT_FIRST_ROWS, ONEDNN_ROWS, UNIT = range(16, 513), range(1, 16), 8
 else:
