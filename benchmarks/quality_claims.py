@@ -1,7 +1,7 @@
 """What the dKV-Cache paper (arXiv 2505.15781) says of its policies, held against the rows of quality.py.
 
-What counts is the 95 % interval of the paired difference to no cache: a policy loses where all of it is below zero, and is
-lossless where all of it is above -1 point. A claim that an interval neither bears out nor rules out is undecided.
+What counts is the 95 % interval of the paired difference to no cache: a policy loses where all of it is below zero, and
+is lossless where all of it is above -1 point. A claim that an interval neither bears out nor rules out is undecided.
 """
 
 LOSSLESS = -0.01
