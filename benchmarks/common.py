@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from dkv.graphs import recording
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 # a graph of fewer or shorter calls would show the gaps between replays
@@ -187,14 +189,10 @@ class GraphTimer:
             seconds = start.elapsed_time(end) / 1e3
             calls = max(1, min(CALLS_PER_GRAPH, math.ceil(SECONDS_PER_GRAPH / seconds)))
             self.calls = math.ceil(calls / sets) * sets
-            # torch.cuda.graph would also empty the allocator's cache, each time
-            self.graph.capture_begin(pool=pool)
-            try:
+            with recording(self.graph, pool):
                 self.first_output = run(0)
                 for i in range(1, self.calls):
                     run(i % sets)
-            finally:
-                self.graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
 
     def output(self):

@@ -81,7 +81,8 @@ def steps(out, peers=(), *, rehearse):
             Step("memcheck", 1, (python, "-c", "print('stands for compute-sanitizer')")),
             Step("racecheck", 1, (python, "-c", "print('stands for compute-sanitizer')")),
         ]
-    workers = ("-n", "4", "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
+    # most of the time goes into compiling
+    workers = ("-n", str(min(12, os.cpu_count())), "--dist", "worksteal") if importlib.util.find_spec("xdist") else ()
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     found = [
         Step("environment", 1, (python, str(here / "gpu_report.py"), "--environment")),

@@ -16,6 +16,7 @@ from roofline import Step
 
 import dkv
 from dkv.generate import prepare
+from dkv.graphs import LARGEST_GRAPH
 
 # a peer that is silent for so long is given up, seconds
 PATIENCE = 900
@@ -110,8 +111,9 @@ class Ours:
     def warm_up(self, job):
         """Returns the peak memory in bytes."""
         forget(self.model)
-        # graphs are recorded for one number of steps; of full steps there are few or none
-        whole = self.device.type == "cuda" and self.cuda_graphs and job.label != "NoCache"
+        # graphs are recorded for one number of steps; of large full steps there are none
+        records = self.device.type == "cuda" and self.cuda_graphs
+        whole = records and (job.label != "NoCache" or job.positions <= LARGEST_GRAPH)
         return self.run(job if whole else job.shortened(), with_peak=True).peak_bytes
 
     @memory_failures()

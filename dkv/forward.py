@@ -116,9 +116,14 @@ class Forward:
         return self._state == _fingerprint(decoder)
 
     @property
-    def is_plain(self):
-        """Whether nothing but known operators runs: a recorded pass stays right for as long as it is current."""
-        return all(plain for _, plain, _ in self._state)
+    def can_be_recorded(self):
+        """Whether a pass is nothing but known launches on a GPU, which stay right for as long as it is current.
+
+        The PyTorch twins read from the device, and float64 has no kernels.
+        """
+        weight = self.decoder.weight
+        has_kernels = weight.is_cuda and weight.dtype != torch.float64 and self.impl != "reference"
+        return has_kernels and all(plain for _, plain, _ in self._state)
 
 
 @dataclass(frozen=True)

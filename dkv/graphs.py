@@ -1,6 +1,8 @@
 """CUDA graphs of steps that read and write static memory only: a step becomes one launch."""
 
 import contextlib
+import functools
+import gc
 import time
 from collections import OrderedDict
 
@@ -21,7 +23,7 @@ class StepGraphs:
     """
 
     def __init__(self, device):
-        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.device, self.stream = device, _stream(device)
         self.pool = torch.cuda.graph_pool_handle()
         self.captured, self.capture_seconds = 0, 0.0
         self._seen, self._graphs = set(), OrderedDict()
@@ -45,23 +47,49 @@ class StepGraphs:
         begin = time.perf_counter()
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            # not torch.cuda.graph: it would empty the allocator's cache each time
-            graph.capture_begin(pool=self.pool)
-            try:
+        try:
+            with torch.cuda.stream(self.stream), recording(graph, self.pool):
                 result = function()
-                graph.capture_end()
-            except Exception as error:
-                with contextlib.suppress(RuntimeError):
-                    graph.capture_end()
-                raise RuntimeError(
-                    "a step could not be recorded as a CUDA graph: a policy with max_active must compute on the device "
-                    "alone, without reading from it; correct it, or pass cuda_graphs=False."
-                ) from error
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise RuntimeError(
+                "a step could not be recorded as a CUDA graph: a policy with max_active must compute on the device "
+                "alone, without reading from it; correct it, or pass cuda_graphs=False."
+            ) from error
         current.wait_stream(self.stream)
         self.captured += 1
         self.capture_seconds += time.perf_counter() - begin
         return graph, result
+
+
+@contextlib.contextmanager
+def recording(graph, pool):
+    """Records what is launched on the current stream into a `torch.cuda.CUDAGraph` with memory of the pool.
+
+    `torch.cuda.graph` would empty the allocator's cache each time. Python collects no garbage meanwhile: with it could
+    go another graph, whose end is a call that breaks a recording.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        graph.capture_begin(pool=pool)
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(RuntimeError):
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    finally:
+        if collects:
+            gc.enable()
+
+
+@functools.cache
+def _stream(device):
+    """The stream of all recordings: PyTorch keeps a workspace for the matrix products of every stream."""
+    return torch.cuda.Stream(device)
 
 
 def bucket(count):

@@ -232,7 +232,7 @@ class Session:
         key_mask = torch.empty_like(beginning.real) if masking == "columns" else None
         self.cache = decoder.new_cache(*x.shape, leftpad=leftpad, key_mask=key_mask)
         self.active, self.positions = torch.empty_like(beginning.real), torch.empty_like(x)
-        self.graphs = StepGraphs(x.device) if x.device.type == "cuda" and self.forward.is_plain else None
+        self.graphs = StepGraphs(x.device) if self.forward.can_be_recorded else None
 
     def fits(self, decoder, beginning):
         """Whether the memory, and what was recorded on it, serve a new session."""

@@ -158,7 +158,7 @@ class Run:
         self.totals = torch.zeros(3, dtype=torch.int64, device=device)
         # of a policy without max_active nothing is known: it may read from the device, or change
         known = type(plan.policy).max_active is not Policy.max_active
-        recorded = plan.cuda_graphs and device.type == "cuda" and self.forward.is_plain and known
+        recorded = plan.cuda_graphs and self.forward.can_be_recorded and known
         self.graphs = StepGraphs(device) if recorded and (plan.has_forecasts or not self.sampler.ordered) else None
 
     @torch.no_grad()

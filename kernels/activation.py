@@ -23,6 +23,7 @@ def _swiglu_kernel(
     # strides
     stride_row,
     stride_column,
+    stride_up,
     # sizes
     size,
     # constants
@@ -34,7 +35,7 @@ def _swiglu_kernel(
     valid = columns < size
     gate_ptrs = gate_up_ptr + row * stride_row + columns * stride_column
     gate = tl.load(gate_ptrs, mask=valid, other=0.0)
-    up = tl.load(gate_ptrs + size.to(tl.int64) * stride_column, mask=valid, other=0.0)
+    up = tl.load(gate_ptrs + stride_up, mask=valid, other=0.0)
     g = gate.to(tl.float32)
     out = (g / (1.0 + tl.exp(-g))).to(gate.dtype) * up
     tl.store(out_ptr + row * size + columns, out, mask=valid)
@@ -52,6 +53,7 @@ def _launch(gate_up):
             out_ptr=out,
             stride_row=gate_up.stride(0),
             stride_column=gate_up.stride(1),
+            stride_up=size * gate_up.stride(1),
             size=size,
             BLOCK=launch.block,
             num_warps=launch.num_warps,

@@ -27,6 +27,7 @@ import dkv
 from dkv import forward, patch, run
 from dkv.decoder import find_decoder
 from dkv.generate import prepare
+from dkv.graphs import recording
 from dkv.kernels import checks
 from dkv.kernels.reference import LOGITS_AT_A_TIME
 from dkv.sampling import Sampler
@@ -224,17 +225,15 @@ def test_replayed_steps_are_the_steps(family, options, monkeypatch):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_replayed_steps_under_a_foreign_loop(family, monkeypatch):
+def test_replayed_steps_under_a_foreign_loop(family, monkeypatch, device):
     """Two prompts one after the other, through the same session memory; and one the loop changes under its feet."""
-    if torch.cuda.is_available():
-        pytest.skip("on a GPU, the tests of replace_attention take real graphs")
-    llm = copy.deepcopy(model(family))
+    llm = copy.deepcopy(model(family, device))
 
     @torch.no_grad()
     def outputs():
         found = []
         for seed, steps in ((0, 8), (1, 8), (2, 3)):
-            x = F.pad(prompts(9, 9, seed=seed)[0], (0, 8), value=MASK)
+            x = F.pad(prompts(9, 9, seed=seed, device=device)[0], (0, 8), value=MASK)
             for step in range(steps):
                 found.append(llm(x).logits)
                 guess = found[-1][:, 8 + step if family == "dream" else 9 + step].argmax(-1)
@@ -242,14 +241,18 @@ def test_replayed_steps_under_a_foreign_loop(family, monkeypatch):
                 x[:, 9 + step] = guess
         return found
 
-    dkv.replace_attention(llm, dkv.Decode(4), block_length=4)
-    want = outputs()
-    dkv.restore_attention(llm)
-    take_tapes(monkeypatch, patch.Session)
+    with monkeypatch.context() as without_graphs:
+        without_graphs.setattr(patch, "LARGEST_GRAPH", 0)
+        dkv.replace_attention(llm, dkv.Decode(4), block_length=4)
+        want = outputs()
+        dkv.restore_attention(llm)
+    if device == "cpu":
+        take_tapes(monkeypatch, patch.Session)
     dkv.replace_attention(llm, dkv.Decode(4), block_length=4)
     for one, other in zip(outputs(), want, strict=True):
         torch.testing.assert_close(one, other, equal_nan=True)
-    assert llm._dkv.session.graphs.replays >= 10
+    graphs = llm._dkv.session.graphs
+    assert graphs.captured > 0 and (device == "cuda" or graphs.replays >= 10)
 
 
 @pytest.mark.gpu
@@ -341,11 +344,13 @@ def fake_gpu():
 
 
 def fake_run(family, policy, **settings):
-    """A run of a tiny model in bfloat16 on the fake GPU, started on a batch of ragged prompts."""
+    """A run of a tiny model on the fake GPU, and what starts it on a batch of ragged prompts."""
     native = {"llada": dkv.models.LLaDA, "dream": dkv.models.Dream}[family]
     llm = native(SimpleNamespace(**tiny.CONFIGS[family]())).eval()
     for name, parameter in list(llm.named_parameters()):
-        llm._set_parameter(name, torch.empty(parameter.shape, dtype=torch.bfloat16, device="cuda"))
+        llm._set_parameter(
+            name, torch.empty(parameter.shape, dtype=settings.get("dtype", torch.bfloat16), device="cuda")
+        )
     remasking = "random" if policy.needs_order else "low_confidence"
     off = dict(temperature=0.0, top_p=None, top_k=None, alg_temp=0.0, threshold=None, factor=None)
     off |= dict(divides_logits=family == "dream", excluded_ids=(MASK,), unconfident_ids=())
@@ -362,8 +367,8 @@ def fake_run(family, policy, **settings):
         pad_id=EOS,
         eos_ids=settings.get("eos_ids", ()),
         cfg_scale=settings.get("cfg_scale", 0.0),
-        impl="auto",
-        cuda_graphs=False,
+        impl=settings.get("impl", "auto"),
+        cuda_graphs=settings.get("cuda_graphs", False),
         has_forecasts=settings.get("has_forecasts", True),
     )
     current = run.Run(find_decoder(llm), plan)
@@ -372,6 +377,38 @@ def fake_run(family, policy, **settings):
     return current, lambda forecasts: current.start(
         llm, x, real, lengths=[40, 30, 21], forecasts=forecasts, first_generated=24, seed=0, order=None
     )
+
+
+@pytest.mark.parametrize(
+    "dtype, impl, recorded",
+    [
+        (torch.bfloat16, "auto", True),
+        (torch.float32, "triton", True),
+        (torch.float64, "auto", False),
+        (torch.bfloat16, "reference", False),
+    ],
+)
+def test_only_kernels_are_recorded(dtype, impl, recorded):
+    """The PyTorch twins read from the device."""
+    with fake_gpu(), mock.patch.object(run, "StepGraphs"):
+        current, _ = fake_run("llada", dkv.Decode(4), dtype=dtype, impl=impl, cuda_graphs=True)
+    assert (current.graphs is not None) == recorded
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_a_recording_ends(error):
+    """Whatever happens, and without the collector, which may take another graph, in between."""
+    graph = mock.Mock()
+    if error:
+        graph.capture_end.side_effect = RuntimeError("the recording broke")
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        with recording(graph, pool=None):
+            assert not gc.isenabled()
+            if error:
+                raise error
+    graph.capture_begin.assert_called_once_with(pool=None)
+    graph.capture_end.assert_called_once_with()
+    assert gc.isenabled()
 
 
 SETTINGS = {
