@@ -101,6 +101,12 @@ class Decoder:
     _tables: dict = field(default_factory=dict, repr=False, compare=False)
 
     @property
+    def called(self):
+        """The modules that are called, or whose weights are used in their place."""
+        others = [self.embed, self.final_norm, *([] if self.head is None else [self.head])]
+        return [module for layer in self.layers for module in (*layer.linears, *layer.norms)] + others
+
+    @property
     def weight(self):
         """The embedding's weight: its device and dtype are the model's."""
         return self.embed.weight

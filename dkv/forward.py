@@ -112,8 +112,8 @@ class Forward:
         return norm(x if h is None else x.add_(h))
 
     def is_current(self, decoder):
-        """Whether the decoder, as it is found now, has the modules and parameters of this one, where they were."""
-        return self._state == _fingerprint(decoder)
+        """Whether the decoder, as it is found now, has this one's angles, modules and parameters, where they were."""
+        return (decoder.rope_theta, self._state) == (self.decoder.rope_theta, _fingerprint(decoder))
 
     @property
     def can_be_recorded(self):
@@ -135,13 +135,11 @@ class _Tokens:
 
 def _fingerprint(decoder):
     """(module, whether it is plain, where its parameters lie) for every module that runs."""
-    linears = [module for layer in decoder.layers for module in layer.linears]
-    others = [module for module in (decoder.embed, decoder.head) if module is not None]
-    norms = [decoder.final_norm, *(norm for layer in decoder.layers for norm in layer.norms)]
-    plain = [is_plain(module, (nn.Linear, nn.Embedding)) for module in linears + others]
-    plain += [_is_plain_norm(norm, decoder.weight.dtype) for norm in norms]
-    modules = linears + others + norms
-    return [(module, p, _addresses(module)) for module, p in zip(modules, plain, strict=True)]
+    dtype = decoder.weight.dtype
+    return [
+        (module, is_plain(module, (nn.Linear, nn.Embedding)) or _is_plain_norm(module, dtype), _addresses(module))
+        for module in decoder.called
+    ]
 
 
 def _is_plain_norm(norm, dtype):

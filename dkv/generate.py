@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from dkv.decoder import find_decoder
+from dkv.guard import check_containers
 from dkv.inputs import checked_order, count, eos_ids_of, fraction, left_padded, token_id
 from dkv.kernels.checks import IMPLS
 from dkv.policy import Decode, Policy
@@ -67,12 +68,14 @@ def generate(
         cfg_scale: classifier-free guidance, as in LLaDA; 0: none.
         threshold: commits every candidate whose confidence reaches it, at least one; takes as many steps as it takes.
         factor: commits the n most confident candidates, the n-th of which has a confidence of 1 - factor / (n + 1).
-        logits_eos_inf, confidence_eos_eot_inf: LLaDA's switches against early ends of text.
+        logits_eos_inf, confidence_eos_eot_inf: LLaDA's switches against early ends: no end of text at all; ends of text
+            and of turn last.
         eos_early_stop: a row ends once an end of text has no mask before it; what is masked then becomes padding.
-        eos_token_id: an int or a list; None: the family's end of text and end of turn.
+        eos_token_id: an int or a list, which the three switches above are about; None: the family's end of text and end
+            of turn.
         mask_id: None: the model's.
         order: (batch, gen_length) int64, the decoding order for "random": indices into the generated part.
-        generator: a torch.Generator that seeds the noise; None: PyTorch's default one.
+        generator: a torch.Generator that seeds the noise and the random order; None: PyTorch's default one.
         impl: "auto", "triton" or "reference", see `dkv.kernels`.
         cuda_graphs: on a GPU, record steps as CUDA graphs and replay them; False: launch every kernel of every step.
         output_history: also return the sequence and the active positions of every step, see `dkv.plot_history`.
@@ -145,11 +148,13 @@ def prepare(
 ):
     """The `dkv.run.Run` of a call of `generate`, started but no step done: for loops that look at each step."""
     decoder = find_decoder(model)
+    check_containers(model, decoder.called)
     if model.training:
         raise ValueError("generate needs the model in eval mode, got training mode; call model.eval() first.")
     family = decoder.family
     mask_id = token_id("mask_id", decoder.mask_id if mask_id is None else mask_id, decoder)
     eos_ids = eos_ids_of(eos_token_id, decoder)
+    end_of_text = [decoder.eos_token_id] if eos_token_id is None else eos_ids
     gen_length = count("gen_length", gen_length)
     block_length = min(count("block_length", gen_length if block_length is None else block_length), gen_length)
     if (threshold is not None or factor is not None) and steps is not None:
@@ -160,6 +165,8 @@ def prepare(
         raise ValueError(f"cfg_scale must be at least 0, got {cfg_scale}.")
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}.")
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}.")
 
     input_ids, real = left_padded(input_ids, attention_mask, decoder)
     batch, prompt_length = input_ids.shape
@@ -169,7 +176,6 @@ def prepare(
             f"prompt and generated tokens must fit the model's {decoder.max_positions} positions, got "
             f"{prompt_length} + {gen_length}; shorten the prompt or gen_length."
         )
-    end_ids = [decoder.eos_token_id, family.end_of_turn_id]
     sampler = _sampler(
         family,
         remasking=remasking,
@@ -179,8 +185,8 @@ def prepare(
         alg_temp=alg_temp,
         threshold=threshold,
         factor=factor,
-        excluded_ids=(mask_id, decoder.eos_token_id) if logits_eos_inf else (mask_id,),
-        unconfident_ids=tuple(i for i in end_ids if i < decoder.vocab_size) if confidence_eos_eot_inf else (),
+        excluded_ids=(mask_id, *(end_of_text if logits_eos_inf else ())),
+        unconfident_ids=tuple(eos_ids) if confidence_eos_eot_inf else (),
     )
     policy = Decode() if policy is None else policy
     if not isinstance(policy, Policy):
@@ -219,6 +225,9 @@ def prepare(
     x[:, :prompt_length] = input_ids
     real = F.pad(real, (0, gen_length), value=True)
     lengths = real.sum(1).tolist()
+    seed = 0
+    if sampler.noisy or (sampler.ordered and order is None):
+        seed = int(torch.randint(2**31, (), generator=generator, device=generator.device if generator else "cpu"))
     run.start(
         model,
         x,
@@ -226,7 +235,7 @@ def prepare(
         lengths=lengths,
         forecasts=run.schedule.forecasts(max(lengths), family.shifted) if plan.has_forecasts else None,
         first_generated=prompt_length,
-        seed=int(torch.randint(2**31, (), generator=generator, device=generator.device if generator else "cpu")),
+        seed=seed,
         order=order,
     )
     return run

@@ -18,6 +18,8 @@ def left_padded(input_ids, attention_mask, decoder):
     input_ids = input_ids.long()
     if attention_mask is None:
         return input_ids, torch.ones_like(input_ids, dtype=torch.bool)
+    if not isinstance(attention_mask, torch.Tensor):
+        raise TypeError(f"attention_mask must be a tensor or None, got {type(attention_mask).__name__}.")
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask must have the shape of input_ids, {tuple(input_ids.shape)}, "
@@ -71,7 +73,9 @@ def eos_ids_of(eos_token_id, decoder):
     """The list of ids that end a text; None: the family's end of text and end of turn."""
     if eos_token_id is None:
         return [i for i in (decoder.eos_token_id, decoder.family.end_of_turn_id) if i < decoder.vocab_size]
-    ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    ids = eos_token_id if isinstance(eos_token_id, list | tuple) else [eos_token_id]
+    if not ids:
+        raise ValueError("eos_token_id must be an int or a list of at least one, got an empty list; None: the model's.")
     return [token_id("eos_token_id", i, decoder) for i in ids]
 
 

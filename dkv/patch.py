@@ -1,5 +1,6 @@
 """`replace_attention`: the delayed cache under a user's own denoising loop, on the live model, with undo."""
 
+import functools
 import inspect
 import types
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from dkv.decoder import find_decoder
 from dkv.engine import active_positions
 from dkv.forward import Forward, Packed
 from dkv.graphs import LARGEST_GRAPH, StepGraphs, bucket
+from dkv.guard import Snapshot, check_containers
 from dkv.kernels import pack_positions
 from dkv.kernels.checks import IMPLS
 from dkv.kernels.product import fast_rows
@@ -37,9 +39,10 @@ def replace_attention(model, policy=None, *, block_length=None, impl="auto"):
 
     Mutates `model` in place, on the instance only: `model(x, ...)` keeps its signature and return type. Each call is
     compared with the one before: the same shape and attention mask, and nothing changed but masks that became tokens,
-    is a cached step; anything else is a full step and a new session. Logits of positions that were not recomputed are
-    NaN. Calls under grad mode or in training mode, and calls that ask for more than logits, run the original forward
-    and end the session. Use `NoCache` for likelihoods.
+    is a cached step; anything else, a changed weight too, is a full step and a new session. Logits of positions that
+    were not recomputed are NaN. Calls under grad mode or in training mode, and calls that ask for more than logits, run
+    the original forward and end the session. The others run in the model's dtype, under autocast too. Use `NoCache` for
+    likelihoods.
 
     Args:
         model: a LLaDA or Dream of `dkv.from_pretrained` or of Hugging Face's remote code, or a finetune of those.
@@ -51,12 +54,15 @@ def replace_attention(model, policy=None, *, block_length=None, impl="auto"):
         model.
 
     Raises:
-        ValueError: an unsupported model, or a policy that cannot run under a foreign loop.
+        ValueError: an unsupported model, a policy that cannot run under a foreign loop. Calls raise it for hooks that
+            would be passed over.
 
     Example:
         >>> dkv.replace_attention(model, dkv.Decode(8), block_length=32)
         >>> out = generate(model, prompt, gen_length=128, block_length=32)  # LLaDA's own generate.py
     """
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("the model is compiled: pass the one that torch.compile was given, and compile it afterwards.")
     decoder = find_decoder(model)
     policy = Decode() if policy is None else policy
     if not isinstance(policy, Policy):
@@ -74,19 +80,26 @@ def replace_attention(model, policy=None, *, block_length=None, impl="auto"):
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}.")
     restore_attention(model)
     before = {name: model.__dict__[name] for name in ("forward", "extra_repr") if name in model.__dict__}
-    model._dkv = Patch(policy, block_length, impl, before, inspect.signature(model.forward))
-    # bound methods, so that a deep copy of the model is a patched model of its own
-    model.forward = types.MethodType(_forward, model)
-    model.extra_repr = types.MethodType(_extra_repr, model)
+    model._dkv = Patch(decoder, policy, block_length, impl, before, inspect.signature(model.forward))
+    # the model is an argument, so that a copy of the model, or what is unpickled, is a patched model of its own
+    model.forward = functools.partial(_forward, model)
+    model.extra_repr = functools.partial(_extra_repr, model)
     return model
 
 
 def restore_attention(model):
-    """Undoes `replace_attention` completely, and gives merged weights memory of their own again. Returns model."""
+    """Undoes `replace_attention` completely, and gives merged weights memory of their own again. Returns model.
+
+    Raises:
+        ValueError: model.forward was replaced since.
+    """
     patch = model.__dict__.get("_dkv")
     if patch is not None:
+        forward = model.__dict__.get("forward")
+        if forward is not None and getattr(forward, "func", None) is not _forward:
+            raise ValueError(f"model.forward was replaced after replace_attention, by {forward!r}: undo that first.")
         for name in ("forward", "extra_repr", "_dkv"):
-            model.__dict__.pop(name)
+            model.__dict__.pop(name, None)
         model.__dict__.update(patch.before)
     drop_idle(model)
     separate(model)
@@ -111,10 +124,22 @@ def reset(model):
 class Patch:
     """What `replace_attention` keeps on the model: the settings, what it covered, and the running session."""
 
-    def __init__(self, policy, block_length, impl, before, signature):
+    session = None
+
+    def __init__(self, decoder, policy, block_length, impl, before, signature):
         self.policy, self.block_length, self.impl = policy, block_length, impl
         self.before, self.signature = before, signature
-        self.session = None
+        self.make_output, self.honours_mask = decoder.make_output, decoder.honours_attention_mask
+        self.full_is_no_mask = decoder.family.shifted
+
+    def __getstate__(self):
+        # of a copy: it has weights of its own
+        return {name: value for name, value in vars(self).items() if name != "session"}
+
+    def take_session(self):
+        """The session, if there is one, which is then nobody else's: not another thread's, nor the next call's if this
+        one fails."""
+        return vars(self).pop("session", None)
 
     def original_forward(self, model):
         return self.before.get("forward") or types.MethodType(type(model).forward, model)
@@ -130,20 +155,40 @@ def _extra_repr(model):
 def _forward(model, *args, **kwargs):
     patch = model._dkv
     arguments = patch.signature.bind(*args, **kwargs).arguments
-    session = None
-    if not (model.training or torch.is_grad_enabled() or _needs_original(arguments)):
-        session = _session(patch, model, arguments)
-    patch.session = session
-    if session is None:
+    logits = None
+    if model.training or torch.is_grad_enabled() or _needs_original(patch, arguments):
+        patch.take_session()
+    else:
+        with torch.autocast(arguments["input_ids"].device.type, enabled=False):
+            logits = _logits(patch, model, arguments)
+    if logits is None:
         return patch.original_forward(model)(*args, **kwargs)
-    output = session.decoder.make_output(session.logits())
+    output = patch.make_output(logits)
     return (output.logits,) if arguments.get("return_dict") is False else output
 
 
-def _needs_original(arguments):
-    x = arguments.get("input_ids")
+def _needs_original(patch, arguments):
+    x, mask = arguments.get("input_ids"), arguments.get("attention_mask")
     wants_more = any(isinstance(v := arguments.get(name), torch.Tensor) or v for name in _NEEDS_ORIGINAL)
-    return wants_more or bool(arguments.get("loss_kwargs")) or x is None or x.dim() != 2 or 0 in x.shape
+    if wants_more or arguments.get("loss_kwargs") or x is None or x.dim() != 2 or 0 in x.shape:
+        return True
+    if mask is None or not patch.honours_mask:
+        return False
+    if isinstance(mask, torch.Tensor):
+        batch, seqlen = x.shape
+        return mask.shape not in ((batch, seqlen), (batch, 1, seqlen, seqlen), (1, 1, seqlen, seqlen))
+    return not (patch.full_is_no_mask and isinstance(mask, str) and mask == "full")
+
+
+def _logits(patch, model, arguments):
+    """Logits by the session that goes on or a new one; None where the mask is of a kind no cache can serve."""
+    session = _session(patch, model, arguments)
+    if session is None:
+        return None
+    logits = session.logits()
+    # only now: what failed, or is not done yet, is nothing to go on from
+    patch.session = session
+    return logits
 
 
 def _session(patch, model, arguments):
@@ -151,17 +196,18 @@ def _session(patch, model, arguments):
     x, mask = arguments["input_ids"], arguments.get("attention_mask")
     mask = mask if isinstance(mask, torch.Tensor) else None
     positions = arguments.get("position_ids")
-    session, patch.session = patch.session, None
+    session = patch.take_session()
     if session is not None and session.goes_on(x, mask, positions):
         return session
     decoder = find_decoder(model)
+    check_containers(model, decoder.called)
     beginning = Beginning.read(decoder, x, mask, positions)
     if beginning is None:
         return None
     if session is None or not session.fits(decoder, beginning):
         del session  # frees its memory before the next one's is allocated
         session = Session(decoder, patch, beginning)
-    session.start(beginning)
+    session.start(model, beginning)
     return session
 
 
@@ -198,8 +244,9 @@ class Beginning:
             return cls(x, None, None, real, positions, "none", x.numel(), x.shape[1])
         real, served = torch.ones_like(x, dtype=torch.bool), torch.ones((), dtype=torch.bool, device=x.device)
         if mask is not None:
-            real = mask.diagonal(dim1=-2, dim2=-1).reshape(x.shape).bool() if mask.dim() == 4 else mask.bool()
+            real = mask.bool()
             if mask.dim() == 4:
+                real = real.diagonal(dim1=-2, dim2=-1)[:, 0].expand(x.shape)
                 served = (mask[:, 0] == real[:, None, :] & real[:, :, None]).all()
         left_padded = (real.int().diff(dim=1) >= 0).all()
         flags = torch.stack((served & real.any(1).all(), left_padded, real.sum(), positions.max()))
@@ -239,8 +286,9 @@ class Session:
         same_kind = (self.state.x.shape, self.masking) == (beginning.x.shape, beginning.masking)
         return same_kind and self.longest >= beginning.longest and self.forward.is_current(decoder)
 
-    def start(self, beginning):
+    def start(self, model, beginning):
         """Begins anew: everything real is active."""
+        self.snapshot = Snapshot(model)
         self.mask, self.given_positions = beginning.mask, beginning.given_positions
         self.state.start(beginning.x, beginning.real, _first_masks(self.decoder, beginning))
         self.positions.copy_(beginning.positions)
@@ -253,10 +301,8 @@ class Session:
 
     def goes_on(self, x, mask, positions):
         """Whether the call is the next step; then decides what it recomputes. One host read, the only one of a step."""
-        state, weight = self.state, self.decoder.weight
-        if x.shape != state.x.shape or x.device != state.x.device:
-            return False
-        if weight.dtype != self.cache.k[0].dtype or weight.device != x.device:
+        state = self.state
+        if x.shape != state.x.shape or x.device != state.x.device or not self.snapshot.holds():
             return False
         same = ((x == state.x) | state.masked).all() & (x == state.mask_id).any()
         if self.decoder.honours_attention_mask:

@@ -28,7 +28,7 @@ def step_map(output, row=0):
     active, decoded_step = output.active[:, row].cpu(), output.decoded_step[row].cpu()
     # the first step computes all that is not padding
     real = active[0]
-    steps = torch.arange(active.shape[0])[:, None]
+    steps = torch.arange(active.shape[0], device=active.device)[:, None]
     masked = decoded_step >= steps
     full = (active | ~real).all(1, keepdim=True)
     kinds = torch.where(masked, 4 + active.int(), torch.where(full & active, 2, 1 + 2 * active.int()))

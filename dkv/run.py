@@ -198,12 +198,13 @@ class Run:
 
     @torch.no_grad()
     def step(self):
-        """Predicts, commits, and decides what the next step does."""
+        """Predicts, commits, and decides what the next step does; in the model's dtype, under autocast too."""
         sizes = self._step_sizes()
-        if self.graphs is not None and sizes[0] * self.copies <= LARGEST_GRAPH:
-            self.graphs.run(sizes, lambda: self._step(*sizes))
-        else:
-            self._step(*sizes)
+        with torch.autocast(self.sizes.device.type, enabled=False):
+            if self.graphs is not None and sizes[0] * self.copies <= LARGEST_GRAPH:
+                self.graphs.run(sizes, lambda: self._step(*sizes))
+            else:
+                self._step(*sizes)
         self.sizes_read = None
         self.steps += 1
         self.tokens = sizes[0] * self.copies

@@ -60,9 +60,9 @@ class Schedule:
         dealt = [-(-others * end // gen_length) for end in [0, *self.ends]]
         per_block = [1 + after - before for before, after in itertools.pairwise(dealt)]
         # remaining[b, i]: the part of block b's masks that is left before its step i
-        remaining = torch.zeros(len(per_block), max(per_block) + 1)
+        remaining = torch.zeros(len(per_block), max(per_block) + 1, device="cpu")
         for block, count in enumerate(per_block):
-            remaining[block, :count] = torch.linspace(1, eps, count + 1)[:-1]
+            remaining[block, :count] = torch.linspace(1, eps, count + 1, device="cpu")[:-1]
         # by device: the forecast must divide as the run does
         self._tables = {d: (torch.tensor(per_block, device=d), remaining.to(d)) for d in {"cpu", device}}
         self.device = device
@@ -93,7 +93,7 @@ class Schedule:
         for block, (start, end) in enumerate(itertools.pairwise([0, *self.ends])):
             in_block = end - start
             for block_step in itertools.count():
-                counters = (torch.tensor([[n]]) for n in (block, block_step, in_block, end - start))
+                counters = (torch.tensor([[n]], device="cpu") for n in (block, block_step, in_block, end - start))
                 commits = min(int(self._counts("cpu", *counters)), in_block)
                 found.append(
                     Forecast(

@@ -94,6 +94,19 @@ def _(x, residual, weight, eps, impl):
     return x.new_empty(x.shape)
 
 
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, impl: str) -> torch.Tensor:
+    return _add_rms_norm(x, None, weight, eps, impl)
+
+
+# of its own: torch.compile does not take an operator that may change what is not there
+_operator_alone = torch.library.custom_op("dkv::rms_norm", mutates_args=())(_rms_norm)
+
+
+@_operator_alone.register_fake
+def _(x, weight, eps, impl):
+    return x.new_empty(x.shape)
+
+
 def add_rms_norm(x, residual, weight, eps, *, impl="auto"):
     """Adds token rows to the residual stream and returns the RMS norm of the sum.
 
@@ -134,4 +147,6 @@ def add_rms_norm(x, residual, weight, eps, *, impl="auto"):
     # the operator is there for torch.compile; in eager mode its dispatch would cost a CPU as much as a small call
     if impl == "reference" and not torch.compiler.is_compiling():
         return reference.add_rms_norm(x, residual, weight, eps)
+    if residual is None:
+        return torch.ops.dkv.rms_norm(x, weight, eps, impl)
     return torch.ops.dkv.add_rms_norm(x, residual, weight, eps, impl)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import dkv
 from dkv.decoder import find_decoder
+from dkv.generate import prepare
 from dkv.kernels import product
 
 MASK, EOS = 255, 254
@@ -314,6 +315,23 @@ def test_end_of_text_switches(family, device):
     assert not (run.sequences[:, 6:] == EOS).any()
     run = generate(family, ids, gen_length=6, confidence_eos_eot_inf=True, device=device)
     assert not (run.sequences == MASK).any()
+    # and of ends that the caller names
+    common = int(generate(family, ids, gen_length=24, device=device).sequences[0, 6:].mode().values)
+    options = {"gen_length": 24, "logits_eos_inf": True, "confidence_eos_eot_inf": True, "eos_token_id": [common, 7]}
+    assert not torch.isin(
+        generate(family, ids, device=device, **options).sequences[:, 6:], torch.tensor([common, 7], device=device)
+    ).any()
+    sampler = prepare(model(family, device), ids, **options).sampler
+    assert sampler.unconfident_ids == (common, 7) and set(sampler.excluded_ids) == {MASK, common, 7}
+
+
+def test_only_noise_draws_from_the_generator(device):
+    ids, _ = prompts(6, device=device)
+    generator = torch.Generator()
+    before = generator.get_state()
+    for options, draws in (({}, False), ({"remasking": "random"}, True), ({"temperature": 0.5}, True)):
+        dkv.generate(model("llada", device), ids, gen_length=4, generator=generator, **options)
+        assert torch.equal(generator.get_state(), before) != draws
 
 
 def test_unconfident_ids_are_committed_last():
@@ -474,6 +492,7 @@ BAD_INPUT = [
     ("device", dict(input_ids=IDS.to("meta")), ValueError, "input_ids must be on the model's device, cpu, got meta"),
     ("mask shape", dict(attention_mask=torch.ones(2, 5)), ValueError, r"shape of input_ids, \(2, 6\), got \(2, 5\)"),
     ("mask values", dict(attention_mask=torch.full((2, 6), 2)), ValueError, "must hold 0 and 1"),
+    ("mask list", dict(attention_mask=[[1] * 6] * 2), TypeError, "attention_mask must be a tensor or None, got list"),
     ("mask device", dict(attention_mask=torch.ones(2, 6, device="meta")), ValueError, "attention_mask must be on cpu"),
     ("all padding", dict(attention_mask=torch.tensor([[1] * 6, [0] * 6])), ValueError, r"rows \[1\] are all padding"),
     (
@@ -532,6 +551,9 @@ BAD_INPUT = [
     ),
     ("mask_id", dict(mask_id=256), ValueError, r"mask_id must be in the vocabulary, 0 \.\. 255, got 256"),
     ("mask_id type", dict(mask_id="[MASK]"), TypeError, "mask_id must be an int"),
+    ("generator", dict(generator=3), TypeError, "generator must be a torch.Generator or None, got 3"),
+    ("eos_token_id type", dict(eos_token_id=1.5), TypeError, "eos_token_id must be an int"),
+    ("no eos_token_id", dict(eos_token_id=[]), ValueError, "a list of at least one, got an empty list"),
     ("eos_token_id", dict(eos_token_id=[3, -1]), ValueError, "eos_token_id must be in the vocabulary"),
     (
         "order shape",

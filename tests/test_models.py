@@ -460,6 +460,18 @@ def test_default_dtype_is_the_configs_else_the_files(key, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_one_tensor_under_two_names_is_saved_under_both(family, tmp_path):
+    model = tiny_model(family)
+    decoder = find_decoder(model)
+    decoder.head.weight = decoder.embed.weight
+    model.save_pretrained(tmp_path)
+    again = find_decoder(from_pretrained(tmp_path, device="cpu"))
+    assert torch.equal(again.head.weight, decoder.embed.weight) and torch.equal(
+        again.embed.weight, decoder.embed.weight
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("max_shard_bytes", [None, 200_000, 1])
 def test_saved_and_loaded_again(family, max_shard_bytes, tmp_path):
     model = native(family)

@@ -1,5 +1,7 @@
 """`add_rms_norm` and `swiglu`: against float64, their roundings, and what they promise as operators."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -209,11 +211,22 @@ def test_implementation_that_cannot_run(call, names, monkeypatch):
         call(impl="triton")
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("with_residual", [True, False])
+def test_compiled(device, with_residual):
+    x, residual, weight = normal(3, 8, device=device), normal(3, 8, device=device, seed=1), normal(8, device=device)
+    residual = residual if with_residual else None
+    compiled = torch.compile(lambda *tensors: add_rms_norm(*tensors, 1e-5))
+    twin = None if residual is None else residual.clone()
+    assert torch.equal(compiled(x, twin, weight), add_rms_norm(x, residual, weight, 1e-5))
+    assert residual is None or torch.equal(twin, residual)
+
+
 @IMPLS
 def test_opcheck(device, impl):
     x, residual, weight = normal(3, 8, device=device), normal(3, 8, device=device, seed=1), normal(8, device=device)
     torch.library.opcheck(torch.ops.dkv.add_rms_norm, (x, residual, weight, 1e-5, impl))
-    torch.library.opcheck(torch.ops.dkv.add_rms_norm, (x, None, weight, 1e-5, impl))
+    torch.library.opcheck(torch.ops.dkv.rms_norm, (x, weight, 1e-5, impl))
     torch.library.opcheck(torch.ops.dkv.swiglu, (normal(8, 6, device=device).T, impl))
 
 

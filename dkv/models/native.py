@@ -179,12 +179,15 @@ class NativeModel(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         shards = [{}]
         size = total = 0
-        for name, parameter in self.named_parameters():
+        seen = set()
+        for name, parameter in self.named_parameters(remove_duplicate=False):
             nbytes = parameter.numel() * parameter.element_size()
             if shards[-1] and size + nbytes > max_shard_bytes:
                 shards.append({})
                 size = 0
-            shards[-1][name] = parameter.detach()
+            # a file cannot hold the same memory twice
+            shards[-1][name] = parameter.detach().clone() if parameter in seen else parameter.detach()
+            seen.add(parameter)
             size, total = size + nbytes, total + nbytes
         names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
         files = dict(zip(names if len(shards) > 1 else [WEIGHTS], shards, strict=True))

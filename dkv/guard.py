@@ -1,0 +1,52 @@
+"""What a model was when its modules were taken: once a weight, module or hook is another, cached K/V are void."""
+
+
+class Snapshot:
+    """The modules, hooks and parameters of a model at this moment.
+
+    Changes in place are seen as far as PyTorch counts them: not those through `.data`, nor those of inference tensors.
+    """
+
+    def __init__(self, model):
+        self._modules = list(model.modules())
+        self._states = list(map(_state, self._modules))
+
+    def holds(self):
+        """Whether nothing has changed since."""
+        return all(_state(module) == state for module, state in zip(self._modules, self._states, strict=True))
+
+
+def _state(module):
+    return (
+        tuple(module._modules.values()),
+        [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in module._parameters.values() if p is not None],
+        (*module._forward_pre_hooks, *module._forward_hooks, module.__dict__.get("forward")),
+    )
+
+
+def check_containers(model, called):
+    """Refuses hooks and replaced forwards that would be passed over, since dkv calls the modules below them itself.
+
+    Args:
+        model: its own hooks are none of these.
+        called: the modules that dkv calls.
+
+    Raises:
+        ValueError: a module between the model and those has such.
+    """
+    called = set(map(id, called))
+
+    def contains_called(module, path):
+        if id(module) in called:
+            return True
+        found = [contains_called(child, f"{path}.{name}") for name, child in module.named_children()]
+        changed = module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__
+        if any(found) and changed and module is not model:
+            raise ValueError(
+                f"{path.removeprefix('.')} ({type(module).__name__}) has a hook or a replaced forward, which dkv would "
+                "pass over: it calls the linear layers, norms, embedding and head itself. Remove it, or put it on "
+                "one of those."
+            )
+        return any(found)
+
+    contains_called(model, "")

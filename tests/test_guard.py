@@ -1,0 +1,244 @@
+"""A patched model that changes, fails or is shared in the middle of a session: what it returns is never stale."""
+
+import copy
+import io
+import pickle
+import threading
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from test_generate import FAMILIES, MASK, model, prompts
+
+import dkv
+from dkv.decoder import find_decoder
+from dkv.guard import Snapshot
+
+
+@pytest.fixture(params=FAMILIES)
+def llm(request, device):
+    """A model of the test's own."""
+    return copy.deepcopy(model(request.param, device))
+
+
+def call(llm, *, filled=0, seed=0, **options):
+    """Logits of prompts and 8 masks, of which the first are filled in."""
+    x = F.pad(prompts(9, 9, seed=seed, device=next(llm.parameters()).device)[0], (0, 8), value=MASK)
+    x[:, 9 : 9 + filled] = 5
+    with torch.no_grad():
+        return llm(x, **options).logits
+
+
+def untouched(llm):
+    """A copy with the same weights and hooks that recomputes everything."""
+    return dkv.restore_attention(copy.deepcopy(llm))
+
+
+def scale_in_place(llm):
+    with torch.no_grad():
+        find_decoder(llm).layers[0].o.weight.mul_(1.5)
+
+
+def load_in_place(llm):
+    llm.load_state_dict({name: 1.1 * value for name, value in llm.state_dict().items()})
+
+
+def assign(llm):
+    llm.load_state_dict({name: 1.1 * value for name, value in llm.state_dict().items()}, assign=True)
+
+
+def swap_data(llm):
+    find_decoder(llm).layers[1].q.weight.data = 1.5 * find_decoder(llm).layers[1].q.weight.data
+
+
+def swap_module(llm):
+    decoder = find_decoder(llm)
+    (path,) = (name for name, module in llm.named_modules() if module is decoder.layers[0].down)
+    parent, _, name = path.rpartition(".")
+    module = torch.nn.Linear(decoder.layers[0].down.in_features, decoder.layers[0].down.out_features, bias=False)
+    setattr(llm.get_submodule(parent), name, module.to(llm.device))
+
+
+def hook(llm):
+    find_decoder(llm).layers[0].k.register_forward_hook(lambda module, args, output: 1.5 * output)
+
+
+def pre_hook(llm):
+    find_decoder(llm).layers[0].o.register_forward_pre_hook(lambda module, args: (1.5 * args[0],))
+
+
+CHANGES = [scale_in_place, load_in_place, assign, swap_data, swap_module, hook, pre_hook]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("filled", [0, 1], ids=["same sequence", "next step"])
+def test_a_model_that_changes_between_two_steps(llm, change, filled):
+    dkv.replace_attention(llm)
+    call(llm), call(llm)
+    change(llm)
+    torch.testing.assert_close(call(llm, filled=filled), call(untouched(llm), filled=filled))
+
+
+def test_steps_go_on_while_nothing_changes(llm):
+    """Or the tests above would prove nothing."""
+    dkv.replace_attention(llm)
+    call(llm)
+    snapshot = Snapshot(llm)
+    cached = [bool(call(llm, filled=filled).isnan().any()) for filled in range(1, 6)]
+    assert snapshot.holds() and any(cached)
+
+
+@pytest.mark.parametrize("policy", [dkv.Decode(), dkv.Prefill()], ids=repr)
+@pytest.mark.parametrize("failing", [0, 3], ids=["the first step", "a cached step"])
+def test_after_a_failure_everything_is_computed(llm, policy, failing):
+    expected = [call(llm, filled=filled) for filled in range(5)]
+    calls = []
+
+    def interrupt(module, args):
+        calls.append(module)
+        if len(calls) == failing + 1:
+            raise KeyboardInterrupt
+
+    find_decoder(llm).layers[1].up.register_forward_pre_hook(interrupt)
+    dkv.replace_attention(llm, policy)
+    for filled in range(failing):
+        call(llm, filled=filled)
+    with pytest.raises(KeyboardInterrupt):
+        call(llm, filled=failing)
+    torch.testing.assert_close(call(llm, filled=failing), expected[failing])
+
+
+def test_threads(llm):
+    """Two loops on one patched model are calls in turn: each is right, by a session of its own or a full step."""
+    seeds = range(2)
+    expected = [call(llm, seed=seed) for seed in seeds]
+    dkv.replace_attention(llm, dkv.NoCache())
+    wrong, errors = [], []
+
+    def loop(seed):
+        try:
+            for _ in range(30):
+                if not torch.allclose(call(llm, seed=seed), expected[seed], atol=1e-4):
+                    wrong.append(seed)
+        except Exception as error:  # noqa: BLE001
+            errors.append(error)
+
+    threads = [threading.Thread(target=loop, args=(seed,)) for seed in seeds]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and not errors
+
+
+def pickled(llm):
+    return pickle.loads(pickle.dumps(llm))
+
+
+def saved(llm):
+    file = io.BytesIO()
+    torch.save(llm, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
+def test_a_copy_in_the_middle_of_a_session_is_a_patched_model_of_its_own(llm, copied):
+    dkv.replace_attention(llm, dkv.Decode(4), block_length=4)
+    call(llm), call(llm, filled=1), call(llm, filled=2)
+    other = copied(llm)
+    assert other._dkv.session is None and other._dkv.policy.refresh_interval == 4
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    torch.testing.assert_close(call(other), call(untouched(other)))
+    assert call(llm, filled=3).isnan().any(), "the session of the model goes on"
+    assert not hasattr(dkv.restore_attention(other), "_dkv")
+
+
+def test_hooks_that_would_be_passed_over_are_an_error(llm):
+    looped, ids = tiny.Lookalike(llm), prompts(9, device=llm.device)[0]
+    name, block = next((n, m) for n, m in looped.named_modules() if n.endswith(".1"))
+    expected = dkv.generate(looped, ids, gen_length=4).sequences
+    dkv.replace_attention(looped)
+    handle = block.register_forward_hook(lambda module, args, output: output)
+    for attempt in (call, lambda llm: dkv.generate(llm, ids, gen_length=4)):
+        with pytest.raises(ValueError, match=rf"{name} \(.*has a hook"):
+            attempt(looped)
+    handle.remove()
+    block.forward = block.forward
+    for attempt in (call, lambda llm: dkv.generate(llm, ids, gen_length=4)):
+        with pytest.raises(ValueError, match=rf"{name} \(.*a replaced forward"):
+            attempt(looped)
+    del block.forward
+    assert not call(looped).isnan().any()
+    assert torch.equal(dkv.generate(looped, ids, gen_length=4).sequences, expected)
+
+
+def test_autocast_does_not_apply(llm):
+    ids = prompts(9, device=llm.device)[0]
+    expected = dkv.generate(llm, ids, gen_length=8).sequences
+    dkv.replace_attention(llm)
+    logits = call(llm, filled=2)
+    with torch.autocast(llm.device.type, dtype=torch.bfloat16):
+        assert torch.equal(dkv.generate(llm, ids, gen_length=8).sequences, expected)
+        dkv.reset(llm)
+        assert torch.equal(call(llm, filled=2), logits)
+
+
+def test_another_default_device(llm):
+    ids = prompts(9, device=llm.device)[0]
+    expected = dkv.generate(llm, ids, gen_length=8).sequences
+    dkv.reset(llm)
+    try:
+        torch.set_default_device("meta")
+        found = dkv.generate(llm, ids, gen_length=8).sequences
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(found, expected)
+
+
+def test_a_forward_that_came_later_is_not_lost(llm):
+    dkv.replace_attention(llm)
+    patched = llm.forward
+    llm.forward = lambda *args, **kwargs: patched(*args, **kwargs)
+    with pytest.raises(ValueError, match="undo that first"):
+        dkv.restore_attention(llm)
+    del llm.forward
+    dkv.restore_attention(llm)
+    assert not call(llm).isnan().any()
+
+
+def test_a_compiled_model_is_patched_first(llm):
+    with pytest.raises(ValueError, match="compile it afterwards"):
+        dkv.replace_attention(torch.compile(llm, backend="eager"))
+
+
+@pytest.mark.parametrize("mask", ["causal", [[1] * 17] * 2, torch.ones(2, 1, 1, 17), torch.ones(2, 16), torch.ones(17)])
+def test_masks_of_other_kinds_are_the_models_affair(llm, mask):
+    """What it refuses is refused, what it takes it computes."""
+    if isinstance(mask, torch.Tensor):
+        mask = mask.to(llm.device)
+    results = []
+    for _ in range(2):
+        try:
+            results.append(call(llm, attention_mask=mask))
+        except Exception as error:  # noqa: BLE001
+            results.append(repr(error))
+        dkv.replace_attention(llm)
+    if isinstance(results[0], str):
+        assert results[0] == results[1]
+    else:
+        torch.testing.assert_close(results[0], results[1])
+
+
+def test_one_mask_for_all_rows():
+    llm = copy.deepcopy(model("dream"))
+    x = F.pad(prompts(9, 9)[0], (0, 8), value=MASK)
+    real = torch.arange(17) >= 3
+    mask = (real[:, None] & real)[None, None]
+    with torch.no_grad():
+        expected = llm(x, attention_mask=mask).logits[:, 3:]
+        found = dkv.replace_attention(llm)(x, attention_mask=mask).logits[:, 3:]
+    torch.testing.assert_close(found, expected)
