@@ -19,6 +19,7 @@ import json
 import signal
 import sys
 import time
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -144,12 +145,12 @@ class Bench:
             if self.too_slow(providers.necessary_flops(point)):
                 self.skip(point, "every provider", "too slow here")
                 continue
-            if canvas is None:
-                canvas = self.canvas(point)
-            if canvas is None:
-                self.skip(point, "every provider", "does not fit this device's memory")
-                continue
             try:
+                if canvas is None:
+                    canvas = self.canvas(point)
+                if canvas is None:
+                    self.skip(point, "every provider", "does not fit this device's memory")
+                    continue
                 rows = self.measure(Case(canvas, point), with_full=full_recompute is None)
             except torch.OutOfMemoryError:
                 self.skip(point, "every provider", "does not fit this device's memory")
@@ -241,9 +242,9 @@ class Bench:
                 # what comes without a cache write is given the right cache
                 restore = case.poison() if provider.family != "part" else None
                 error = providers.relative_error(provider.unpack(timer.output()), chosen, expected)
-            except RuntimeError as problem:
+            except Exception as problem:
                 # no kernel for these shapes, or not enough memory
-                reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
+                reason = common.described(problem)
                 if provider.family in ("ours", "part"):
                     self.refuse(case.point, provider, reason)
                 else:
@@ -370,6 +371,14 @@ def measure_all(bench, groups, results):
             bench.not_run += [str(point) for group in groups[i:] for point in group if point not in done]
             say("stopped by a signal: what follows is what was measured until then")
             return
+        except Exception as error:
+            traceback.print_exc()
+            done = {point for point, _ in results}
+            bench.refused += [
+                {"point": str(point), "provider": "every provider", "reason": common.described(error)}
+                for point in points
+                if point not in done
+            ]
 
 
 def parse_points(text):

@@ -169,6 +169,11 @@ class HostTimer:
         return [1e3 * s for s in self.seconds]
 
 
+def described(error):
+    """The kind and the first line of an exception."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 class GraphTimer:
     """Times replays of a CUDA graph of many calls, which go through all sets of buffers, so that the L2 stays cold.
 
@@ -176,24 +181,29 @@ class GraphTimer:
     """
 
     def __init__(self, run, sets, *, pool):
-        self.graph, self.events, self.cost = torch.cuda.CUDAGraph(), [], None
+        self.run, self.sets, self.events, self.cost = run, sets, [], None
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             run(0)
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run(1 % sets)
-            end.record()
-            torch.cuda.synchronize()
-            seconds = start.elapsed_time(end) / 1e3
-            calls = max(1, min(CALLS_PER_GRAPH, math.ceil(SECONDS_PER_GRAPH / seconds)))
-            self.calls = math.ceil(calls / sets) * sets
-            with recording(self.graph, pool):
-                self.first_output = run(0)
-                for i in range(1, self.calls):
-                    run(i % sets)
+            # while it records, the allocator gives nothing back
+            torch.cuda.empty_cache()
+            # a call by itself would take as long as the host needs for it
+            self._record(sets, pool)
+            self.tick()
+            self.tick()
+            calls = min(CALLS_PER_GRAPH, math.ceil(1e3 * SECONDS_PER_GRAPH / self.milliseconds()[-1]))
+            if calls > self.calls:
+                self._record(math.ceil(calls / sets) * sets, pool)
+        self.events.clear()
         torch.cuda.current_stream().wait_stream(stream)
+
+    def _record(self, calls, pool):
+        self.graph, self.calls = torch.cuda.CUDAGraph(), calls
+        with recording(self.graph, pool):
+            self.first_output = self.run(0)
+            for i in range(1, calls):
+                self.run(i % self.sets)
 
     def output(self):
         """What the graph's first call leaves, for a check of the very thing that is timed; also sets `cost`."""

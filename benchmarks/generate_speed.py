@@ -31,6 +31,7 @@ import json
 import signal
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +76,8 @@ GPU = Plan(
         Point(1, 2048, 128, "long prompt"),
         Point(32, 256, 128, "many questions"),
     ),
+    # where there is time for one run only
+    few=("Decode", "NoCache", "Decode block", "DualCache"),
     grid=tuple(Point(batch, prompt, 32) for prompt in (512, 128, 1024, 2048, 4096) for batch in (1, 8, 32, 4)),
 )
 CPU = Plan(
@@ -156,7 +159,7 @@ class Bench:
         self.cuda = self.device.type == "cuda"
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.ceilings = common.measure_ceilings()
-        self.rows, self.mismatches, self.profiles, self.not_run = [], [], [], []
+        self.rows, self.mismatches, self.profiles, self.not_run, self.error = [], [], [], [], None
 
     def measure_all(self, plans, clock):
         """Measures family after family; a signal to stop ends it in good order."""
@@ -165,6 +168,10 @@ class Bench:
                 self.measure(family, plan, common.Clock(clock.left / (len(plans) - i)))
         except KeyboardInterrupt:
             self.not_run.append("whatever is not above: stopped by a signal")
+        except Exception as error:  # what was measured until then is written
+            traceback.print_exc()
+            self.error = common.described(error)
+            self.not_run.append(f"whatever is not above: {self.error}")
 
     def measure(self, family, plan, clock):
         """Measures a family within the clock's time."""
@@ -320,7 +327,7 @@ def main(argv=None, start=None):
         common.write_csv(stem.with_suffix(".csv"), bench.rows)
         plots.generation(bench.rows, environment, stem.with_suffix(".png"))
     print(json.dumps(common.rounded(record)))
-    return 1 if bench.mismatches else 0
+    return 1 if bench.mismatches or bench.error else 0
 
 
 def stop(*_):

@@ -34,7 +34,7 @@ TAIL_LINES = 60
 # no step is started with less than this
 LEAST_SECONDS = 5
 # after the signal to stop, for writing what there is
-GRACE_SECONDS = 6
+GRACE_SECONDS = 12
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ def steps(out, peers=(), *, rehearse):
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     found = [
         Step("environment", 1, (python, str(here / "gpu_report.py"), "--environment")),
-        Step("tests", 6, (*pytest, *workers, "tests")),
+        # a worker would start a process per core for torch.compile
+        Step("tests", 10, (*pytest, *workers, "tests"), env={"TORCHINDUCTOR_COMPILE_THREADS": "1"}),
         Step("attention speed", 8, attention),
         Step("generation speed", 10, generation),
         Step("linear speed", 2, linear),

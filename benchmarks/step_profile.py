@@ -158,4 +158,4 @@ def table(found):
     yield f"  {'group':<22}{'ms':>9}{'share':>8}{'floor':>9}{'above it':>10}"
     for name, group in found["groups"].items():
         ms, floor = group["ms"], group["floor_ms"]
-        yield f"  {name:<22}{ms:9.3f}{ms / whole:8.0%}{floor:9.3f}{ms - floor:10.3f}"
+        yield f"  {name:<22}{ms:9.3f}{ms / whole if whole else 0:8.0%}{floor:9.3f}{ms - floor:10.3f}"

@@ -1,6 +1,7 @@
 """Timing systems against one another at one point: samples in turn, medians, floors, caps, and whether tokens agree."""
 
 import statistics
+import traceback
 from dataclasses import dataclass, field
 
 import common
@@ -83,6 +84,9 @@ class Entry:
             self.work = getattr(self.system, "work", None)
         except Failed as failure:
             self.failure = str(failure)
+        except Exception as error:  # whatever it is, the others are measured
+            traceback.print_exc()
+            self.failure = common.described(error)
 
     @property
     def seconds(self):

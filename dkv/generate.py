@@ -148,7 +148,7 @@ def prepare(
 ):
     """The `dkv.run.Run` of a call of `generate`, started but no step done: for loops that look at each step."""
     decoder = find_decoder(model)
-    check_containers(model, decoder.called)
+    check_containers(model, decoder.called, runs_forward=False)
     if model.training:
         raise ValueError("generate needs the model in eval mode, got training mode; call model.eval() first.")
     family = decoder.family

@@ -1,14 +1,15 @@
 """CUDA graphs of steps that read and write static memory only: a step becomes one launch."""
 
 import contextlib
-import functools
 import gc
+import threading
 import time
 from collections import OrderedDict
 
 import torch
 
 MOST_GRAPHS = 32
+_RECORDING = threading.Lock()
 LARGEST_GRAPH = 2048  # packed positions; with more, launches cost nothing beside the work
 
 
@@ -23,7 +24,7 @@ class StepGraphs:
     """
 
     def __init__(self, device):
-        self.device, self.stream = device, _stream(device)
+        self.device, self.stream = device, torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
         self.captured, self.capture_seconds = 0, 0.0
         self._seen, self._graphs = set(), OrderedDict()
@@ -67,29 +68,24 @@ class StepGraphs:
 def recording(graph, pool):
     """Records what is launched on the current stream into a `torch.cuda.CUDAGraph` with memory of the pool.
 
-    `torch.cuda.graph` would empty the allocator's cache each time. Python collects no garbage meanwhile: with it could
-    go another graph, whose end is a call that breaks a recording.
+    `torch.cuda.graph` would empty the allocator's cache each time. One thread records at a time. Python
+    collects no garbage meanwhile: with it could go another graph, whose end is a call that breaks a recording.
     """
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        graph.capture_begin(pool=pool)
+    with _RECORDING:
+        collects = gc.isenabled()
+        gc.disable()
         try:
-            yield
-        except BaseException:
-            with contextlib.suppress(RuntimeError):
-                graph.capture_end()
-            raise
-        graph.capture_end()
-    finally:
-        if collects:
-            gc.enable()
-
-
-@functools.cache
-def _stream(device):
-    """The stream of all recordings: PyTorch keeps a workspace for the matrix products of every stream."""
-    return torch.cuda.Stream(device)
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                yield
+            except BaseException:
+                with contextlib.suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        finally:
+            if collects:
+                gc.enable()
 
 
 def bucket(count):

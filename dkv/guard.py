@@ -24,15 +24,15 @@ def _state(module):
     )
 
 
-def check_containers(model, called):
+def check_containers(model, called, *, runs_forward):
     """Refuses hooks and replaced forwards that would be passed over, since dkv calls the modules below them itself.
 
     Args:
-        model: its own hooks are none of these.
         called: the modules that dkv calls.
+        runs_forward: whether model.forward runs, with the model's own hooks.
 
     Raises:
-        ValueError: a module between the model and those has such.
+        ValueError: the model, or a module between it and those, has such.
     """
     called = set(map(id, called))
 
@@ -40,12 +40,14 @@ def check_containers(model, called):
         if id(module) in called:
             return True
         found = [contains_called(child, f"{path}.{name}") for name, child in module.named_children()]
-        changed = module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__
-        if any(found) and changed and module is not model:
+        hooked = module._forward_pre_hooks or module._forward_hooks
+        # what replace_attention puts on the model is a replaced forward too
+        changed = not runs_forward and hooked if module is model else hooked or "forward" in module.__dict__
+        if any(found) and changed:
             raise ValueError(
-                f"{path.removeprefix('.')} ({type(module).__name__}) has a hook or a replaced forward, which dkv would "
-                "pass over: it calls the linear layers, norms, embedding and head itself. Remove it, or put it on "
-                "one of those."
+                f"{path.removeprefix('.') or 'the model'} ({type(module).__name__}) has a hook or a replaced forward, "
+                "which dkv would pass over: it calls the linear layers, norms, embedding and head itself. Remove it, "
+                "or put it on one of those."
             )
         return any(found)
 

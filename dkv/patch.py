@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from dkv.decoder import find_decoder
-from dkv.engine import active_positions
+from dkv.engine import active_positions, predictors
 from dkv.forward import Forward, Packed
 from dkv.graphs import LARGEST_GRAPH, StepGraphs, bucket
 from dkv.guard import Snapshot, check_containers
@@ -47,7 +47,8 @@ def replace_attention(model, policy=None, *, block_length=None, impl="auto"):
     Args:
         model: a LLaDA or Dream of `dkv.from_pretrained` or of Hugging Face's remote code, or a finetune of those.
         policy: see `dkv.Policy`; None: `dkv.Decode()`. `Greedy` needs `dkv.generate`.
-        block_length: the block length of the loop, counted from a row's first mask. None: one block.
+        block_length: the block length of the loop, all rows at the same block; counted from the first mask, of the row
+            where that is last. None: one block.
         impl: "auto", "triton" or "reference", see `dkv.kernels`.
 
     Returns:
@@ -55,7 +56,7 @@ def replace_attention(model, policy=None, *, block_length=None, impl="auto"):
 
     Raises:
         ValueError: an unsupported model, a policy that cannot run under a foreign loop. Calls raise it for hooks that
-            would be passed over.
+            would be passed over, and RuntimeError after a loop has taken tokens from logits that are NaN.
 
     Example:
         >>> dkv.replace_attention(model, dkv.Decode(8), block_length=32)
@@ -200,7 +201,7 @@ def _session(patch, model, arguments):
     if session is not None and session.goes_on(x, mask, positions):
         return session
     decoder = find_decoder(model)
-    check_containers(model, decoder.called)
+    check_containers(model, decoder.called, runs_forward=True)
     beginning = Beginning.read(decoder, x, mask, positions)
     if beginning is None:
         return None
@@ -271,9 +272,10 @@ class Session:
             x,
             mask_id=decoder.mask_id,
             real=beginning.real,
-            first_generated=_first_masks(decoder, beginning),
+            first_generated=_first_generated(decoder, beginning),
             block_length=patch.block_length,
             shifted=decoder.family.shifted,
+            lockstep=True,
         )
         leftpad = torch.zeros(x.shape[0], dtype=torch.int32, device=x.device) if masking == "left" else None
         key_mask = torch.empty_like(beginning.real) if masking == "columns" else None
@@ -290,7 +292,7 @@ class Session:
         """Begins anew: everything real is active."""
         self.snapshot = Snapshot(model)
         self.mask, self.given_positions = beginning.mask, beginning.given_positions
-        self.state.start(beginning.x, beginning.real, _first_masks(self.decoder, beginning))
+        self.state.start(beginning.x, beginning.real, _first_generated(self.decoder, beginning))
         self.positions.copy_(beginning.positions)
         if self.cache.leftpad is not None:
             self.cache.leftpad.copy_(self.state.first_column[:, 0])
@@ -310,10 +312,16 @@ class Session:
         same = _and_equal(same, positions, self.given_positions)
         if same is None:
             return False
+        unseen = predictors(state.masked & (x != state.mask_id), state) & ~self.active
         # where it does not go on, this state is of no use any more
         state.advance(x)
         self.active.copy_(active_positions(self.policy, state, state.in_block))
-        same, self.count = torch.stack((same.long(), self.active.sum())).tolist()
+        same, unseen, self.count = torch.stack((same.long(), unseen.sum(), self.active.sum())).tolist()
+        if same and unseen:
+            raise RuntimeError(
+                f"the loop filled in {unseen} masks whose logits were not computed, and are NaN: its block_length must "
+                "be the one that replace_attention was given, and it must take tokens of the current block only."
+            )
         return bool(same)
 
     def logits(self):
@@ -335,9 +343,11 @@ class Session:
         return self.forward(self.state.x, self.positions, packed, self.cache), slots
 
 
-def _first_masks(decoder, beginning):
+def _first_generated(decoder, beginning):
+    """(batch, 1): the first mask of the row where that is last: other rows may have masks inside their prompts, or for
+    prompts, as the unconditional rows of guidance do."""
     masked = (beginning.x == decoder.mask_id) & beginning.real
-    return masked.int().argmax(1, keepdim=True)
+    return masked.int().argmax(1, keepdim=True).amax(0, keepdim=True).expand(len(masked), 1)
 
 
 def _and_equal(flag, new, old):

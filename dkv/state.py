@@ -18,7 +18,8 @@ class State:
         decoded_step: (batch, seqlen) int32, the step after which a position was decoded; `PROMPT` and `MASKED` are its
             values for positions decoded from the start and for masked ones.
         step: () int64, steps done so far; the step about to run has this number.
-        block, block_step: (batch, 1) int64, the block of a row's first mask, and the steps done since it was reached.
+        block, block_step: (batch, 1) int64, the block of a row's first mask (in lockstep: of the row where it is last),
+            and the steps done since it was reached.
         block_start, block_end: (batch, 1) int64, the first column of that block and the one behind it.
         block_masks: (batch, 1) int64, masks of the block when it was reached.
         running: (batch, 1) bool, whether the row has masks left.
@@ -29,9 +30,14 @@ class State:
         to_decode_columns: (batch, n) int64, the same as columns in decoding order, -1 padded; else None.
     """
 
-    def __init__(self, x, *, mask_id, real, first_generated, block_length, shifted):
-        """first_generated: (batch, 1) int64, where blocks are counted from; block_length: int, None: one block."""
-        self.mask_id, self.shifted = mask_id, shifted
+    def __init__(self, x, *, mask_id, real, first_generated, block_length, shifted, lockstep=False):
+        """
+        Args:
+            first_generated: (batch, 1) int64, where blocks are counted from.
+            block_length: int, None: one block.
+            lockstep: whether all rows are at the same block.
+        """
+        self.mask_id, self.shifted, self.lockstep = mask_id, shifted, lockstep
         self.block_length = block_length or x.shape[1]
         self.columns = torch.arange(x.shape[1], device=x.device)[None]
         self.x, self.real, self.masked = torch.empty_like(x), torch.empty_like(real), torch.empty_like(real)
@@ -92,6 +98,8 @@ class State:
         first_mask = self.masked.int().argmax(1, keepdim=True)
         block = (first_mask - self.first_generated).clamp(min=0) // self.block_length
         block = torch.where(self.running, block, self.block)
+        if self.lockstep:
+            block = block.amax(0, keepdim=True).expand_as(block)
         entered = block != self.block
         self.block.copy_(block)
         torch.add(self.first_generated, block, alpha=self.block_length, out=self.block_start)

@@ -463,10 +463,10 @@ def delayed_attention(
             packed by batch row; the last dim contiguous. headdim is 16, 32, 64 or 128.
         k_cache, v_cache: (batch, seqlen_cache, nheads_k, headdim), the dtype of q, any strides with the last dim
             contiguous. nheads is a multiple of nheads_k: query head h reads K/V head h // (nheads / nheads_k).
-        cu_seqlens_q: (batch + 1,) int32. The queries of row b are cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1; a row may
-            have none. Queries from cu_seqlens_q[-1] on are padding: they get zeros and lse -inf.
-        max_seqlen_q: an upper bound, known on the host, of the number of queries of any row. None: total. Queries of a
-            row beyond the bound get NaN.
+        cu_seqlens_q: (batch + 1,) int32, from 0. The queries of row b are cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1; a
+            row may have none. Queries from cu_seqlens_q[-1] on are padding: they get zeros and lse -inf.
+        max_seqlen_q: an upper bound, known on the host, of the number of queries of any row. None: total. Of a row with
+            more, queries may get NaN.
         cache_leftpad, cache_seqlens: (batch,) int32. The valid columns of row b are cache_leftpad[b] ..
             cache_seqlens[b] - 1. None: 0 and seqlen_cache.
         key_mask: (batch, seqlen_cache) bool, True for columns that may be attended, besides the bounds above.

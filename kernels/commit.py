@@ -162,8 +162,8 @@ def commit_tokens(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=Non
         scores: (total,) float32 (float64: impl "reference" only): higher is committed first, of equal ones the earlier
             entry; NaN counts as -inf. With threshold or factor these are probabilities.
         slots: (total,) int64: row * seqlen + column of each entry, distinct.
-        cu_seqlens: (batch + 1,) int32. The entries of row b are cu_seqlens[b] .. cu_seqlens[b + 1] - 1, as far as there
-            are so many; a row may have none. Entries from cu_seqlens[-1] on are padding, never chosen.
+        cu_seqlens: (batch + 1,) int32, from 0. The entries of row b are cu_seqlens[b] .. cu_seqlens[b + 1] - 1, as far
+            as there are so many; a row may have none. Entries from cu_seqlens[-1] on are padding, never chosen.
         counts: (batch,) int32 or int64: how many entries of each row are committed; all of a row that has fewer. May be
             None with threshold or factor, which take its place.
         threshold: commits every entry whose score reaches it, and the highest of each row.

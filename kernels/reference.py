@@ -234,10 +234,10 @@ def lm_head_confidence(
     keys = noise_key.split(rows) if noise_scale > 0 else itertools.repeat(None)
     for hidden_part, key_part in zip(hidden.split(rows), keys, strict=False):
         z = _logits(hidden_part, weight, round_logits)
-        for excluded in exclude_ids or ():
-            z[:, excluded] = LOWEST
         if logit_scale != 1:
             z.mul_(logit_scale)
+        for excluded in exclude_ids or ():
+            z[:, excluded] = LOWEST
         parts.append(_confidence(z, noise_scale, key_part))
     return Confidence(*map(torch.cat, zip(*parts, strict=True)))
 

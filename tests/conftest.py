@@ -28,7 +28,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 with contextlib.suppress(ImportError):
     from hypothesis import settings
 
-    settings.register_profile("dkv", derandomize=True, database=None, deadline=None, max_examples=200 if CUDA else 20)
+    settings.register_profile("dkv", derandomize=True, database=None, deadline=None, max_examples=20)
     settings.load_profile("dkv")
 
 
@@ -37,6 +37,14 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _give_back_memory(request):
+    """Other workers share the GPU."""
+    yield
+    if CUDA and "device" in request.fixturenames:
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="session")

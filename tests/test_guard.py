@@ -1,19 +1,25 @@
 """A patched model that changes, fails or is shared in the middle of a session: what it returns is never stale."""
 
 import copy
+import functools
 import io
 import pickle
 import threading
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
 from test_generate import FAMILIES, MASK, model, prompts
+from test_patch import llada_loop
 
 import dkv
 from dkv.decoder import find_decoder
 from dkv.guard import Snapshot
+
+# products of other numbers of rows round otherwise
+assert_close = functools.partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -77,7 +83,7 @@ def test_a_model_that_changes_between_two_steps(llm, change, filled):
     dkv.replace_attention(llm)
     call(llm), call(llm)
     change(llm)
-    torch.testing.assert_close(call(llm, filled=filled), call(untouched(llm), filled=filled))
+    assert_close(call(llm, filled=filled), call(untouched(llm), filled=filled))
 
 
 def test_steps_go_on_while_nothing_changes(llm):
@@ -106,7 +112,7 @@ def test_after_a_failure_everything_is_computed(llm, policy, failing):
         call(llm, filled=filled)
     with pytest.raises(KeyboardInterrupt):
         call(llm, filled=failing)
-    torch.testing.assert_close(call(llm, filled=failing), expected[failing])
+    assert_close(call(llm, filled=failing), expected[failing])
 
 
 def test_threads(llm):
@@ -152,7 +158,7 @@ def test_a_copy_in_the_middle_of_a_session_is_a_patched_model_of_its_own(llm, co
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.1)
-    torch.testing.assert_close(call(other), call(untouched(other)))
+    assert_close(call(other), call(untouched(other)))
     assert call(llm, filled=3).isnan().any(), "the session of the model goes on"
     assert not hasattr(dkv.restore_attention(other), "_dkv")
 
@@ -174,6 +180,48 @@ def test_hooks_that_would_be_passed_over_are_an_error(llm):
     del block.forward
     assert not call(looped).isnan().any()
     assert torch.equal(dkv.generate(looped, ids, gen_length=4).sequences, expected)
+
+
+def test_a_hook_on_the_model_itself(llm):
+    """generate never calls the model; under replace_attention its hooks run."""
+    seen, ids = [], prompts(9, device=llm.device)[0]
+    llm.register_forward_hook(lambda *args: seen.append(args))
+    with pytest.raises(ValueError, match=r"the model \(.*has a hook"):
+        dkv.generate(llm, ids, gen_length=4)
+    call(dkv.replace_attention(llm))
+    assert len(seen) == 1
+
+
+class Quantised(torch.nn.Module):
+    """As of libraries: integers and scales, a weight that is a method."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scale = linear.weight.detach().abs().amax() / 127
+        self.register_buffer("qweight", (linear.weight.detach() / self.scale).round().to(torch.int8))
+        self.linear_bias = None if linear.bias is None else linear.bias.detach()
+
+    def weight(self):
+        return self.qweight * self.scale
+
+    def bias(self):
+        return self.linear_bias
+
+    def forward(self, x):
+        return F.linear(x, self.weight(), self.bias())
+
+
+def test_quantised_layers_and_head_are_called(llm):
+    decoder = find_decoder(llm)
+    chosen = {id(m) for layer in decoder.layers for m in layer.linears} | {id(decoder.head)}
+    for path in [name for name, module in llm.named_modules() if id(module) in chosen]:
+        parent, _, name = path.rpartition(".")
+        setattr(llm.get_submodule(parent), name, Quantised(llm.get_submodule(path)))
+    expected = [call(llm, filled=filled) for filled in range(3)]
+    dkv.replace_attention(llm, dkv.NoCache())
+    for filled in range(3):
+        assert_close(call(llm, filled=filled), expected[filled])
 
 
 def test_autocast_does_not_apply(llm):
@@ -230,7 +278,7 @@ def test_masks_of_other_kinds_are_the_models_affair(llm, mask):
     if isinstance(results[0], str):
         assert results[0] == results[1]
     else:
-        torch.testing.assert_close(results[0], results[1])
+        assert_close(results[0], results[1])
 
 
 def test_one_mask_for_all_rows():
@@ -241,4 +289,37 @@ def test_one_mask_for_all_rows():
     with torch.no_grad():
         expected = llm(x, attention_mask=mask).logits[:, 3:]
         found = dkv.replace_attention(llm)(x, attention_mask=mask).logits[:, 3:]
-    torch.testing.assert_close(found, expected)
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("policy", [dkv.DualCache(), dkv.Decode(8, scope="block"), dkv.PrefixCache()], ids=repr)
+def test_rows_whose_prompt_is_masked(policy, device):
+    """The unconditional rows of guidance are at the block of the others: what the loop reads there is computed."""
+    llm = copy.deepcopy(model("llada", device))
+    seen = []
+
+    def checked(x, **options):
+        logits = llm(x, **options).logits
+        end = 9 + 8 * (1 + len(seen) // 8)
+        needed = (x == MASK) & (torch.arange(x.shape[1], device=device) < end)
+        seen.append(logits[needed].isnan().any() | (len(seen) % 8 == 7 and not logits.isnan().any()))
+        return SimpleNamespace(logits=logits)
+
+    dkv.replace_attention(llm, policy, block_length=8)
+    llada_loop(checked, prompts(9, 9, device=device)[0], gen_length=24, block_length=8, steps=24, cfg_scale=1.0)
+    assert len(seen) == 24 and not any(seen)
+
+
+def test_a_loop_that_takes_what_was_not_computed_is_told(llm):
+    """NaN is the largest number to argmax and topk: a loop with other blocks would not notice by itself."""
+    dkv.replace_attention(llm, dkv.DualCache(), block_length=4)
+    call(llm)
+    x = F.pad(prompts(9, 9, device=llm.device)[0], (0, 8), value=MASK)
+    x[:, 9] = 5
+    with torch.no_grad():
+        llm(x)
+        x = x.clone()
+        x[1, 15] = 5
+        with pytest.raises(RuntimeError, match="filled in 1 masks whose logits were not computed"):
+            llm(x)
+        assert not llm(x).logits.isnan().any(), "and after that everything is computed"

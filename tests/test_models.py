@@ -459,6 +459,30 @@ def test_default_dtype_is_the_configs_else_the_files(key, tmp_path):
     assert from_pretrained(tmp_path / "again", device="cpu").dtype == model.dtype
 
 
+def test_a_tied_model_whose_file_holds_a_head(tmp_path):
+    """Which its config says not to read."""
+    model = tiny_model("dream", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": torch.zeros(1, 1)}, tmp_path / "model.safetensors")
+    again = from_pretrained(tmp_path, device="cpu")
+    assert find_decoder(again).head is None and all(map(torch.equal, again.parameters(), model.parameters()))
+
+
+@pytest.mark.parametrize("rope", ["linear", {"full_attention": {"rope_theta": 1e6}}])
+def test_a_rope_of_another_kind(rope):
+    with pytest.raises(ValueError, match="the default RoPE only"):
+        tiny_model("dream", rope_scaling=rope)
+
+
+@pytest.mark.parametrize("field", ["rope_theta", "rms_norm_eps"])
+@pytest.mark.parametrize("value", [0, -1.0, "1e4", float("nan")])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_with_a_number_that_cannot_be(family, field, value):
+    with pytest.raises(ValueError, match=f"{field} must be a positive number"):
+        tiny_model(family, **{field: value})
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_tensor_under_two_names_is_saved_under_both(family, tmp_path):
     model = tiny_model(family)

@@ -250,7 +250,7 @@ def test_replayed_steps_under_a_foreign_loop(family, monkeypatch, device):
         take_tapes(monkeypatch, patch.Session)
     dkv.replace_attention(llm, dkv.Decode(4), block_length=4)
     for one, other in zip(outputs(), want, strict=True):
-        torch.testing.assert_close(one, other, equal_nan=True)
+        torch.testing.assert_close(one, other, equal_nan=True, atol=1e-4, rtol=1e-4)
     graphs = llm._dkv.session.graphs
     assert graphs.captured > 0 and (device == "cuda" or graphs.replays >= 10)
 
@@ -406,7 +406,7 @@ def test_a_recording_ends(error):
             assert not gc.isenabled()
             if error:
                 raise error
-    graph.capture_begin.assert_called_once_with(pool=None)
+    graph.capture_begin.assert_called_once_with(pool=None, capture_error_mode="thread_local")
     graph.capture_end.assert_called_once_with()
     assert gc.isenabled()
 

@@ -43,10 +43,11 @@ def read_settings(config, owner):
     fields.must_be("use_mrope", False, default=False)
     # transformers 5 keeps the parameters of the plain RoPE in a dict, under either name
     rope = fields.get("rope_parameters", None) or fields.get("rope_scaling", None) or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
+    is_plain = isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values())
+    if not is_plain or rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"{owner}: dkv supports the default RoPE only, got rope_scaling={rope!r}.")
-    rope_theta = fields.get("rope_theta", None) or rope.get("rope_theta", 10000.0)
+    rope_theta = fields.get("rope_theta", None)
+    rope_theta = fields.check_positive("rope_theta", rope.get("rope_theta", 1e4) if rope_theta is None else rope_theta)
     hidden_size, nheads = fields.count("hidden_size"), fields.count("num_attention_heads")
     vocab_size = fields.count("vocab_size")
     return Settings(
@@ -55,7 +56,7 @@ def read_settings(config, owner):
         mlp_size=fields.count("intermediate_size"),
         layers=fields.count("num_hidden_layers"),
         rope_theta=rope_theta,
-        eps=fields.get("rms_norm_eps", 1e-6),
+        eps=fields.positive("rms_norm_eps", 1e-6),
         vocab_size=vocab_size,
         max_positions=fields.count("max_position_embeddings", 32768),
         tied=fields.get("tie_word_embeddings", False),

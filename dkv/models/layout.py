@@ -88,6 +88,14 @@ class Fields:
             raise ValueError(f"{self.owner}: {name} must be a positive int, got {value!r}.")
         return value
 
+    def positive(self, name, default):
+        return self.check_positive(name, self.get(name, default))
+
+    def check_positive(self, name, value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise ValueError(f"{self.owner}: {name} must be a positive number, got {value!r}.")
+        return float(value)
+
     def must_be(self, name, supported, default=_REQUIRED):
         """`default`: what a missing field means to the official code."""
         value = self.get(name, default)
@@ -140,9 +148,10 @@ def read_decoder(model, layout, settings, **what_differs):
     head = module_at(model, layout.head)
     if head is None and not settings.tied:
         find(layout.head)
-    if head is not None and head.weight is embed.weight:
+    if head is not None and getattr(head, "weight", None) is embed.weight:
         head = None
-    if getattr(head, "bias", None) is not None:
+    # of a quantised module it may be a method
+    if isinstance(getattr(head, "bias", None), torch.Tensor):
         raise ValueError(f"{owner}: {layout.head} has a bias, which dkv does not support.")
     _check_norm(owner, layout.final_norm, final_norm)
     layers = []
@@ -157,10 +166,13 @@ def read_decoder(model, layout, settings, **what_differs):
         attention = prefix + layout.layer["q"].removesuffix("q_proj")
         if module_at(model, attention + "q_norm") is not None or module_at(model, attention + "k_norm") is not None:
             raise ValueError(f"{owner}: {attention}q_norm and k_norm (QK normalisation) are not supported by dkv.")
-        if roles["q"].weight.device != embed.weight.device:
+        # that of a quantised module may be a method
+        weights = [module.weight for module in roles.values() if isinstance(getattr(module, "weight", 0), torch.Tensor)]
+        device = next((w.device for w in weights if w.device != embed.weight.device), None)
+        if device is not None:
             raise ValueError(
                 f"{owner}: dkv runs a model on one device, but {layout.embed} is on {embed.weight.device} and "
-                f"{prefix}* on {roles['q'].weight.device}; load it without a device_map."
+                f"{prefix}* on {device}; load it without a device_map."
             )
         layers.append(Layer(**roles))
     return Decoder(

@@ -148,10 +148,12 @@ class NativeModel(nn.Module):
         """Reads every tensor once, straight to its device and dtype; dtype None: that of the first tensor."""
         model = cls(config, owner=str(folder / CONFIG))
         files = _weight_files(folder)
-        _check_tensors(folder, files, {name: tuple(p.shape) for name, p in model.named_parameters()})
+        # of a tied model some files also hold the head
+        unused = {f"{cls.layout.head}.weight"} if model.settings.tied else set()
+        _check_tensors(folder, files, {name: tuple(p.shape) for name, p in model.named_parameters()}, unused)
         for file in files:
             with safe_open(file, framework="pt", device=str(device)) as tensors:
-                for name in tensors.keys():
+                for name in sorted(set(tensors.keys()) - unused):
                     tensor = tensors.get_tensor(name)
                     if tensor.dtype not in FLOAT_DTYPES:
                         raise ValueError(f"{file}: {name} is {tensor.dtype}; quantised weights are not supported.")
@@ -166,8 +168,8 @@ class NativeModel(nn.Module):
     def save_pretrained(self, folder, *, max_shard_bytes=5 * 2**30):
         """Writes config.json and the weights in the official layout.
 
-        Weights that were in the folder are replaced. Tokenizer files and generation_config.json are not written: copy
-        them from where the model came from.
+        Weights that were in the folder are replaced. Tokenizer files, generation_config.json and the modeling files
+        that `trust_remote_code` runs are not written: copy them from where the model came from.
 
         Args:
             folder: made if it does not exist.
@@ -237,15 +239,15 @@ def _weight_files(folder):
     return [folder / name for name in names]
 
 
-def _check_tensors(folder, files, expected):
-    """The files must hold exactly the expected tensors; expected: name -> shape."""
+def _check_tensors(folder, files, expected, unused):
+    """The files must hold exactly the expected tensors, and may hold the unused ones; expected: name -> shape."""
     found = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - expected.keys()),
+        "unexpected": sorted(found.keys() - expected.keys() - unused),
         "wrongly shaped": [
             f"{name} {found[name]} instead of {shape}"
             for name, shape in expected.items()
