@@ -1,5 +1,6 @@
 """The benchmarks measure what they say: counts, checks that can fail, the form of the results, budgets."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -169,6 +171,25 @@ def test_a_broken_provider_is_not_timed(monkeypatch, capsys, tmp_path):
 # ---- timing
 
 
+def test_an_error_at_one_point_keeps_the_others(monkeypatch, tmp_path):
+    rivals = providers.rivals
+
+    def broken(case, **options):
+        if case.point.active == 4:
+            raise ZeroDivisionError("no mask for that")
+        return rivals(case, **options)
+
+    monkeypatch.setattr(providers, "rivals", broken)
+    points = "LLaDA-8B:1:32:4,LLaDA-8B:1:32:8"
+    arguments = ["--points", points, "--budget", "30", "--no-lint", "--no-plot", "--out", str(tmp_path)]
+    assert attn_speed.main(arguments) == 1
+    result = json.loads((tmp_path / "attn_speed_points.json").read_text())
+    assert {row["active"] for row in result["rows"]} == {8}
+    (refused,) = result["refused"]
+    assert refused["reason"] == "ZeroDivisionError: no mask for that"
+    assert refused["point"] == str(Point("LLaDA-8B", 1, 32, 4, False))
+
+
 def test_interleaved_samples_are_bounded_and_spread():
     class Timer:
         def __init__(self, name, cost):
@@ -182,6 +203,51 @@ def test_interleaved_samples_are_bounded_and_spread():
     assert order.count("fast") == 20 and order.count("slow") == 5
     first, last = order.index("slow"), len(order) - 1 - order[::-1].index("slow")
     assert first < 8 and last > 15
+
+
+@pytest.mark.parametrize(
+    "call_ms, sets, calls", [(0.02, 1, 50), (0.02, 3, 51), (1e-4, 1, 64), (5.0, 1, 1), (5.0, 4, 4), (0.02, 100, 100)]
+)
+def test_a_graph_holds_a_millisecond_of_calls(monkeypatch, call_ms, sets, calls):
+    """The stand-in for CUDA counts the calls that the graph in use recorded."""
+    current = {"recorded": 0, "clock": 0.0}
+
+    class Graph:
+        def capture_begin(self, **options):
+            current["recorded"] = 0
+
+        def capture_end(self):
+            self.calls = current["recorded"]
+
+        def replay(self):
+            current["clock"] += self.calls * call_ms
+
+    class Event:
+        def __init__(self, **options):
+            self.time = None
+
+        def record(self):
+            self.time = current["clock"]
+
+        def elapsed_time(self, end):
+            return end.time - self.time
+
+    stand_ins = {"CUDAGraph": Graph, "Event": Event, "Stream": mock.Mock, "stream": lambda s: contextlib.nullcontext()}
+    stand_ins |= dict.fromkeys(("current_stream", "synchronize", "empty_cache"), mock.Mock())
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    used = []
+
+    def run(i):
+        current["recorded"] += 1
+        used.append(i)
+        return torch.zeros(1)
+
+    timer = common.GraphTimer(run, sets, pool=None)
+    assert timer.calls == timer.graph.calls == calls and used[-calls:] == [i % sets for i in range(calls)]
+    timer.output()
+    timer.tick()
+    assert timer.milliseconds() == pytest.approx([call_ms]) and timer.cost == pytest.approx(calls * call_ms / 1e3)
 
 
 def test_quantiles():

@@ -401,6 +401,32 @@ def test_without_time_it_says_what_was_not_run(bench):
     assert result["not_run"] == ["LLaDA-tiny: batch 2, prompt 8 + 8 tokens, run"]
 
 
+def test_what_fails_is_a_row_and_the_rest_is_measured(bench, monkeypatch):
+    run = Ours.run
+
+    def failing(self, job, **options):
+        if job.label == "Decode":
+            raise RuntimeError("no such kernel\nand details")
+        return run(self, job, **options)
+
+    monkeypatch.setattr(Ours, "run", failing)
+    _, output, result = bench("--points", "LLaDA:1:8:8", "--policies", "NoCache,Decode,DualCache", "--budget", "60")
+    failures = {row["label"]: row["failure"] for row in result["rows"] if row["system"] == "dkv"}
+    assert failures == {"NoCache": None, "Decode": "RuntimeError: no such kernel", "DualCache": None}
+    assert "RuntimeError: no such kernel" in output
+
+
+def test_an_error_of_the_benchmark_keeps_what_it_has(bench, monkeypatch):
+    def broken(model, job, ceilings):
+        raise ZeroDivisionError("nothing was profiled")
+
+    monkeypatch.setattr(generate_speed.step_profile, "profile", broken)
+    arguments = ("--points", "LLaDA:1:8:8", "--policies", "NoCache", "--budget", "60", "--profile")
+    status, _, result = bench(*arguments)
+    assert status == 1 and result["not_run"] == ["whatever is not above: ZeroDivisionError: nothing was profiled"]
+    assert [row["system"] for row in result["rows"] if row["seconds"]] == ["dkv", "plain loop"]
+
+
 def test_a_stopped_run_keeps_what_it_has(bench, monkeypatch):
     run, calls = Ours.run, []
 
