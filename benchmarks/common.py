@@ -76,7 +76,12 @@ def cpu_name():
 
 
 def commit():
-    """Short hash of the checkout, with "-dirty" if it has changes; "unknown" outside a git repository."""
+    """Short hash of the checkout, with "-dirty" if it has changes; "unknown" outside a git repository.
+
+    The variable GIT_COMMIT says it for a copy of the files without one.
+    """
+    if given := os.environ.get("GIT_COMMIT"):
+        return given
     head = output_of("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
     if head == "unknown":
         return head

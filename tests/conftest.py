@@ -24,6 +24,8 @@ if importlib.util.find_spec("dkv") is None:
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+# no TF32, whatever the environment says
+torch.set_float32_matmul_precision("highest")
 
 with contextlib.suppress(ImportError):
     from hypothesis import settings

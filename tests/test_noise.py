@@ -62,7 +62,8 @@ def test_kernels_draw_the_same(device):
     assert torch.equal(hashes, (uniform(expected) * 2**32 - 0.5).long())
     oracle = gumbel(expected)
     assert variates.isfinite().all() and oracle.isfinite().all()
-    assert ((variates - oracle).abs() <= 2e-7 * (1 + oracle.abs())).all()
+    # a GPU's division and logarithms are not rounded correctly
+    assert ((variates - oracle).abs() <= 4e-7 * (1 + oracle.abs())).all()
 
 
 def test_the_mixer_is_that_of_murmurhash3():
