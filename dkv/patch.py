@@ -312,15 +312,17 @@ class Session:
         same = _and_equal(same, positions, self.given_positions)
         if same is None:
             return False
-        unseen = predictors(state.masked & (x != state.mask_id), state) & ~self.active
+        # the largest of a row of NaN is the first; other tokens may come from elsewhere, such as the end of a text
+        unseen = predictors(state.masked & (x == 0) & (x != state.mask_id), state) & ~self.active
         # where it does not go on, this state is of no use any more
         state.advance(x)
         self.active.copy_(active_positions(self.policy, state, state.in_block))
         same, unseen, self.count = torch.stack((same.long(), unseen.sum(), self.active.sum())).tolist()
         if same and unseen:
             raise RuntimeError(
-                f"the loop filled in {unseen} masks whose logits were not computed, and are NaN: its block_length must "
-                "be the one that replace_attention was given, and it must take tokens of the current block only."
+                f"the loop put token 0 in place of {unseen} masks whose logits were not computed, and are NaN: its "
+                "block_length must be the one that replace_attention was given, and it must take tokens of the current "
+                "block only."
             )
         return bool(same)
 

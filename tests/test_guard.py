@@ -319,7 +319,13 @@ def test_a_loop_that_takes_what_was_not_computed_is_told(llm):
     with torch.no_grad():
         llm(x)
         x = x.clone()
-        x[1, 15] = 5
-        with pytest.raises(RuntimeError, match="filled in 1 masks whose logits were not computed"):
+        x[1, 16] = 7
+        logits = llm(x).logits[1]
+        assert logits.isnan().any(), "a token from elsewhere is no reason"
+        column = 14 if find_decoder(llm).family.shifted else 15
+        assert logits[column].isnan().all()
+        x = x.clone()
+        x[1, 15] = logits[column].argmax()
+        with pytest.raises(RuntimeError, match="in place of 1 masks whose logits were not computed"):
             llm(x)
         assert not llm(x).logits.isnan().any(), "and after that everything is computed"
