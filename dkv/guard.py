@@ -2,9 +2,10 @@
 
 
 class Snapshot:
-    """The modules, hooks and parameters of a model at this moment.
+    """The modules, hooks, parameters and buffers of a model at this moment.
 
-    Changes in place are seen as far as PyTorch counts them: not those through `.data`, nor those of inference tensors.
+    Changes in place are seen as far as PyTorch counts them: not those through `.data`, nor those of inference tensors;
+    nor are switches that are plain attributes, such as an adapter's: `dkv.reset` after those.
     """
 
     def __init__(self, model):
@@ -19,9 +20,17 @@ class Snapshot:
 def _state(module):
     return (
         tuple(module._modules.values()),
-        [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in module._parameters.values() if p is not None],
+        [(p.data_ptr(), _version(p)) for p in module._parameters.values() if p is not None],
+        [(b.data_ptr(), _version(b)) for b in module._buffers.values() if b is not None],
         (*module._forward_pre_hooks, *module._forward_hooks, module.__dict__.get("forward")),
     )
+
+
+def _version(tensor):
+    try:
+        return tensor._version
+    except RuntimeError:  # those made under inference mode have none
+        return 0
 
 
 def check_containers(model, called, *, runs_forward):
@@ -42,7 +51,8 @@ def check_containers(model, called, *, runs_forward):
         found = [contains_called(child, f"{path}.{name}") for name, child in module.named_children()]
         hooked = module._forward_pre_hooks or module._forward_hooks
         # what replace_attention puts on the model is a replaced forward too
-        changed = not runs_forward and hooked if module is model else hooked or "forward" in module.__dict__
+        replaced = "forward" in module.__dict__ and "_orig_mod" not in module._modules  # as torch.compile does
+        changed = not runs_forward and hooked if module is model else hooked or replaced
         if any(found) and changed:
             raise ValueError(
                 f"{path.removeprefix('.') or 'the model'} ({type(module).__name__}) has a hook or a replaced forward, "

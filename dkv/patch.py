@@ -47,8 +47,8 @@ def replace_attention(model, policy=None, *, block_length=None, impl="auto"):
     Args:
         model: a LLaDA or Dream of `dkv.from_pretrained` or of Hugging Face's remote code, or a finetune of those.
         policy: see `dkv.Policy`; None: `dkv.Decode()`. `Greedy` needs `dkv.generate`.
-        block_length: the block length of the loop, all rows at the same block; counted from the first mask, of the row
-            where that is last. None: one block.
+        block_length: the block length of the loop, counted from the first mask of the row where that is last. None: one
+            block.
         impl: "auto", "triton" or "reference", see `dkv.kernels`.
 
     Returns:
@@ -63,7 +63,7 @@ def replace_attention(model, policy=None, *, block_length=None, impl="auto"):
         >>> out = generate(model, prompt, gen_length=128, block_length=32)  # LLaDA's own generate.py
     """
     if hasattr(model, "_orig_mod"):
-        raise ValueError("the model is compiled: pass the one that torch.compile was given, and compile it afterwards.")
+        raise ValueError("the model is compiled: pass the one that torch.compile was given; compile no patched model.")
     decoder = find_decoder(model)
     policy = Decode() if policy is None else policy
     if not isinstance(policy, Policy):
@@ -275,7 +275,7 @@ class Session:
             first_generated=_first_generated(decoder, beginning),
             block_length=patch.block_length,
             shifted=decoder.family.shifted,
-            lockstep=True,
+            prompt_masks_wait=False,
         )
         leftpad = torch.zeros(x.shape[0], dtype=torch.int32, device=x.device) if masking == "left" else None
         key_mask = torch.empty_like(beginning.real) if masking == "columns" else None

@@ -18,8 +18,7 @@ class State:
         decoded_step: (batch, seqlen) int32, the step after which a position was decoded; `PROMPT` and `MASKED` are its
             values for positions decoded from the start and for masked ones.
         step: () int64, steps done so far; the step about to run has this number.
-        block, block_step: (batch, 1) int64, the block of a row's first mask (in lockstep: of the row where it is last),
-            and the steps done since it was reached.
+        block, block_step: (batch, 1) int64, the block of a row's first mask, and the steps done since it was reached.
         block_start, block_end: (batch, 1) int64, the first column of that block and the one behind it.
         block_masks: (batch, 1) int64, masks of the block when it was reached.
         running: (batch, 1) bool, whether the row has masks left.
@@ -30,14 +29,15 @@ class State:
         to_decode_columns: (batch, n) int64, the same as columns in decoding order, -1 padded; else None.
     """
 
-    def __init__(self, x, *, mask_id, real, first_generated, block_length, shifted, lockstep=False):
+    def __init__(self, x, *, mask_id, real, first_generated, block_length, shifted, prompt_masks_wait=True):
         """
         Args:
             first_generated: (batch, 1) int64, where blocks are counted from.
             block_length: int, None: one block.
-            lockstep: whether all rows are at the same block.
+            prompt_masks_wait: whether a row stays at its first block until the masks in front of it are decoded; else
+                they may stay, as in the unconditional rows of guidance, and only those behind count for the block.
         """
-        self.mask_id, self.shifted, self.lockstep = mask_id, shifted, lockstep
+        self.mask_id, self.shifted, self.prompt_masks_wait = mask_id, shifted, prompt_masks_wait
         self.block_length = block_length or x.shape[1]
         self.columns = torch.arange(x.shape[1], device=x.device)[None]
         self.x, self.real, self.masked = torch.empty_like(x), torch.empty_like(real), torch.empty_like(real)
@@ -95,11 +95,10 @@ class State:
 
     def _find_blocks(self):
         self.running.copy_(self.masked.any(1, keepdim=True))
-        first_mask = self.masked.int().argmax(1, keepdim=True)
+        masked = self.masked if self.prompt_masks_wait else self.masked & (self.columns >= self.first_generated)
+        first_mask = masked.int().argmax(1, keepdim=True)
         block = (first_mask - self.first_generated).clamp(min=0) // self.block_length
-        block = torch.where(self.running, block, self.block)
-        if self.lockstep:
-            block = block.amax(0, keepdim=True).expand_as(block)
+        block = torch.where(masked.any(1, keepdim=True), block, self.block)
         entered = block != self.block
         self.block.copy_(block)
         torch.add(self.first_generated, block, alpha=self.block_length, out=self.block_start)

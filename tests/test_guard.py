@@ -7,6 +7,7 @@ import pickle
 import threading
 from types import SimpleNamespace
 
+import oracle
 import pytest
 import tiny
 import torch
@@ -84,6 +85,16 @@ def test_a_model_that_changes_between_two_steps(llm, change, filled):
     call(llm), call(llm)
     change(llm)
     assert_close(call(llm, filled=filled), call(untouched(llm), filled=filled))
+
+
+def test_a_buffer_that_changes(llm):
+    norm = find_decoder(llm).layers[0].mlp_norm
+    norm.register_buffer("scale", torch.tensor(1.0, device=llm.device))
+    norm.register_forward_hook(lambda module, args, output: output * module.scale)
+    dkv.replace_attention(llm)
+    call(llm), call(llm)
+    norm.scale.mul_(2)
+    assert_close(call(llm, filled=1), call(untouched(llm), filled=1))
 
 
 def test_steps_go_on_while_nothing_changes(llm):
@@ -258,8 +269,8 @@ def test_a_forward_that_came_later_is_not_lost(llm):
     assert not call(llm).isnan().any()
 
 
-def test_a_compiled_model_is_patched_first(llm):
-    with pytest.raises(ValueError, match="compile it afterwards"):
+def test_a_compiled_model_is_not_patched(llm):
+    with pytest.raises(ValueError, match="the one that torch.compile was given"):
         dkv.replace_attention(torch.compile(llm, backend="eager"))
 
 
@@ -308,6 +319,39 @@ def test_rows_whose_prompt_is_masked(policy, device):
     dkv.replace_attention(llm, policy, block_length=8)
     llada_loop(checked, prompts(9, 9, device=device)[0], gen_length=24, block_length=8, steps=24, cfg_scale=1.0)
     assert len(seen) == 24 and not any(seen)
+
+
+def test_rows_that_finish_a_block_at_different_steps(llm):
+    """A row that is behind goes on in its own block."""
+    alone = copy.deepcopy(llm)
+    for patched in (llm, alone):
+        dkv.replace_attention(patched, dkv.DualCache(), block_length=4)
+    x = F.pad(prompts(9, 9, device=llm.device)[0], (0, 8), value=MASK)
+    with torch.no_grad():
+        for filled in ((0, 0), (4, 1), (5, 2), (6, 3), (7, 4), (7, 5)):
+            x = x.clone()
+            for row, count in enumerate(filled):
+                x[row, 9 : 9 + count] = 5
+            logits, slow = llm(x).logits[1:], alone(x[1:]).logits
+            assert_close(logits, slow, equal_nan=True)
+
+
+def test_a_model_loaded_under_inference_mode(device):
+    with torch.inference_mode():
+        llm = dkv.from_pretrained(oracle.weights_path("llada_mha_s0"), device=device)
+        expected = call(llm, filled=1)
+        dkv.replace_attention(llm, dkv.NoCache())
+        call(llm)
+        assert_close(call(llm, filled=1), expected)
+
+
+def test_blocks_that_are_compiled_are_no_hooks(llm):
+    looped, ids = tiny.Lookalike(llm), prompts(9, device=llm.device)[0]
+    expected = dkv.generate(looped, ids, gen_length=4).sequences
+    path = next(name for name, _ in looped.named_modules() if name.endswith(".1"))
+    parent, _, name = path.rpartition(".")
+    looped.get_submodule(parent)[int(name)] = torch.compile(looped.get_submodule(path), backend="eager")
+    assert torch.equal(dkv.generate(looped, ids, gen_length=4).sequences, expected)
 
 
 def test_a_loop_that_takes_what_was_not_computed_is_told(llm):
