@@ -30,7 +30,8 @@ class State:
     """
 
     def __init__(self, x, *, mask_id, real, first_generated, block_length, shifted, prompt_masks_wait=True):
-        """
+        """Begins a run with x and real, which are as above.
+
         Args:
             first_generated: (batch, 1) int64, where blocks are counted from.
             block_length: int, None: one block.
