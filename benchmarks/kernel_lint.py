@@ -7,10 +7,10 @@
 Each case calls the real launcher with fake CUDA tensors of true model shapes; what it launches is recorded instead, and
 compiled with the specialisation that Triton's JIT would give it. A case fails if registers spill inside the loop, if
 shared memory passes the architecture's limit, if what the kernel streams (K and V, weights, rows) is not loaded 16
-bytes at a time, or if a matrix product misses the tensor cores (on Hopper: wgmma, from 64 rows on). The figures are
-compared with those kept, by --baseline, in benchmarks/results/compile/ for the Triton version at hand, on which
-registers and spills depend: spills that grow fail even outside the loop, where they cost little. The exit status is 1
-if a case fails.
+bytes at a time, if a matrix product misses the tensor cores (on Hopper: wgmma, from 64 rows on), or if the merge of key
+splits waits for some of its loads before it issues the others. The figures are compared with those kept, by --baseline,
+in benchmarks/results/compile/ for the Triton version at hand, on which registers and spills depend: spills that grow
+fail even outside the loop, where they cost little. The exit status is 1 if a case fails.
 """
 
 import argparse
@@ -73,7 +73,7 @@ REGISTERS_PER_PROCESSOR = 65536
 # what each kernel streams, in one turn of its loop if it has one: tiles from these pointers, of these sizes
 STREAMED_TILES = {
     "delayed_attention": [(("k_ptr", "v_ptr"), ("BLOCK_N", "HEADDIM"))],
-    "merge_splits": [(("partial_out_ptr",), ("BLOCK_M", "HEADDIM"))],
+    "merge_splits": [(("partial_out_ptr",), ("SPLITS", "BLOCK_M", "HEADDIM"))],
     # a tile is one half of a head
     "rope_cache": [(("q_ptr", "k_ptr", "v_ptr") * 2, ("BLOCK_T", "BLOCK_H", "HALF"))],
     "add_rms_norm": [(("x_ptr", "residual_ptr", "weight_ptr"), ("BLOCK",))],
@@ -81,6 +81,8 @@ STREAMED_TILES = {
     "swiglu": [(("gate_up_ptr",) * 2, ("BLOCK",))],
     "lm_head": [(("weight_ptr",), ("BLOCK_V", "BLOCK_D")), (("hidden_ptr",), ("BLOCK_R", "BLOCK_D"))],
 }
+# these kernels cost nothing but latency: their loads must be in flight at the same time
+ONE_TRIP_TO_MEMORY = ("merge_splits",)
 
 
 @dataclass(frozen=True)
@@ -408,6 +410,7 @@ class Row:
     instructions: int
     failures: list
     changes: list = field(default_factory=list)
+    late_share: float = 0.0
 
     @property
     def key(self):
@@ -443,6 +446,7 @@ def inspect(launch, arch, *, case="", tensor_cores=False):
         wide_share=min(1.0, sass.wide_bytes(load_bytes) / streamed) if streamed else 1.0,
         instructions=len(sass.opcodes),
         failures=[],
+        late_share=sass.late_loads / len(sass.loads) if sass.loads else 0.0,
     )
     row.failures = check(row, tensor_cores)
     return row
@@ -456,13 +460,14 @@ class Sass:
     """What the checks need of a kernel's machine code, as nvdisasm prints it."""
 
     def __init__(self, text):
-        self.opcodes, loops, labels = [], [], {}
+        self.opcodes, registers, loops, labels = [], [], [], {}
         for line in text.splitlines():
             if label := re.match(r"(\.L\w+):", line):
                 labels[label[1]] = len(self.opcodes)
-            instruction = re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", line)
+            instruction = re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)(.*)", line)
             if instruction is None:
                 continue
+            registers.append([int(number) for number in re.findall(r"\bR(\d+)", instruction[2])])
             target = re.search(r"`\((\.L\w+)\)", line) if instruction[1].startswith("BRA") else None
             if target and target[1] in labels:
                 loops.append(range(labels[target[1]], len(self.opcodes)))
@@ -472,6 +477,7 @@ class Sass:
         in_loops = self._opcodes_in(loops)
         innermost = [loop for loop in loops if not any(loop.start < other.start < loop.stop for other in loops)]
         self.loads = [_load_bytes(op) for op in self._opcodes_in(innermost) or self.opcodes if _is_load(op)]
+        self.late_loads = len(self.loads) if loops else _late_loads(self.opcodes, registers)
         self.loop_spills = sum(op.split(".")[0] in ("LDL", "STL") for op in in_loops)
         self.tensor_core_instructions = dict(
             Counter(op.split(".")[0] for op in self.opcodes if re.match(r"(HMMA|HGMMA|UTC\w*MMA)\b", op))
@@ -483,6 +489,21 @@ class Sass:
     def wide_bytes(self, load_bytes):
         """Bytes a thread loads in the innermost loops (without one: at all) by instructions of `load_bytes` or more."""
         return sum(width for width in self.loads if width >= load_bytes)
+
+
+def _late_loads(opcodes, registers):
+    """Of straight code: how many loads are issued only after the result of one has been waited for.
+
+    `registers` holds, for every instruction, those that it names, the first one that it writes in front.
+    """
+    in_flight = set()
+    for i, (opcode, named) in enumerate(zip(opcodes, registers, strict=True)):
+        target = named[:1] if opcode.startswith("LDG.") else []
+        if in_flight.intersection(named[len(target) :]):
+            return sum(map(_is_load, opcodes[i:]))
+        for first in target:
+            in_flight.update(range(first, first + max(1, _load_bytes(opcode) // 4)))
+    return 0
 
 
 def _is_load(opcode):
@@ -516,6 +537,9 @@ def check(row, tensor_cores):
         failures.append(f"{row.shared / 1024:.0f} KiB of shared memory, sm_{row.arch} has {limit}")
     if row.wide_share < 1.0:
         failures.append(f"only {row.wide_share:.0%} of the streamed bytes come in loads of {row.load_bytes}")
+    # the compiler may interleave the last ones with the first waits
+    if row.kernel in ONE_TRIP_TO_MEMORY and row.late_share > 0.1:
+        failures.append(f"{row.late_share:.0%} of the loads are issued after a wait for others")
     kinds = set(row.tensor_core_instructions)
     if tensor_cores and not kinds:
         failures.append("no tensor-core instruction")

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from dkv.kernels import checks, reference
-from dkv.kernels.launch import MERGE, attention_launch, num_splits_heuristic, processors
+from dkv.kernels.launch import MAX_SPLITS, attention_launch, merge_launch, num_splits_heuristic, processors
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -236,40 +236,42 @@ def _merge_splits_kernel(
     NHEADS: tl.constexpr,
     HEADDIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """Merges the partial results of the splits; a tile row is one query of one head."""
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """Merges the partial results of up to SPLITS splits; a tile row is one query of one head."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, HEADDIM)
-    tokens = offs_m // NHEADS
-    # lse is laid out (nheads, total), out (total, nheads, headdim)
-    lse_offs = offs_m % NHEADS * total + tokens
+    offs_s = tl.arange(0, SPLITS)
     rows = total.to(tl.int64) * NHEADS
-    # nothing was written for the padding queries behind the last row
-    written = tokens < tl.minimum(tl.load(cu_seqlens_q_ptr + batch), total)
+    in_range = offs_m < rows
+    # lse is laid out (nheads, total), out (total, nheads, headdim)
+    tokens = offs_m // NHEADS
+    offs_lse = (offs_m % NHEADS).to(tl.int64) * total + tokens
+    offs_out = offs_m.to(tl.int64)[:, None] * HEADDIM + offs_d[None, :]
 
-    max_lse = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    for split in range(splits):
-        lse = tl.load(partial_lse_ptr + split * rows + lse_offs, mask=written, other=float("-inf"))
-        max_lse = tl.maximum(max_lse, lse)
+    # one trip to memory: every load is issued before any is waited for, the large ones first
+    valid = (offs_s < splits)[:, None] & in_range[None, :]
+    # [SPLITS, BLOCK_M, HEADDIM]
+    partial_ptrs = partial_out_ptr + (offs_s * (rows * HEADDIM))[:, None, None] + offs_out[None, :, :]
+    partial = tl.load(partial_ptrs, mask=valid[:, :, None], other=0.0)
+    # [SPLITS, BLOCK_M]
+    lse_ptrs = partial_lse_ptr + (offs_s * rows)[:, None] + offs_lse[None, :]
+    lse = tl.load(lse_ptrs, mask=valid, other=float("-inf"))
+    queries = tl.load(cu_seqlens_q_ptr + batch)
+
+    max_lse = tl.max(lse, 0)
     pivot = tl.where(max_lse == float("-inf"), 0.0, max_lse)
-
-    # [BLOCK_M, HEADDIM]
-    acc = tl.zeros([BLOCK_M, HEADDIM], dtype=tl.float32)
-    weight_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-    for split in range(splits):
-        lse = tl.load(partial_lse_ptr + split * rows + lse_offs, mask=written, other=float("-inf"))
-        weight = tl.exp2((lse - pivot) * LOG2_E)
-        partial_ptrs = partial_out_ptr + (split * rows + offs_m)[:, None] * HEADDIM + offs_d[None, :]
-        acc += weight[:, None] * tl.load(partial_ptrs, mask=written[:, None], other=0.0)
-        weight_sum += weight
-
-    empty = weight_sum == 0.0
+    weights = tl.exp2((lse - pivot[None, :]) * LOG2_E)
+    weight_sum = tl.sum(weights, 0)
+    # no valid key; or a padding query behind the last row, for which nothing was written: what was read is garbage
+    empty = (weight_sum == 0.0) | (tokens >= queries)
     weight_sum = tl.where(empty, 1.0, weight_sum)
-    acc = acc / weight_sum[:, None]
+    # [BLOCK_M, HEADDIM]
+    out = tl.sum(partial * weights[:, :, None], 0) / weight_sum[:, None]
+    out = tl.where(empty[:, None], 0.0, out)
     lse = tl.where(empty, float("-inf"), pivot + tl.log2(weight_sum) * LN_2)
-    out_ptrs = out_ptr + offs_m[:, None] * HEADDIM + offs_d[None, :]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(offs_m < rows)[:, None])
-    tl.store(lse_ptr + lse_offs, lse, mask=offs_m < rows)
+    tl.store(out_ptr + offs_out, out.to(out_ptr.dtype.element_ty), mask=in_range[:, None])
+    tl.store(lse_ptr + offs_lse, lse, mask=in_range)
 
 
 def _launch(
@@ -308,6 +310,7 @@ def _launch(
             headdim=headdim,
             processors=processors(q.device),
         )
+    num_splits = min(num_splits, MAX_SPLITS)
     partial_out, partial_lse = out, lse
     if num_splits > 1:
         partial_out = torch.empty((num_splits, total, nheads, headdim), dtype=torch.float32, device=q.device)
@@ -360,7 +363,8 @@ def _launch(
             num_stages=launch.num_stages,
         )
         if num_splits > 1:
-            _merge_splits_kernel[(triton.cdiv(total * nheads, MERGE.block_m),)](
+            merge = merge_launch(q.device)
+            _merge_splits_kernel[(triton.cdiv(total * nheads, merge.block_m),)](
                 partial_out_ptr=partial_out,
                 partial_lse_ptr=partial_lse,
                 out_ptr=out,
@@ -371,8 +375,9 @@ def _launch(
                 splits=num_splits,
                 NHEADS=nheads,
                 HEADDIM=headdim,
-                BLOCK_M=MERGE.block_m,
-                num_warps=MERGE.num_warps,
+                BLOCK_M=merge.block_m,
+                SPLITS=MAX_SPLITS,
+                num_warps=merge.num_warps,
             )
     return out, lse
 
@@ -474,7 +479,8 @@ def delayed_attention(
             with -1.
         k_descale, v_descale: reserved for 8-bit caches; must be None.
         softmax_scale: a float; None: headdim ** -0.5.
-        num_splits: into how many parts the keys of a row are split. None: as many as the GPU needs to be busy.
+        num_splits: into how many parts the keys of a row are split, 16 at most: more is taken for 16. None: as many as
+            the GPU needs to be busy.
         return_softmax_lse: also return the log-sum-exp of the scaled scores.
         impl: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "reference".
 

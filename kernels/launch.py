@@ -129,7 +129,6 @@ FULL_PRECISION = (
 INTERPRETER = (AttentionLaunch(16, 64, 4, 1, full_tiles_first=True), AttentionLaunch(64, 64, 4, 1))
 
 
-MERGE = MergeLaunch(block_m=16, num_warps=4)
 PACK = PackLaunch(block=1024, num_warps=4)
 
 
@@ -197,6 +196,11 @@ def rope_launch(device, headdim):
     if architecture(device) is None:
         return RopeLaunch(block_t=16, block_h=8, num_warps=4)
     return RopeLaunch(block_t=1, block_h=max(8, 512 // headdim), num_warps=max(1, headdim // 64))
+
+
+def merge_launch(device):
+    """One row a program, in one warp: its loads are all in flight at a time, and no warp waits for another."""
+    return MergeLaunch(block_m=64 if architecture(device) is None else 1, num_warps=1)
 
 
 def commit_launch(device):

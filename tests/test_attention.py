@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from utils import DTYPES, AttentionCase, assert_within_error_budget, cumulative
 
@@ -274,6 +274,33 @@ def test_any_shape(device, data):
     if draw(st.booleans(), label="bound"):
         options["max_seqlen_q"] = max(counts) + draw(st.integers(0, 3))
     check(case, num_splits=draw(st.integers(1, 4), label="splits"), **options)
+
+
+# what is read for a padding query is whatever lay there, and here that is NaN
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+@settings(max_examples=8)
+@given(
+    num_splits=st.integers(1, 40),
+    seqlen=st.integers(1, 200),
+    counts=st.lists(st.integers(0, 9), min_size=1, max_size=2),
+    padding=st.integers(0, 3),
+    headdim=st.sampled_from([16, 32, 64, 128]),
+    empty=st.booleans(),
+)
+def test_any_number_of_splits(device, num_splits, seqlen, counts, padding, headdim, empty):
+    """More splits than tiles, than 16, a last row without any key: the partial results merge to the same."""
+    case = AttentionCase.random(
+        counts, seqlen=seqlen, nheads_k=1, group=2, headdim=headdim, padding=padding, device=device
+    )
+    seqlens = torch.full((len(counts),), seqlen, dtype=torch.int32, device=device)
+    seqlens[-1] *= not empty
+    check(case, num_splits=num_splits, cache_seqlens=seqlens)
+
+
+def test_more_than_16_splits_are_taken_for_16(device):
+    case = AttentionCase.random([3], seqlen=17 * 64, nheads_k=1, headdim=16, device=device)
+    out, _ = check(case, num_splits=17)
+    assert torch.equal(delayed_attention(*case.tensors(), num_splits=16, impl="triton"), out)
 
 
 @pytest.mark.gpu

@@ -65,6 +65,33 @@ def lint_scores(arch, dtype, in_kernel, expected):
     return kernel_lint.inspect(launches[0], arch, tensor_cores=expected)
 
 
+@triton.jit(do_not_specialize=["splits"])
+def _merge_splits_kernel(
+    partial_out_ptr,
+    partial_lse_ptr,
+    out_ptr,
+    splits,
+    BLOCK_M: tl.constexpr,
+    HEADDIM: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    offs_m = tl.arange(0, BLOCK_M)
+    square = offs_m[:, None] * HEADDIM + tl.arange(0, HEADDIM)[None, :]
+    acc = tl.zeros([BLOCK_M, HEADDIM], dtype=tl.float32)
+    for split in range(splits):
+        weight = tl.exp2(tl.load(partial_lse_ptr + split * BLOCK_M + offs_m))
+        acc += weight[:, None] * tl.load(partial_out_ptr + split * BLOCK_M * HEADDIM + square)
+    tl.store(out_ptr + square, acc)
+
+
+def lint_merge_in_turn(arch):
+    """Lints a merge that takes one split after the other."""
+    with kernel_lint.recording(arch) as launches:
+        partial_out, out = (torch.empty(shape, device="cuda:0") for shape in ((4, 16, 128), (16, 128)))
+        _merge_splits_kernel[(1,)](partial_out, torch.empty((4, 16), device="cuda:0"), out, 4, 16, 128, SPLITS=1)
+    return kernel_lint.inspect(launches[0], arch)
+
+
 @pytest.mark.parametrize("arch", kernel_lint.TUNED_ARCHS)
 def test_tuned_cases_pass(compilers, arch):
     rows = list(compilers.map(kernel_lint.lint_case, kernel_lint.tuned_cases((arch,))))
@@ -88,6 +115,7 @@ def test_tuned_cases_pass(compilers, arch):
         (lint_tile, (90, AttentionLaunch(64, 32, num_warps=2, num_stages=2)), "HMMA where wgmma is possible"),
         # float32 operands are rounded to TF32 unless input_precision says otherwise
         (lint_scores, (80, torch.float32, True, False), "must be exact in float32"),
+        (lint_merge_in_turn, (90,), "100% of the loads are issued after a wait for others"),
     ],
 )
 def test_every_check_can_fail(compilers, lint, arguments, failure):
@@ -147,6 +175,29 @@ def test_only_innermost_loops_say_how_wide_loads_are():
     outer = inner.replace(".text._kernel:", ".text._kernel:\n.L_x_9:") + "        /*0100*/  BRA `(.L_x_9) ;\n"
     sass = kernel_lint.Sass(outer)
     assert sass.loads == [2, 16] and sass.loop_spills == 3
+
+
+def test_loads_that_are_issued_after_a_wait():
+    """Whatever reads a register that a load will fill waits for it; an address counts too, and a wide load has four."""
+    loads = """
+        /*0000*/                   LDG.E R8, desc[UR4][R2.64] ;
+        /*0010*/                   MOV R20, 0xff800000 ;
+        /*0020*/               @P0 LDG.E.128 R4, desc[UR8][R2.64+0x100] ;
+        /*0030*/               @P0 LDG.E R20, desc[UR7][R2.64+0x200] ;
+"""
+    rest = """
+        /*0050*/                   LDG.E R11, desc[UR4][R12.64] ;
+        /*0060*/                   LDG.E R16, desc[UR4][R14.64] ;
+"""
+    uses = (
+        "FADD R9, -R10, R7",
+        "LDG.E R11, desc[UR4][R20.64]",
+        "SHFL.BFLY PT, R9, R8, 0x8, 0x1f",
+        "IADD3 R9, R10, R3, RZ",
+    )
+    late = [kernel_lint.Sass(f"{loads}        /*0040*/   {use} ;{rest}").late_loads for use in uses]
+    assert late == [2, 3, 2, 0]
+    assert kernel_lint.Sass(SASS).late_loads == 2, "every load of a loop may be waited for before the next turn"
 
 
 def test_streamed_bytes():
