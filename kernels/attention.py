@@ -299,13 +299,13 @@ def _launch(
     max_keys = seqlen_cache if key_index is None else key_index.shape[1]
     launch = attention_launch(q.device, q.dtype, max_rows)
     # one block at least: it clears the padding queries where no row has a query
-    blocks = max(triton.cdiv(max_rows, launch.block_m), 1)
+    blocks = max(-(-max_rows // launch.block_m), 1)
     if num_splits is None:
         num_splits = num_splits_heuristic(
             programs=blocks * batch * nheads_k,
-            tiles=triton.cdiv(max_keys, launch.block_n),
-            rows=max_rows,
             keys=max_keys,
+            block_n=launch.block_n,
+            rows=max_rows,
             row_groups=batch * nheads_k,
             headdim=headdim,
             processors=processors(q.device),
@@ -364,7 +364,7 @@ def _launch(
         )
         if num_splits > 1:
             merge = merge_launch(q.device)
-            _merge_splits_kernel[(triton.cdiv(total * nheads, merge.block_m),)](
+            _merge_splits_kernel[(-(-total * nheads // merge.block_m),)](
                 partial_out_ptr=partial_out,
                 partial_lse_ptr=partial_lse,
                 out_ptr=out,

@@ -329,16 +329,59 @@ def test_small_run_for_the_sanitizer(device):
         check(case, num_splits=num_splits)
 
 
-def splits(**changes):
-    one_row_llada = dict(programs=32, tiles=16, rows=32, keys=1024, row_groups=32, headdim=128, processors=132)
-    return launch.num_splits_heuristic(**(one_row_llada | changes))
+HEADS = {"LLaDA": (32, 32), "Dream": (28, 4)}
 
 
-def test_split_heuristic():
-    assert splits() > 1, "one row on a big GPU leaves it idle"
-    assert splits(programs=132) == 1, "a grid that fills the GPU is not split"
-    assert splits(tiles=1) == 1, "one tile cannot be split"
-    assert splits(rows=1024, programs=32 * 8) == 1
-    many_queries = splits(rows=100_000, programs=32)
-    assert many_queries == 1, "partial results larger than K and V are not worth it"
-    assert splits(processors=1) == 1
+def splits(model, batch, queries, seqlen, processors=132):
+    """What the launcher asks of the rule for bfloat16 on a Hopper GPU."""
+    nheads, nheads_k = HEADS[model]
+    rows = queries * nheads // nheads_k
+    table = launch.attention_table(90, torch.bfloat16)
+    tile = next((tile for tile in table if tile.block_m >= rows), table[-1])
+    return launch.num_splits_heuristic(
+        programs=-(-rows // tile.block_m) * batch * nheads_k,
+        keys=seqlen,
+        block_n=tile.block_n,
+        rows=rows,
+        row_groups=batch * nheads_k,
+        headdim=128,
+        processors=processors,
+    )
+
+
+@pytest.mark.parametrize(
+    "model, batch, queries, expected",
+    [
+        # columns: 64, 256, 512, 1024, 2048, 8192
+        ("LLaDA", 1, 1, [1, 1, 4, 4, 4, 4]),
+        ("LLaDA", 1, 32, [1, 1, 4, 4, 4, 4]),
+        ("LLaDA", 1, 128, [1, 1, 1, 2, 4, 4]),
+        ("LLaDA", 2, 32, [1, 1, 1, 2, 2, 2]),
+        ("LLaDA", 4, 32, [1, 1, 1, 1, 1, 1]),
+        ("LLaDA", 8, 32, [1, 1, 1, 1, 1, 1]),
+        ("LLaDA", 1, 1024, [1, 1, 1, 1, 1, 1]),
+        ("Dream", 1, 1, [1, 1, 8, 16, 16, 16]),
+        ("Dream", 1, 32, [1, 1, 8, 8, 8, 9]),
+        ("Dream", 4, 32, [1, 1, 1, 2, 2, 4]),
+        ("Dream", 8, 32, [1, 1, 1, 1, 2, 2]),
+        ("Dream", 1, 1024, [1, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_splits_of_real_shapes(model, batch, queries, expected):
+    assert [splits(model, batch, queries, seqlen) for seqlen in (64, 256, 512, 1024, 2048, 8192)] == expected
+
+
+@given(
+    model=st.sampled_from(list(HEADS)),
+    batch=st.integers(1, 16),
+    queries=st.integers(0, 300),
+    seqlen=st.integers(0, 10_000),
+    processors=st.integers(1, 200),
+)
+def test_bounds_of_the_split_rule(model, batch, queries, seqlen, processors):
+    count = splits(model, batch, queries, seqlen, processors)
+    assert 1 <= count <= min(launch.MAX_SPLITS, max(1, -(-seqlen // 64)))
+    if seqlen <= 256 or batch * HEADS[model][1] > processors // 2:
+        assert count == 1, "a short row, or a grid that fills the GPU"
+    assert splits(model, batch + 1, queries, seqlen, processors) <= count
+    assert splits(model, batch, queries, seqlen, processors + 1) >= count
