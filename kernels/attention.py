@@ -36,13 +36,13 @@ def _attend_tile(
     PRECISION: tl.constexpr,
 ):
     """One online-softmax step over a tile of keys; scores are in units of log2(e)."""
+    # K and V alike are [BLOCK_N, HEADDIM]: what depends on the column is then computed once for both
     if MASKED:
-        # [HEADDIM, BLOCK_N]
-        k = tl.load(k_ptrs, mask=valid[None, :], other=0.0)
+        k = tl.load(k_ptrs, mask=valid[:, None], other=0.0)
     else:
         k = tl.load(k_ptrs)
     # [BLOCK_M, BLOCK_N]
-    scores = tl.dot(q, k, input_precision=PRECISION) * scale_log2
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
     if MASKED:
         scores = tl.where(valid[None, :], scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1))
@@ -52,12 +52,44 @@ def _attend_tile(
     rescale = tl.exp2(row_max - pivot)
     row_sum = row_sum * rescale + tl.sum(probs, 1)
     if MASKED:
-        # [BLOCK_N, HEADDIM]
+        # zeros, for what lies there may be NaN, which a weight of zero would not silence
         v = tl.load(v_ptrs, mask=valid[:, None], other=0.0)
     else:
         v = tl.load(v_ptrs)
     acc = tl.dot(probs.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
     return acc, new_max, row_sum
+
+
+@triton.jit
+def _load_lanes(ptr, start, end, OTHER: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Loads BLOCK_N entries of a row from `start` on, OTHER from `end` on: one a lane, in two tensors if over 32.
+
+    So every warp has them all. Where one tensor holds them, both are that one.
+    """
+    tl.static_assert(BLOCK_N <= 64)
+    LANES: tl.constexpr = min(BLOCK_N, 32)
+    offs = start + tl.arange(0, LANES)
+    low = tl.load(ptr + offs, mask=offs < end, other=OTHER)
+    high = low
+    if BLOCK_N > LANES:
+        high = tl.load(ptr + offs + LANES, mask=offs + LANES < end, other=OTHER)
+    return low, high
+
+
+@triton.jit
+def _join_lanes(low, high, BLOCK_N: tl.constexpr):
+    """[BLOCK_N] truth values, from two tensors as of `_load_lanes`.
+
+    They pass through the bits of scalars: a tensor would be loaded anew for every layout it is needed in, and K and V
+    have another than the scores.
+    """
+    LANES: tl.constexpr = min(BLOCK_N, 32)
+    lanes = tl.arange(0, LANES)
+    offs_n = tl.arange(0, BLOCK_N)
+    bits = tl.sum(low.to(tl.int32) << lanes, 0)
+    if BLOCK_N > LANES:
+        bits = tl.where(offs_n < LANES, bits, tl.sum(high.to(tl.int32) << lanes, 0))
+    return (bits >> (offs_n % LANES)) & 1 != 0
 
 
 @triton.jit(do_not_specialize=["batch", "total", "blocks", "seqlen_cache", "max_keys", "splits"])
@@ -189,21 +221,39 @@ def _delayed_attention_kernel(
         tail_start = loop_start + tl.maximum(loop_end - loop_start, 0) // BLOCK_N * BLOCK_N
         for start in range(loop_start, tail_start, BLOCK_N):
             columns = (start + offs_n).to(tl.int64)
-            k_ptrs = k_base + columns[None, :] * stride_k_column + offs_d[:, None]
+            k_ptrs = k_base + columns[:, None] * stride_k_column + offs_d[None, :]
             v_ptrs = v_base + columns[:, None] * stride_v_column + offs_d[None, :]
             acc, row_max, row_sum = _attend_tile(
                 q, k_ptrs, v_ptrs, columns, acc, row_max, row_sum, scale_log2, MASKED=False, PRECISION=PRECISION
             )
+    # which columns a tile has, and which are valid, is loaded a tile ahead, so that its K and V need not wait for it
+    if HAS_INDEX:
+        index_row = index_ptr + row64 * stride_index_row
+        next_columns = tl.load(index_row + tail_start + offs_n, mask=tail_start + offs_n < loop_end, other=-1)
+        low, high = _load_lanes(index_row, tail_start, loop_end, OTHER=-1, BLOCK_N=BLOCK_N)
+    if HAS_MASK:
+        mask_row = mask_ptr + row64 * stride_mask_row
+        if not HAS_INDEX:
+            low, high = _load_lanes(mask_row, tail_start, loop_end, OTHER=0, BLOCK_N=BLOCK_N)
     for start in range(tail_start, loop_end, BLOCK_N):
         columns = start + offs_n
         valid = columns < loop_end
         if HAS_INDEX:
-            columns = tl.load(index_ptr + row64 * stride_index_row + columns, mask=valid, other=-1)
-            valid = (columns >= first_key) & (columns < end_key)
+            columns = next_columns
+            low_valid = (low >= first_key) & (low < end_key)
+            high_valid = (high >= first_key) & (high < end_key)
+            if HAS_MASK:
+                low_valid = low_valid & (tl.load(mask_row + low, mask=low_valid, other=0) != 0)
+                high_valid = high_valid & (tl.load(mask_row + high, mask=high_valid, other=0) != 0)
+            valid = _join_lanes(low_valid, high_valid, BLOCK_N=BLOCK_N)
+            ahead = start + BLOCK_N
+            next_columns = tl.load(index_row + ahead + offs_n, mask=ahead + offs_n < loop_end, other=-1)
+            low, high = _load_lanes(index_row, ahead, loop_end, OTHER=-1, BLOCK_N=BLOCK_N)
+        elif HAS_MASK:
+            valid = _join_lanes(low != 0, high != 0, BLOCK_N=BLOCK_N)
+            low, high = _load_lanes(mask_row, start + BLOCK_N, loop_end, OTHER=0, BLOCK_N=BLOCK_N)
         columns = columns.to(tl.int64)
-        if HAS_MASK:
-            valid = valid & (tl.load(mask_ptr + row64 * stride_mask_row + columns, mask=valid, other=0) != 0)
-        k_ptrs = k_base + columns[None, :] * stride_k_column + offs_d[:, None]
+        k_ptrs = k_base + columns[:, None] * stride_k_column + offs_d[None, :]
         v_ptrs = v_base + columns[:, None] * stride_v_column + offs_d[None, :]
         acc, row_max, row_sum = _attend_tile(
             q, k_ptrs, v_ptrs, valid, acc, row_max, row_sum, scale_log2, MASKED=True, PRECISION=PRECISION
@@ -328,7 +378,7 @@ def _launch(
             cu_seqlens_q_ptr=cu_seqlens_q,
             leftpad_ptr=cache_leftpad,
             seqlens_ptr=cache_seqlens,
-            mask_ptr=key_mask,
+            mask_ptr=None if key_mask is None else key_mask.view(torch.uint8),
             index_ptr=key_index,
             stride_q_token=q.stride(0),
             stride_q_head=q.stride(1),

@@ -1,5 +1,7 @@
 """`delayed_attention` against float64, its invariants, and its edges."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from utils import DTYPES, AttentionCase, assert_within_error_budget, cumulative
 
-from dkv.kernels import delayed_attention, launch
+from dkv.kernels import attention, delayed_attention, launch
 
 
 def check(case, **options):
@@ -80,6 +82,20 @@ def test_key_mask_and_key_index(device, num_splits):
     check(case, key_index=key_index, key_mask=key_mask, cache_leftpad=leftpad, num_splits=num_splits)
 
 
+@pytest.mark.parametrize("block_n", [16, 32])
+def test_key_mask_and_key_index_in_short_tiles(device, block_n):
+    """The tables have tiles of fewer keys than the interpreter takes."""
+    case = AttentionCase.random([3, 2], seqlen=75, nheads_k=1, headdim=16, device=device)
+    generator = torch.Generator().manual_seed(0)
+    key_mask = (torch.rand(2, 75, generator=generator) < 0.4).to(device)
+    key_index = torch.stack([torch.randperm(75, generator=generator)[:50] for _ in range(2)]).int().to(device)
+    tile = launch.AttentionLaunch(16, block_n, num_warps=4, num_stages=2)
+    with mock.patch.object(attention, "attention_launch", lambda *arguments: tile):
+        for options in ({"key_mask": key_mask}, {"key_index": key_index}):
+            check(case, num_splits=2, **options)
+        check(case, key_mask=key_mask, key_index=key_index)
+
+
 def test_key_index_outside_the_cache_is_ignored(device):
     case = AttentionCase.random([4], seqlen=40, device=device)
     inside = torch.tensor([[3, 9, 27]], dtype=torch.int32, device=device)
@@ -131,19 +147,29 @@ def test_a_bound_of_zero_queries(device, num_splits):
     assert (out == 0).all() and (lse == float("-inf")).all()
 
 
-def test_masked_and_invalid_columns_are_never_read(device):
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf")])
+def test_masked_and_invalid_columns_are_never_read(device, garbage):
     """Slots outside the valid columns may hold anything, NaN from a freed buffer included."""
     case = AttentionCase.random([6, 6], seqlen=100, device=device)
     valid = torch.zeros(2, 100, dtype=torch.bool, device=device)
     valid[0, 10:71] = True
     valid[1, 5:6] = True
     for cache in (case.k_cache, case.v_cache):
-        cache[~valid] = float("nan")
+        cache[~valid] = garbage
     bounds = {
         "cache_leftpad": torch.tensor([10, 5], dtype=torch.int32, device=device),
         "cache_seqlens": torch.tensor([71, 6], dtype=torch.int32, device=device),
     }
-    for options in (bounds, {"key_mask": valid}):
+    columns = torch.arange(100, dtype=torch.int32, device=device)
+    every = torch.stack([columns.flip(0), columns])
+    listed = torch.where(valid, columns, -1).flip(1)
+    for options in (
+        bounds,
+        {"key_mask": valid},
+        {"key_index": listed},
+        {"key_index": every, "key_mask": valid},
+        {"key_index": every, **bounds},
+    ):
         for num_splits in (1, 2):
             check(case, num_splits=num_splits, **options)
 
@@ -271,6 +297,10 @@ def test_any_shape(device, data):
     if draw(st.booleans(), label="mask"):
         generator = torch.Generator().manual_seed(seqlen)
         options["key_mask"] = (torch.rand(len(counts), seqlen, generator=generator) < 0.5).to(device)
+    if draw(st.booleans(), label="index"):
+        generator = torch.Generator().manual_seed(seqlen + 1)
+        index = torch.stack([torch.randperm(seqlen + 9, generator=generator) for _ in counts])
+        options["key_index"] = torch.where(index % 5 > 0, index, -1).int().to(device)
     if draw(st.booleans(), label="bound"):
         options["max_seqlen_q"] = max(counts) + draw(st.integers(0, 3))
     check(case, num_splits=draw(st.integers(1, 4), label="splits"), **options)
