@@ -329,23 +329,26 @@ def _launch(
     k_cache,
     v_cache,
     cu_seqlens_q,
-    max_seqlen_q,
-    cache_leftpad,
-    cache_seqlens,
-    key_mask,
-    key_index,
-    softmax_scale,
-    num_splits,
+    *,
+    max_seqlen_q=None,
+    cache_leftpad=None,
+    cache_seqlens=None,
+    key_mask=None,
+    key_index=None,
+    softmax_scale=None,
+    num_splits=None,
+    return_softmax_lse=False,
 ):
+    """`delayed_attention` by its kernels, without a check of the arguments."""
     total, nheads, headdim = q.shape
     batch, seqlen_cache, nheads_k, _ = k_cache.shape
     group = nheads // nheads_k
-    out = torch.empty((total, nheads, headdim), dtype=q.dtype, device=q.device)
-    lse = torch.empty((nheads, total), dtype=torch.float32, device=q.device)
+    out = q.new_empty((total, nheads, headdim))
+    lse = q.new_empty((nheads, total), dtype=torch.float32)
     if total == 0:
-        return out, lse
+        return (out, lse) if return_softmax_lse else out
 
-    max_rows = max_seqlen_q * group
+    max_rows = (total if max_seqlen_q is None else max_seqlen_q) * group
     max_keys = seqlen_cache if key_index is None else key_index.shape[1]
     launch = attention_launch(q.device, q.dtype, max_rows)
     # one block at least: it clears the padding queries where no row has a query
@@ -363,9 +366,12 @@ def _launch(
     num_splits = min(num_splits, MAX_SPLITS)
     partial_out, partial_lse = out, lse
     if num_splits > 1:
-        partial_out = torch.empty((num_splits, total, nheads, headdim), dtype=torch.float32, device=q.device)
-        partial_lse = torch.empty((num_splits, nheads, total), dtype=torch.float32, device=q.device)
+        partial_out = q.new_empty((num_splits, total, nheads, headdim), dtype=torch.float32)
+        partial_lse = q.new_empty((num_splits, nheads, total), dtype=torch.float32)
 
+    stride_q_token, stride_q_head, _ = q.stride()
+    stride_k_row, stride_k_column, stride_k_head, _ = k_cache.stride()
+    stride_v_row, stride_v_column, stride_v_head, _ = v_cache.stride()
     # the extra row of an unsplit launch clears the padding queries; with splits the merge does that
     grid = (blocks * (batch + (num_splits == 1)) * nheads_k, num_splits)
     with checks.device_guard(q):
@@ -380,14 +386,14 @@ def _launch(
             seqlens_ptr=cache_seqlens,
             mask_ptr=None if key_mask is None else key_mask.view(torch.uint8),
             index_ptr=key_index,
-            stride_q_token=q.stride(0),
-            stride_q_head=q.stride(1),
-            stride_k_row=k_cache.stride(0),
-            stride_k_column=k_cache.stride(1),
-            stride_k_head=k_cache.stride(2),
-            stride_v_row=v_cache.stride(0),
-            stride_v_column=v_cache.stride(1),
-            stride_v_head=v_cache.stride(2),
+            stride_q_token=stride_q_token,
+            stride_q_head=stride_q_head,
+            stride_k_row=stride_k_row,
+            stride_k_column=stride_k_column,
+            stride_k_head=stride_k_head,
+            stride_v_row=stride_v_row,
+            stride_v_column=stride_v_column,
+            stride_v_head=stride_v_head,
             stride_mask_row=0 if key_mask is None else key_mask.stride(0),
             stride_index_row=0 if key_index is None else key_index.stride(0),
             batch=batch,
@@ -396,7 +402,7 @@ def _launch(
             seqlen_cache=seqlen_cache,
             max_keys=max_keys,
             splits=num_splits,
-            softmax_scale=softmax_scale,
+            softmax_scale=headdim**-0.5 if softmax_scale is None else softmax_scale,
             GROUP=group,
             NHEADS_K=nheads_k,
             HEADDIM=headdim,
@@ -429,7 +435,7 @@ def _launch(
                 SPLITS=MAX_SPLITS,
                 num_warps=merge.num_warps,
             )
-    return out, lse
+    return (out, lse) if return_softmax_lse else out
 
 
 def _delayed_attention(
@@ -447,37 +453,24 @@ def _delayed_attention(
     return_softmax_lse: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if impl == "triton":
-        return _launch(
-            q,
-            k_cache,
-            v_cache,
-            cu_seqlens_q,
-            max_seqlen_q,
-            cache_leftpad,
-            cache_seqlens,
-            key_mask,
-            key_index,
-            softmax_scale,
-            num_splits,
-        )
-    result = reference.delayed_attention(
+    """Both implementations under the schema of one operator: lse is empty if it is neither wanted nor there anyway."""
+    run = _launch if impl == "triton" else reference.delayed_attention
+    has_lse = return_softmax_lse or impl == "triton"
+    result = run(
         q,
         k_cache,
         v_cache,
         cu_seqlens_q,
+        max_seqlen_q=max_seqlen_q,
         cache_leftpad=cache_leftpad,
         cache_seqlens=cache_seqlens,
         key_mask=key_mask,
         key_index=key_index,
         softmax_scale=softmax_scale,
-        return_softmax_lse=return_softmax_lse,
+        num_splits=num_splits,
+        return_softmax_lse=has_lse,
     )
-    return (
-        result
-        if return_softmax_lse
-        else (result, q.new_empty((0, 0), dtype=torch.promote_types(q.dtype, torch.float32)))
-    )
+    return result if has_lse else (result, q.new_empty((0, 0), dtype=torch.promote_types(q.dtype, torch.float32)))
 
 
 _operator = torch.library.custom_op("dkv::delayed_attention", mutates_args=())(_delayed_attention)
@@ -530,7 +523,7 @@ def delayed_attention(
         k_descale, v_descale: reserved for 8-bit caches; must be None.
         softmax_scale: a float; None: headdim ** -0.5.
         num_splits: into how many parts the keys of a row are split, 16 at most: more is taken for 16. None: as many as
-            the GPU needs to be busy.
+            pay on the GPU at hand.
         return_softmax_lse: also return the log-sum-exp of the scaled scores.
         impl: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "reference".
 
@@ -570,11 +563,7 @@ def delayed_attention(
     if num_splits is not None:
         checks.check_count("num_splits", num_splits, 1)
     impl = checks.resolve_impl(impl, _delayed_attention_kernel, q)
-    # the operator is there for torch.compile; in eager mode its dispatch would cost a CPU as much as a small call
-    run = torch.ops.dkv.delayed_attention
-    if impl == "reference" and not torch.compiler.is_compiling():
-        run = _delayed_attention
-    out, lse = run(
+    out, lse = checks.pick(torch.ops.dkv.delayed_attention, _delayed_attention)(
         q,
         k_cache,
         v_cache,

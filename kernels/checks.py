@@ -37,6 +37,14 @@ def resolve_impl(impl, kernel, tensor):
     return impl
 
 
+def pick(operator, plain):
+    """`operator` while torch.compile traces, else the function that it wraps.
+
+    In eager mode the dispatch of a custom operator costs as much as a small call.
+    """
+    return operator if torch.compiler.is_compiling() else plain
+
+
 def check_no_grad(**tensors):
     """The operators have no backward pass: refuses tensors that require grad under grad mode."""
     if torch.is_grad_enabled():

@@ -1,5 +1,6 @@
 """`delayed_attention` against float64, its invariants, and its edges."""
 
+import inspect
 from unittest import mock
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from utils import DTYPES, AttentionCase, assert_within_error_budget, cumulative
 
-from dkv.kernels import attention, delayed_attention, launch
+from dkv.kernels import attention, delayed_attention, launch, reference
 
 
 def check(case, **options):
@@ -253,6 +255,39 @@ def test_rows_are_independent(device):
             impl="triton",
         )
         torch.testing.assert_close(out[start:end], alone, atol=1e-6, rtol=1e-6)
+
+
+def test_the_launcher_has_the_signature_of_the_twin(device):
+    parameters = dict(inspect.signature(reference.delayed_attention).parameters)
+    reserved = {"k_descale", "v_descale"}
+    assert dict(inspect.signature(attention._launch).parameters) == {
+        name: parameter for name, parameter in parameters.items() if name not in reserved
+    }
+    case = AttentionCase.random([2, 3], seqlen=20, padding=1, device=device)
+    expected = delayed_attention(*case.tensors(), return_softmax_lse=True, impl="triton")
+    out, lse = attention._launch(*case.tensors(), return_softmax_lse=True)
+    assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
+    assert torch.equal(attention._launch(*case.tensors()), out)
+    empty = AttentionCase.random([0], seqlen=20, device=device)
+    assert attention._launch(*empty.tensors()).shape == (0, 2, 32)
+    assert attention._launch(*empty.tensors(), return_softmax_lse=True)[1].shape == (2, 0)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_eager_calls_do_not_pass_through_the_operator(device, impl):
+    class Recorder(TorchDispatchMode):
+        called = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.called.add(func.namespace)
+            return func(*args, **(kwargs or {}))
+
+    case = AttentionCase.random([2], seqlen=20, device=device)
+    with Recorder() as recorder:
+        delayed_attention(*case.tensors(), impl=impl)
+        assert recorder.called == {"aten"}
+        torch.ops.dkv.delayed_attention(*case.tensors(), 2, None, None, None, None, 1.0, None, False, impl)
+    assert "dkv" in recorder.called, "the check above cannot fail"
 
 
 def test_deterministic(device):

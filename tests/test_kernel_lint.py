@@ -39,7 +39,7 @@ def lint_odd_stride(arch):
         q = torch.empty((16, 32, 128), dtype=torch.bfloat16, device="cuda:0")
         cache = torch.empty((1, 1024, 32, 129), dtype=torch.bfloat16, device="cuda:0").narrow(3, 0, 128)
         cu_seqlens_q = torch.empty(2, dtype=torch.int32, device="cuda:0")
-        attention._launch(q, cache, cache, cu_seqlens_q, 16, None, None, None, None, 1.0, 1)
+        attention._launch(q, cache, cache, cu_seqlens_q, max_seqlen_q=16, num_splits=1)
     return kernel_lint.inspect(launches[0], arch, tensor_cores=True)
 
 

@@ -337,6 +337,7 @@ def fake_gpu():
         FakeTensorMode(allow_non_fake_inputs=False),
         mock.patch.multiple(torch.Tensor, **methods),
         mock.patch.object(checks, "device_guard", lambda tensor: contextlib.nullcontext()),
+        mock.patch.object(checks, "pick", lambda operator, plain: operator),
         mock.patch.object(forward, "_addresses", lambda module: []),
         mock.patch.object(torch.cuda, "empty_cache"),
     ):
