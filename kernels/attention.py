@@ -36,13 +36,13 @@ def _attend_tile(
     PRECISION: tl.constexpr,
 ):
     """One online-softmax step over a tile of keys; scores are in units of log2(e)."""
-    # K and V alike are [BLOCK_N, HEADDIM]: what depends on the column is then computed once for both
     if MASKED:
-        k = tl.load(k_ptrs, mask=valid[:, None], other=0.0)
+        # [HEADDIM, BLOCK_N]
+        k = tl.load(k_ptrs, mask=valid[None, :], other=0.0)
     else:
         k = tl.load(k_ptrs)
     # [BLOCK_M, BLOCK_N]
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+    scores = tl.dot(q, k, input_precision=PRECISION) * scale_log2
     if MASKED:
         scores = tl.where(valid[None, :], scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1))
@@ -52,7 +52,7 @@ def _attend_tile(
     rescale = tl.exp2(row_max - pivot)
     row_sum = row_sum * rescale + tl.sum(probs, 1)
     if MASKED:
-        # zeros, for what lies there may be NaN, which a weight of zero would not silence
+        # [BLOCK_N, HEADDIM], zeros where invalid: what lies there may be NaN, which a weight of zero does not silence
         v = tl.load(v_ptrs, mask=valid[:, None], other=0.0)
     else:
         v = tl.load(v_ptrs)
@@ -61,27 +61,27 @@ def _attend_tile(
 
 
 @triton.jit
-def _load_lanes(ptr, start, end, OTHER: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Loads BLOCK_N entries of a row from `start` on, OTHER from `end` on: one a lane, in two tensors if over 32.
+def _load_lanes(ptr, count, OTHER: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Loads BLOCK_N entries, OTHER from `count` on: one a lane, in two tensors, so that every warp has all of them.
 
-    So every warp has them all. Where one tensor holds them, both are that one.
+    Up to 32 entries fit one tensor; the second is then the first.
     """
     tl.static_assert(BLOCK_N <= 64)
     LANES: tl.constexpr = min(BLOCK_N, 32)
-    offs = start + tl.arange(0, LANES)
-    low = tl.load(ptr + offs, mask=offs < end, other=OTHER)
+    lanes = tl.arange(0, LANES)
+    low = tl.load(ptr + lanes, mask=lanes < count, other=OTHER)
     high = low
     if BLOCK_N > LANES:
-        high = tl.load(ptr + offs + LANES, mask=offs + LANES < end, other=OTHER)
+        high = tl.load(ptr + lanes + LANES, mask=lanes + LANES < count, other=OTHER)
     return low, high
 
 
 @triton.jit
 def _join_lanes(low, high, BLOCK_N: tl.constexpr):
-    """[BLOCK_N] truth values, from two tensors as of `_load_lanes`.
+    """[BLOCK_N] truth values, from two tensors as `_load_lanes` returns them.
 
-    They pass through the bits of scalars: a tensor would be loaded anew for every layout it is needed in, and K and V
-    have another than the scores.
+    They pass through the bits of scalars, for the compiler would load a tensor anew for each layout that needs it: the
+    scores have another than K and V.
     """
     LANES: tl.constexpr = min(BLOCK_N, 32)
     lanes = tl.arange(0, LANES)
@@ -221,7 +221,7 @@ def _delayed_attention_kernel(
         tail_start = loop_start + tl.maximum(loop_end - loop_start, 0) // BLOCK_N * BLOCK_N
         for start in range(loop_start, tail_start, BLOCK_N):
             columns = (start + offs_n).to(tl.int64)
-            k_ptrs = k_base + columns[:, None] * stride_k_column + offs_d[None, :]
+            k_ptrs = k_base + columns[None, :] * stride_k_column + offs_d[:, None]
             v_ptrs = v_base + columns[:, None] * stride_v_column + offs_d[None, :]
             acc, row_max, row_sum = _attend_tile(
                 q, k_ptrs, v_ptrs, columns, acc, row_max, row_sum, scale_log2, MASKED=False, PRECISION=PRECISION
@@ -229,31 +229,35 @@ def _delayed_attention_kernel(
     # which columns a tile has, and which are valid, is loaded a tile ahead, so that its K and V need not wait for it
     if HAS_INDEX:
         index_row = index_ptr + row64 * stride_index_row
-        next_columns = tl.load(index_row + tail_start + offs_n, mask=tail_start + offs_n < loop_end, other=-1)
-        low, high = _load_lanes(index_row, tail_start, loop_end, OTHER=-1, BLOCK_N=BLOCK_N)
+        next_columns = tl.load(index_row + tail_start + offs_n, mask=offs_n < loop_end - tail_start, other=-1)
+        low, high = _load_lanes(index_row + tail_start, loop_end - tail_start, OTHER=-1, BLOCK_N=BLOCK_N)
     if HAS_MASK:
         mask_row = mask_ptr + row64 * stride_mask_row
         if not HAS_INDEX:
-            low, high = _load_lanes(mask_row, tail_start, loop_end, OTHER=0, BLOCK_N=BLOCK_N)
+            low, high = _load_lanes(mask_row + tail_start, loop_end - tail_start, OTHER=0, BLOCK_N=BLOCK_N)
     for start in range(tail_start, loop_end, BLOCK_N):
         columns = start + offs_n
         valid = columns < loop_end
         if HAS_INDEX:
             columns = next_columns
+            ahead = start + BLOCK_N
+            next_columns = tl.load(index_row + ahead + offs_n, mask=offs_n < loop_end - ahead, other=-1)
             low_valid = (low >= first_key) & (low < end_key)
             high_valid = (high >= first_key) & (high < end_key)
             if HAS_MASK:
                 low_valid = low_valid & (tl.load(mask_row + low, mask=low_valid, other=0) != 0)
                 high_valid = high_valid & (tl.load(mask_row + high, mask=high_valid, other=0) != 0)
             valid = _join_lanes(low_valid, high_valid, BLOCK_N=BLOCK_N)
-            ahead = start + BLOCK_N
-            next_columns = tl.load(index_row + ahead + offs_n, mask=ahead + offs_n < loop_end, other=-1)
-            low, high = _load_lanes(index_row, ahead, loop_end, OTHER=-1, BLOCK_N=BLOCK_N)
+            low, high = _load_lanes(index_row + ahead, loop_end - ahead, OTHER=-1, BLOCK_N=BLOCK_N)
         elif HAS_MASK:
             valid = _join_lanes(low != 0, high != 0, BLOCK_N=BLOCK_N)
-            low, high = _load_lanes(mask_row, start + BLOCK_N, loop_end, OTHER=0, BLOCK_N=BLOCK_N)
+            low, high = _load_lanes(mask_row + start + BLOCK_N, loop_end - start - BLOCK_N, OTHER=0, BLOCK_N=BLOCK_N)
         columns = columns.to(tl.int64)
-        k_ptrs = k_base + columns[:, None] * stride_k_column + offs_d[None, :]
+        if HAS_INDEX:
+            # K in the layout of V: the index is then loaded once for both
+            k_ptrs = tl.trans(k_base + columns[:, None] * stride_k_column + offs_d[None, :])
+        else:
+            k_ptrs = k_base + columns[None, :] * stride_k_column + offs_d[:, None]
         v_ptrs = v_base + columns[:, None] * stride_v_column + offs_d[None, :]
         acc, row_max, row_sum = _attend_tile(
             q, k_ptrs, v_ptrs, valid, acc, row_max, row_sum, scale_log2, MASKED=True, PRECISION=PRECISION
