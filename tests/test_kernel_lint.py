@@ -293,6 +293,31 @@ def test_launchers_never_wait_for_the_gpu(compilers):
     assert list(compilers.map(launches_by_name, cases)) == [case.kernel for case in cases]
 
 
+def loads_and_shared_memory(case):
+    """The bytes of each load in the loop, and the shared memory of the tiles in flight."""
+    found = []
+
+    class Kept(kernel_lint.Sass):
+        def __init__(self, text):
+            super().__init__(text)
+            found.append(self)
+
+    with mock.patch.object(kernel_lint, "Sass", Kept):
+        row = kernel_lint.lint_case(case)
+    return found[0].loads, row.shared
+
+
+@pytest.mark.parametrize("arch", kernel_lint.TUNED_ARCHS)
+def test_key_mask_and_key_index_leave_the_loop_as_it_is(compilers, arch):
+    """A mask is loaded once a tile of 64, not for each layout that needs it; K and V stay in flight behind an index."""
+    options = ({}, {"key_mask": True}, {"key_index": True})
+    cases = [Case("delayed_attention", arch, queries=32, splits=2, **option) for option in options]
+    (_, shared), (masked, masked_shared), (indexed, indexed_shared) = compilers.map(loads_and_shared_memory, cases)
+    assert sorted(masked) == [1, 1] + [16] * 16
+    assert masked.count(16) == indexed.count(16)
+    assert shared == masked_shared == indexed_shared
+
+
 @pytest.mark.parametrize("heads", [(32, 0), (0, 4)])
 def test_rope_of_queries_or_keys_alone_compiles(compilers, heads):
     row = compilers.submit(kernel_lint.lint_case, Case("rope_cache", 90, heads=heads)).result()
