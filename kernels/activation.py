@@ -29,9 +29,12 @@ def _swiglu_kernel(
     # constants
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    # neighbouring programs stream neighbouring memory
+    program = tl.program_id(0)
+    blocks = tl.cdiv(size, BLOCK)
+    row = (program // blocks).to(tl.int64)
     # [BLOCK]
-    columns = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    columns = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = columns < size
     gate_ptrs = gate_up_ptr + row * stride_row + columns * stride_column
     gate = tl.load(gate_ptrs, mask=valid, other=0.0)
@@ -48,7 +51,7 @@ def _launch(gate_up):
         return out
     launch = swiglu_launch(gate_up.dtype)
     with checks.device_guard(gate_up):
-        _swiglu_kernel[(rows, triton.cdiv(size, launch.block))](
+        _swiglu_kernel[(rows * triton.cdiv(size, launch.block),)](
             gate_up_ptr=gate_up,
             out_ptr=out,
             stride_row=gate_up.stride(0),
@@ -61,11 +64,13 @@ def _launch(gate_up):
     return out
 
 
-def _swiglu(gate_up: torch.Tensor, impl: str) -> torch.Tensor:
-    return _launch(gate_up) if impl == "triton" else reference.swiglu(gate_up).contiguous()
+def _swiglu(gate_up, impl):
+    return _launch(gate_up) if impl == "triton" else reference.swiglu(gate_up)
 
 
-_operator = torch.library.custom_op("dkv::swiglu", mutates_args=())(_swiglu)
+@torch.library.custom_op("dkv::swiglu", mutates_args=())
+def _operator(gate_up: torch.Tensor, impl: str) -> torch.Tensor:
+    return _swiglu(gate_up, impl).contiguous()
 
 
 @_operator.register_fake
@@ -104,7 +109,4 @@ def swiglu(gate_up, *, impl="auto"):
     if gate_up.shape[1] % 2:
         raise ValueError(f"gate_up must have shape (rows, 2 * size), an even second size, got {tuple(gate_up.shape)}.")
     impl = checks.resolve_impl(impl, _swiglu_kernel, gate_up)
-    # the operator is there for torch.compile; in eager mode its dispatch would cost a CPU as much as a small call
-    if impl == "reference" and not torch.compiler.is_compiling():
-        return reference.swiglu(gate_up)
-    return torch.ops.dkv.swiglu(gate_up, impl)
+    return checks.pick(torch.ops.dkv.swiglu, _swiglu)(gate_up, impl)
