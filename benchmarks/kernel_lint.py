@@ -248,13 +248,13 @@ def _call_lm_head(empty, *, d=4096, vocab=126464, rows=16, noise=False, round_lo
     lm_head._launch(empty(rows, d), empty(vocab, d), 1.0, float(noise), noise_key, (vocab - 1,), round_logits)
 
 
-def _call_commit(empty, *, rule="counts"):
+def _call_commit(empty, *, rule="counts", limits=False):
     batch, seqlen, total = 2, 1024, 64
     tokens, slots = (empty(total, dtype=torch.int64) for _ in "ts")
     counts = empty(batch, dtype=torch.int64) if rule == "counts" else None
-    threshold, factor = (0.9 if rule == name else None for name in ("threshold", "factor"))
+    limit = empty(batch) if limits else 0.9
     x, cu_seqlens = empty(batch, seqlen, dtype=torch.int64), empty(batch + 1, dtype=torch.int32)
-    commit._launch(x, tokens, empty(total), slots, cu_seqlens, counts, threshold, factor)
+    commit._launch(x, tokens, empty(total), slots, cu_seqlens, counts, **({} if rule == "counts" else {rule: limit}))
 
 
 def _call_packing(empty):
@@ -371,7 +371,11 @@ def all_cases(archs=tuple(ARCHITECTURES)):
         for options in ({"bounds": False}, {"key_mask": True}, {"key_index": True}):
             cases += attention_cases(arch, "Dream", **options)
         cases += head_cases(arch, "LLaDA", noise=True) + head_cases(arch, "Dream", round_logits=True)
-        cases += [Case("commit_tokens", arch, "fp32", rule=rule) for rule in ("threshold", "factor")]
+        cases += [
+            Case("commit_tokens", arch, "fp32", rule=rule, limits=limits)
+            for rule in ("threshold", "factor")
+            for limits in (False, True)
+        ]
         # keys and values alone, queries alone
         cases += [Case("rope_cache", arch, heads=heads) for heads in ((0, 4), (28, 0))]
         for dtype in DTYPES:

@@ -142,6 +142,13 @@ def check_no_descale(k_descale, v_descale):
         )
 
 
+def float_and_tensor(value):
+    """(float, None) or (None, tensor): an argument of either kind, as operators and kernels have one for each."""
+    if isinstance(value, torch.Tensor):
+        return None, value
+    return None if value is None else float(value), None
+
+
 def device_guard(tensor):
     """Triton launches on the current device, which need not be the one of the tensors."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

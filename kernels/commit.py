@@ -29,7 +29,7 @@ def _load_scores(scores_ptr, entries, end):
     return tl.where(scores == scores, scores, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["batch", "total"])
+@triton.jit(do_not_specialize=["batch", "total"], do_not_specialize_on_alignment=["limits_ptr"])
 def _commit_tokens_kernel(
     # pointers
     x_ptr,
@@ -38,6 +38,7 @@ def _commit_tokens_kernel(
     slots_ptr,
     cu_seqlens_ptr,
     counts_ptr,
+    limits_ptr,
     chosen_ptr,
     # sizes
     batch,
@@ -82,6 +83,8 @@ def _commit_tokens_kernel(
     if RULE == "counts":
         chosen = rank < tl.load(counts_ptr + row)
     else:
+        if limits_ptr is not None:
+            limit = tl.load(limits_ptr + row)
         least = tl.full([BLOCK_M], limit, dtype=tl.float32)
         if RULE == "factor":
             # scores fall and limits rise with the rank, so whoever passes has only such before it that pass
@@ -93,17 +96,18 @@ def _commit_tokens_kernel(
     tl.store(x_ptr + slots, tl.load(tokens_ptr + entries, mask=written, other=0), mask=written)
 
 
-def _launch(x, tokens, scores, slots, cu_seqlens, counts, threshold, factor):
+def _launch(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=None, factor=None):
     batch, seqlen = x.shape
     (total,) = tokens.shape
     chosen = torch.empty((total,), dtype=torch.bool, device=x.device)
     if total == 0:
         return chosen
-    rule, limit = "counts", 0.0
+    rule, value = "counts", None
     if threshold is not None:
-        rule, limit = "threshold", threshold
+        rule, value = "threshold", threshold
     elif factor is not None:
-        rule, limit = "factor", factor
+        rule, value = "factor", factor
+    limit, limits = checks.float_and_tensor(value)
     launch = commit_launch(x.device)
     # slots are distinct, so no row has more entries than columns; one block at least, for the padding
     blocks = max(triton.cdiv(min(total, seqlen), launch.block_m), 1)
@@ -115,6 +119,7 @@ def _launch(x, tokens, scores, slots, cu_seqlens, counts, threshold, factor):
             slots_ptr=slots,
             cu_seqlens_ptr=cu_seqlens,
             counts_ptr=counts if rule == "counts" else None,
+            limits_ptr=limits,
             chosen_ptr=chosen,
             batch=batch,
             total=total,
@@ -135,12 +140,22 @@ def _commit_tokens(
     cu_seqlens: torch.Tensor,
     counts: torch.Tensor | None,
     threshold: float | None,
+    thresholds: torch.Tensor | None,
     factor: float | None,
+    factors: torch.Tensor | None,
     impl: str,
 ) -> torch.Tensor:
-    if impl == "triton":
-        return _launch(x, tokens, scores, slots, cu_seqlens, counts, threshold, factor)
-    return reference.commit_tokens(x, tokens, scores, slots, cu_seqlens, counts, threshold=threshold, factor=factor)
+    run = _launch if impl == "triton" else reference.commit_tokens
+    return run(
+        x,
+        tokens,
+        scores,
+        slots,
+        cu_seqlens,
+        counts,
+        threshold=threshold if thresholds is None else thresholds,
+        factor=factor if factors is None else factors,
+    )
 
 
 _operator = torch.library.custom_op("dkv::commit_tokens", mutates_args=("x",))(_commit_tokens)
@@ -166,9 +181,11 @@ def commit_tokens(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=Non
             as there are so many; a row may have none. Entries from cu_seqlens[-1] on are padding, never chosen.
         counts: (batch,) int32 or int64: how many entries of each row are committed; all of a row that has fewer. May be
             None with threshold or factor, which take its place.
-        threshold: commits every entry whose score reaches it, and the highest of each row.
-        factor: above 0: commits the entry of rank r (0: the highest) if its score reaches 1 - factor / (r + 2), and the
-            highest of each row; so an entry is committed only with all that rank before it.
+        threshold: a float, or (batch,) float32 (float64 too for float64 scores), one for each row: commits every entry
+            whose score reaches it, and the highest of each row.
+        factor: above 0, a float or one for each row as above: commits the entry of rank r (0: the highest) if its score
+            reaches 1 - factor / (r + 2), and the highest of each row; so an entry is committed only with all that rank
+            before it.
         impl: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "reference".
 
     Returns:
@@ -203,21 +220,13 @@ def commit_tokens(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=Non
         raise ValueError("threshold and factor exclude each other; pass one of them.")
     if threshold is None and factor is None and counts is None:
         raise ValueError("counts must be a tensor where neither threshold nor factor is given, got None.")
-    if factor is not None and not factor > 0:
+    limits = checks.float_and_tensor(threshold), checks.float_and_tensor(factor)
+    dtypes = (torch.float32,) if scores.dtype == torch.float32 else (torch.float32, torch.float64)
+    for name, (_, values) in zip(("threshold", "factor"), limits, strict=True):
+        checks.check_no_grad(**{name: values})
+        checks.check_index(name, values, x, (x.shape[0],), "(batch,)", *dtypes)
+    if limits[1][0] is not None and not factor > 0:
         raise ValueError(f"factor must be positive, got {factor}.")
     impl = checks.resolve_impl(impl, _commit_tokens_kernel, scores)
-    # the operator is there for torch.compile; in eager mode its dispatch would cost a CPU as much as a small call
-    run = torch.ops.dkv.commit_tokens
-    if impl == "reference" and not torch.compiler.is_compiling():
-        run = _commit_tokens
-    return run(
-        x,
-        tokens,
-        scores,
-        slots,
-        cu_seqlens,
-        counts,
-        None if threshold is None else float(threshold),
-        None if factor is None else float(factor),
-        impl,
-    )
+    run = checks.pick(torch.ops.dkv.commit_tokens, _commit_tokens)
+    return run(x, tokens, scores, slots, cu_seqlens, counts, *limits[0], *limits[1], impl)

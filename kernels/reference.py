@@ -174,11 +174,12 @@ def commit_tokens(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=Non
     scores.nan_to_num_(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
     order = scores.argsort(dim=1, descending=True, stable=True)
     ranks = torch.empty_like(order).scatter_(1, order, columns.expand_as(order))
+    threshold, factor = (v[:, None] if isinstance(v, torch.Tensor) else v for v in (threshold, factor))
     if threshold is not None:
         chosen = (scores >= threshold) | (ranks == 0)
     elif factor is not None:
         # scores fall and limits rise with the rank, so whoever passes has only such before it that pass
-        limits = 1 - torch.full_like(scores, factor) / (ranks + 2)
+        limits = 1 - torch.zeros_like(scores).add_(factor) / (ranks + 2)
         chosen = (scores >= limits) | (ranks == 0)
     else:
         chosen = ranks < counts[:, None]

@@ -1,5 +1,6 @@
 """`commit_tokens`: equal to a loop that sorts each row, whatever the scores, ties and borders."""
 
+import inspect
 import math
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from utils import cumulative
 
-from dkv.kernels import commit, commit_tokens, pack_positions
+from dkv.kernels import commit, commit_tokens, pack_positions, reference
 from dkv.kernels.launch import CommitLaunch
 
 IMPLS = ["triton", "reference"]
@@ -33,7 +34,7 @@ def poison_bool_outputs():
 
 
 def choose_by_a_loop(rows, rule, value):
-    """For each row of float32 scores, which are chosen; `value` is a count per row, the threshold or the factor."""
+    """For each row of float32 scores, which are chosen; `value`: the threshold or factor, or a list of one per row."""
     chosen = []
     for row, scores in enumerate(rows):
         scores = np.array([-INF if math.isnan(score) else score for score in scores], dtype=np.float32)
@@ -42,10 +43,11 @@ def choose_by_a_loop(rows, rule, value):
         for rank, i in enumerate(order):
             if rule == "counts":
                 enough = rank < value[row]
-            elif rule == "threshold":
-                enough = rank == 0 or scores[i] >= np.float32(value)
             else:
-                enough = rank == 0 or scores[i] >= np.float32(1) - np.float32(value) / np.float32(rank + 2)
+                limit = np.float32(value[row] if isinstance(value, list) else value)
+                if rule == "factor":
+                    limit = np.float32(1) - limit / np.float32(rank + 2)
+                enough = rank == 0 or scores[i] >= limit
             if not enough:
                 break
             picked.add(i)
@@ -78,7 +80,8 @@ def check(rows, rule, value, impl, *, padding=0, device="cpu", count_dtype=torch
     if rule == "counts":
         chosen = commit_tokens(*args, torch.tensor(value, dtype=count_dtype, device=device), impl=impl)
     else:
-        chosen = commit_tokens(*args, None, **{rule: value}, impl=impl)
+        limit = torch.tensor(value, dtype=torch.float32, device=device) if isinstance(value, list) else value
+        chosen = commit_tokens(*args, None, **{rule: limit}, impl=impl)
 
     expected = choose_by_a_loop(rows, rule, value) + [False] * padding
     assert chosen.dtype == torch.bool and chosen.view(torch.uint8).tolist() == [int(c) for c in expected]
@@ -103,6 +106,7 @@ def small_tiles(monkeypatch):
 
 
 RULES = [("counts", [3, 0, 99, 1]), ("threshold", 0.75), ("factor", 0.6)]
+LIMITS = [("threshold", [0.9, 0.5, NAN, -INF]), ("factor", [0.6, 50.0, 1e-3, NAN])]
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -111,6 +115,21 @@ RULES = [("counts", [3, 0, 99, 1]), ("threshold", 0.75), ("factor", 0.6)]
 @pytest.mark.parametrize("padding", [0, 1, 70])
 def test_ragged_rows(device, small_tiles, impl, rule, value, ties, padding):
     check(random_rows(20, 50, 7, 33, ties=ties), rule, value, impl, padding=padding, device=device)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("rule, values", LIMITS, ids=["threshold", "factor"])
+def test_limits_of_rows(device, small_tiles, impl, rule, values):
+    """Each row has its own; with NaN only the highest is chosen. Where all are the same, as a float."""
+    rows = random_rows(20, 50, 7, 33)
+    check(rows, rule, values, impl, padding=9, device=device)
+    check(random_rows(0, 5, 0, 3), rule, values, impl, device=device)
+    check([], rule, [], impl, padding=2, device=device)
+    for value in (0.9, 0.3):  # not float32
+        args = inputs([[*row, value] for row in rows], device=device)
+        limits = torch.full((4,), value, device=device)
+        chosen = commit_tokens(*args, None, **{rule: limits}, impl=impl)
+        assert torch.equal(chosen, commit_tokens(*args, None, **{rule: value}, impl=impl))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -192,6 +211,14 @@ def test_float64_scores(device):
     """Ranked as they are, though equal in float32."""
     args = inputs([[1.0, 1.0 + 1e-12, 1.0]], dtype=torch.float64, device=device)
     assert commit_tokens(*args, torch.tensor([1], device=device)).tolist() == [False, True, False]
+    # so are their limits
+    for dtype, expected in ((torch.float64, [False, True, False]), (torch.float32, [True, True, True])):
+        limit = torch.tensor([1.0 + 1e-12], dtype=dtype, device=device)
+        assert commit_tokens(*args, None, threshold=limit).tolist() == expected
+    args = inputs([[1.0, 0.5 - 1e-12]], dtype=torch.float64, device=device)
+    for more, expected in ((0.0, [True, False]), (1e-11, [True, True])):
+        limit = torch.tensor([1.5 + more], dtype=torch.float64, device=device)
+        assert commit_tokens(*args, None, factor=limit).tolist() == expected
     with pytest.raises(NotImplementedError, match="no float64 kernels; use impl='reference'"):
         commit_tokens(*args, torch.tensor([1], device=device), impl="triton")
 
@@ -262,6 +289,21 @@ def call(device, **changes):
             ("both", dict(threshold=0.9, factor=1.0), ValueError, "threshold and factor exclude each other"),
             ("factor 0", dict(factor=0), ValueError, "factor must be positive, got 0"),
             ("factor nan", dict(factor=NAN), ValueError, "factor must be positive, got nan"),
+            ("limit shape", dict(threshold=torch.ones(3)), ValueError, r"threshold must have shape \(batch,\) = \(2\)"),
+            (
+                "limit rank",
+                dict(factor=torch.ones(())),
+                ValueError,
+                r"factor must have shape \(batch,\) = \(2\), got \(\)",
+            ),
+            (
+                "limit dtype",
+                dict(factor=torch.ones(2).double()),
+                TypeError,
+                "factor must be float32, got torch.float64",
+            ),
+            ("limit grad", dict(factor=torch.ones(2, requires_grad=True)), ValueError, "but factor requires grad"),
+            ("both limits", dict(threshold=torch.ones(2), factor=1.0), ValueError, "exclude each other"),
             ("impl", dict(impl="torch"), ValueError, "impl must be one of"),
             ("grad", dict(scores=torch.zeros(3, requires_grad=True)), ValueError, "but scores requires grad"),
         ]
@@ -273,9 +315,10 @@ def test_bad_input(changes, error, message):
         call("cpu", **changes)
 
 
-@pytest.mark.parametrize("name", [*NAMES[1:], "counts"])
+@pytest.mark.parametrize("name", [*NAMES[1:], "counts", "threshold"])
 def test_all_tensors_are_on_one_device(device, name):
-    arguments = dict(zip(NAMES, inputs([[0.1, 0.2], [0.3]], seqlen=4), strict=True)) | {"counts": torch.ones(2).long()}
+    arguments = dict(zip(NAMES, inputs([[0.1, 0.2], [0.3]], seqlen=4), strict=True))
+    arguments |= {"counts": torch.ones(2).long(), "threshold": torch.ones(2)}
     with pytest.raises(ValueError, match=f"{name} must be on the device of the other tensors, {device}.*got meta"):
         call(device, **{name: arguments[name].to("meta")})
 
@@ -290,9 +333,11 @@ def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
 def test_opcheck(device, impl):
     args = inputs(random_rows(4, 7), padding=2, device=device)
     counts = torch.tensor([2, 3], device=device)
-    torch.library.opcheck(torch.ops.dkv.commit_tokens, (*args, counts, None, None, impl))
-    torch.library.opcheck(torch.ops.dkv.commit_tokens, (*args, None, 0.9, None, impl))
-    torch.library.opcheck(torch.ops.dkv.commit_tokens, (*args, None, None, 1.0, impl))
+    limits = torch.tensor([0.9, 0.5], device=device)
+    for rule in ((counts, None, None, None, None), (None, 0.9, None, None, None), (None, None, limits, None, None)):
+        torch.library.opcheck(torch.ops.dkv.commit_tokens, (*args, *rule, impl))
+    for rule in ((None, None, None, 1.0, None), (None, None, None, None, limits)):
+        torch.library.opcheck(torch.ops.dkv.commit_tokens, (*args, *rule, impl))
 
 
 def test_compiles_without_a_graph_break(device):
@@ -303,6 +348,10 @@ def test_compiles_without_a_graph_break(device):
     compiled = torch.compile(lambda x, tokens, *rest: ~commit_tokens(x, tokens + 0, *rest), fullgraph=True)
     assert torch.equal(~compiled(*args, counts), expected)
     assert torch.equal(args[0], expected_x)
+
+
+def test_the_launcher_has_the_signature_of_the_twin():
+    assert inspect.signature(commit._launch) == inspect.signature(reference.commit_tokens)
 
 
 @pytest.mark.gpu
