@@ -476,6 +476,8 @@ class Sass:
             if target and target[1] in labels:
                 loops.append(range(labels[target[1]], len(self.opcodes)))
             self.opcodes.append(instruction[1])
+        # a wait laid out behind a loop jumps back into it: what lies between is no loop
+        loops = [loop for loop in loops if not any(o.start < loop.start < o.stop < loop.stop for o in loops)]
         # loops without a load only clear what has no result, if anything
         loops = [loop for loop in loops if any(_is_load(self.opcodes[i]) for i in loop)]
         in_loops = self._opcodes_in(loops)
