@@ -188,6 +188,8 @@ def recording(arch):
         mock.patch.object(JITFunction, "run", record),
         on_gpu(arch),
         mock.patch.object(checks, "device_guard", lambda tensor: contextlib.nullcontext()),
+        # no fake tensor stays there
+        mock.patch.dict(lm_head._EXCLUDED, clear=True),
         FakeTensorMode(),
         _RefuseHostReads(),
     ):
@@ -243,9 +245,18 @@ def _call_swiglu(empty, *, d=12288):
     activation._launch(empty(16, 2 * d))
 
 
-def _call_lm_head(empty, *, d=4096, vocab=126464, rows=16, noise=False, round_logits=False):
-    noise_key = empty(rows, dtype=torch.int64) if noise else None
-    lm_head._launch(empty(rows, d), empty(vocab, d), 1.0, float(noise), noise_key, (vocab - 1,), round_logits)
+def _call_lm_head(empty, *, d=4096, vocab=126464, rows=16, noise=False, round_logits=False, scales=False):
+    lm_head._launch(
+        empty(rows, d),
+        empty(vocab, d),
+        logit_scale=empty(rows, dtype=torch.float32) if scales else 1.0,
+        noise_scale=empty(rows, dtype=torch.float32) if scales and noise else float(noise),
+        noise_key=empty(rows, dtype=torch.int64) if noise else None,
+        exclude_ids=(vocab - 1,),
+        round_logits=round_logits,
+        # compiles to the same as None
+        cu_seqlens=empty(3, dtype=torch.int32),
+    )
 
 
 def _call_commit(empty, *, rule="counts", limits=False):
@@ -371,6 +382,7 @@ def all_cases(archs=tuple(ARCHITECTURES)):
         for options in ({"bounds": False}, {"key_mask": True}, {"key_index": True}):
             cases += attention_cases(arch, "Dream", **options)
         cases += head_cases(arch, "LLaDA", noise=True) + head_cases(arch, "Dream", round_logits=True)
+        cases += head_cases(arch, "LLaDA", scales=True) + head_cases(arch, "Dream", noise=True, scales=True)
         cases += [
             Case("commit_tokens", arch, "fp32", rule=rule, limits=limits)
             for rule in ("threshold", "factor")

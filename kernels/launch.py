@@ -91,10 +91,10 @@ class HeadLaunch:
 
 @dataclass(frozen=True)
 class HeadMergeLaunch:
-    """Rows per program, partial results of a row at a time (all of them), and warps of the merge of the programs."""
+    """Rows per program, the most partial results that a row may have, and warps of the merge of the programs."""
 
-    block_r: int
-    block_p: int
+    block_m: int
+    most_slices: int
     num_warps: int
 
 
@@ -301,7 +301,8 @@ def head_launch(device, dtype, rows, noise):
     return next((launch for launch in table if launch.block_r >= rows), table[-1])
 
 
-def head_merge_launch(programs):
-    """All partial results of a row at a time; a load a thread from each of their fields, where that is enough."""
-    block_p = triton.next_power_of_2(programs)
-    return HeadMergeLaunch(block_r=max(1, 128 // block_p), block_p=block_p, num_warps=4)
+def head_merge_launch(device):
+    """All partial results of a row at a time; more of them than programs run at once on any GPU of the tables."""
+    if architecture(device) is None:
+        return HeadMergeLaunch(block_m=64, most_slices=8, num_warps=4)
+    return HeadMergeLaunch(block_m=1, most_slices=512, num_warps=4)

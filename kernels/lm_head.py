@@ -12,8 +12,9 @@ With z = logit_scale * (hidden @ weight^T), -inf for excluded ids, and for each 
 disjoint sets of ids can be merged, as in the online softmax (Milakov and Gimelshein, arXiv 1805.02867); so can the
 argmax of z + noise_scale * Gumbel, which samples from a softmax. Layouts: hidden (rows, hidden_size), weight (vocab,
 hidden_size). Each program keeps a block of rows and walks over tiles of the vocabulary; a second kernel merges the
-programs. Up to some hundred rows it is memory-bound, at one read of the weight. For few rows the vocabulary is the long
-side of the matrix product, for many rows the rows are.
+programs. How many blocks there are is read on the device: padding costs no work, and all programs share the rest. Up to
+some hundred rows it is memory-bound, at one read of the weight. For few rows the vocabulary is the long side of the
+matrix product, for many rows the rows are.
 """
 
 from collections.abc import Sequence
@@ -81,12 +82,12 @@ def _add_tile(
     z,
     first_id,
     vocab,
+    exclude_ids_ptr,
+    num_excluded,
     keys,
     noise_scale,
     AXIS: tl.constexpr,
     PARTS: tl.constexpr,
-    EXCLUDE_IDS: tl.constexpr,
-    MASK_VOCAB: tl.constexpr,
     HAS_NOISE: tl.constexpr,
 ):
     """Merges a tile of z, whose vocabulary lies along AXIS, into the running statistics."""
@@ -99,18 +100,20 @@ def _add_tile(
         else:
             low, high = z.reshape(ROWS, 2, SIZE // 2).permute(0, 2, 1).split()
         state = _add_tile(
-            state, low, first_id, vocab, keys, noise_scale, AXIS, PARTS // 2, EXCLUDE_IDS, MASK_VOCAB, HAS_NOISE
+            state, low, first_id, vocab, exclude_ids_ptr, num_excluded, keys, noise_scale, AXIS, PARTS // 2, HAS_NOISE
         )
         first_id += SIZE // 2
         return _add_tile(
-            state, high, first_id, vocab, keys, noise_scale, AXIS, PARTS // 2, EXCLUDE_IDS, MASK_VOCAB, HAS_NOISE
+            state, high, first_id, vocab, exclude_ids_ptr, num_excluded, keys, noise_scale, AXIS, PARTS // 2, HAS_NOISE
         )
     else:
-        ids = tl.expand_dims(tl.arange(0, SIZE) + first_id, 1 - AXIS)
-        if MASK_VOCAB:
-            z = tl.where(ids < vocab, z, LOWEST)
-        for i in tl.static_range(len(EXCLUDE_IDS)):
-            z = tl.where(ids == EXCLUDE_IDS[i], LOWEST, z)
+        # [SIZE], so that a loop over any number of ids keeps no tile
+        ids = tl.arange(0, SIZE) + first_id
+        allowed = ids < vocab
+        for i in range(num_excluded):
+            allowed = allowed & (ids != tl.load(exclude_ids_ptr + i))
+        ids = tl.expand_dims(ids, 1 - AXIS)
+        z = tl.where(tl.expand_dims(allowed, 1 - AXIS), z, LOWEST)
         statistics, best_noisy = state
         statistics = _merge(statistics, _reduce(z, ids, 0.0, 0.0, LOWEST, AXIS))
         if HAS_NOISE:
@@ -134,26 +137,60 @@ def _load_tile(ptrs, channels, hidden_size, MASK: tl.constexpr):
         return tl.load(ptrs[:, None] + channels[None, :])
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
+def _share_work(
+    cu_seqlens_ptr,
+    batch,
+    rows,
+    vocab,
+    programs,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    MOST_SLICES: tl.constexpr,
+):
+    """How many rows are no padding, their blocks, and how many slices the vocabulary is cut into.
+
+    Program i has block i % blocks and slice i // blocks: the blocks of one tile run next to each other, so that the
+    weight comes from the L2 after the first. The programs beyond have nothing to do. Batch -1 stands for no cu_seqlens.
+    """
+    real_rows = tl.load(cu_seqlens_ptr + batch, mask=batch >= 0, other=rows)
+    real_rows = tl.maximum(tl.minimum(real_rows, rows), 0)
+    row_blocks = tl.cdiv(real_rows, BLOCK_R)
+    tiles = tl.cdiv(vocab, BLOCK_V)
+    slices = tl.minimum(tl.minimum(programs // tl.maximum(row_blocks, 1), MOST_SLICES), tiles)
+    # no more than give each the same number of tiles
+    return real_rows, row_blocks, tl.cdiv(tiles, tl.cdiv(tiles, slices))
+
+
+# what differs from call to call must not compile it anew
+@triton.jit(
+    do_not_specialize=["batch", "rows", "num_excluded"],
+    do_not_specialize_on_alignment=["noise_key_ptr", "logit_scale_ptr", "noise_scale_ptr", "cu_seqlens_ptr"],
+)
 def _lm_head_kernel(
     # pointers
     hidden_ptr,
     weight_ptr,
+    logit_scale_ptr,
+    noise_scale_ptr,
     noise_key_ptr,
+    exclude_ids_ptr,
+    cu_seqlens_ptr,
     partial_values_ptr,
     partial_ids_ptr,
     # strides
     stride_hidden,
     stride_weight,
     # sizes
+    batch,
     rows,
     vocab,
     hidden_size,
+    num_excluded,
     # scalars
     logit_scale,
     noise_scale,
     # constants
-    EXCLUDE_IDS: tl.constexpr,
     HAS_NOISE: tl.constexpr,
     ROUND_LOGITS: tl.constexpr,
     MASK_VOCAB: tl.constexpr,
@@ -163,16 +200,23 @@ def _lm_head_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr,
+    MOST_SLICES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # the row blocks of one vocabulary tile run next to each other, so that the weight comes from the L2 after the first
-    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    real_rows, row_blocks, slices = _share_work(
+        cu_seqlens_ptr, batch, rows, vocab, programs, BLOCK_R, BLOCK_V, MOST_SLICES
+    )
+    if program >= row_blocks * slices:
+        return
+
+    offs_r = (program % row_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_d = tl.arange(0, BLOCK_D)
-    program = tl.program_id(1)
-    programs = tl.num_programs(1)
     AXIS: tl.constexpr = 0 if VOCAB_FIRST else 1
-    # rows and ids beyond the last one repeat it: nothing of the rows is stored, and the ids are masked later
-    row_ptrs = hidden_ptr + tl.minimum(offs_r, rows - 1).to(tl.int64) * stride_hidden
+    # rows and ids beyond the last one repeat it: nobody reads what is found for the rows, and the ids are masked later
+    offs_r = tl.minimum(offs_r, real_rows - 1)
+    row_ptrs = hidden_ptr + offs_r.to(tl.int64) * stride_hidden
 
     lowest = tl.full([BLOCK_R], LOWEST, dtype=tl.float32)
     zeros = tl.zeros([BLOCK_R], dtype=tl.float32)
@@ -181,10 +225,11 @@ def _lm_head_kernel(
     state = ((lowest, no_id, zeros, zeros, lowest), (lowest, no_id, lowest))
     keys = 0
     if HAS_NOISE:
-        keys = tl.load(noise_key_ptr + offs_r, mask=offs_r < rows, other=0)
-        keys = tl.expand_dims(keys.to(tl.uint32), AXIS)
+        keys = tl.expand_dims(tl.load(noise_key_ptr + offs_r).to(tl.uint32), AXIS)
+        if noise_scale_ptr is not None:
+            noise_scale = tl.expand_dims(tl.load(noise_scale_ptr + offs_r), AXIS)
 
-    for tile in range(program, tl.cdiv(vocab, BLOCK_V), programs):
+    for tile in range(program // row_blocks, tl.cdiv(vocab, BLOCK_V), slices):
         ids = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         if MASK_VOCAB:
             ids = tl.minimum(ids, vocab - 1)
@@ -201,33 +246,47 @@ def _lm_head_kernel(
                 logits = tl.dot(hidden, weight.T, logits, input_precision=PRECISION)
         if ROUND_LOGITS:
             logits = logits.to(weight_ptr.dtype.element_ty).to(tl.float32)
-        z = logits * logit_scale
+        if logit_scale_ptr is not None:
+            # not before the products, which need the registers
+            z = logits * tl.expand_dims(tl.load(logit_scale_ptr + offs_r), AXIS)
+        else:
+            z = logits * logit_scale
         state = _add_tile(
-            state, z, tile * BLOCK_V, vocab, keys, noise_scale, AXIS, PARTS, EXCLUDE_IDS, MASK_VOCAB, HAS_NOISE
+            state,
+            z,
+            tile * BLOCK_V,
+            vocab,
+            exclude_ids_ptr,
+            num_excluded,
+            keys,
+            noise_scale,
+            AXIS,
+            PARTS,
+            HAS_NOISE,
         )
 
-    # partial results are (fields, rows, programs)
+    # partial results are (fields, BLOCK_R, programs), with room for the rows that are missing
     statistics, best_noisy = state
     best, best_id, others, weighted, second = statistics
-    in_range = offs_r < rows
-    field = rows.to(tl.int64) * programs
-    values_ptrs = partial_values_ptr + offs_r.to(tl.int64) * programs + program
-    ids_ptrs = partial_ids_ptr + offs_r.to(tl.int64) * programs + program
-    tl.store(values_ptrs, best, mask=in_range)
-    tl.store(values_ptrs + field, others, mask=in_range)
-    tl.store(values_ptrs + 2 * field, weighted, mask=in_range)
-    tl.store(values_ptrs + 3 * field, second, mask=in_range)
-    tl.store(ids_ptrs, best_id, mask=in_range)
+    field = programs.to(tl.int64) * BLOCK_R
+    values_ptrs = partial_values_ptr + tl.arange(0, BLOCK_R) * programs + program
+    ids_ptrs = partial_ids_ptr + tl.arange(0, BLOCK_R) * programs + program
+    tl.store(values_ptrs, best)
+    tl.store(values_ptrs + field, others)
+    tl.store(values_ptrs + 2 * field, weighted)
+    tl.store(values_ptrs + 3 * field, second)
+    tl.store(ids_ptrs, best_id)
     if HAS_NOISE:
         noisy, noisy_id, noisy_z = best_noisy
-        tl.store(values_ptrs + 4 * field, noisy, mask=in_range)
-        tl.store(values_ptrs + 5 * field, noisy_z, mask=in_range)
-        tl.store(ids_ptrs + field, noisy_id, mask=in_range)
+        tl.store(values_ptrs + 4 * field, noisy)
+        tl.store(values_ptrs + 5 * field, noisy_z)
+        tl.store(ids_ptrs + field, noisy_id)
 
 
-@triton.jit(do_not_specialize=["rows", "programs"])
+@triton.jit(do_not_specialize=["batch", "rows", "programs"], do_not_specialize_on_alignment=["cu_seqlens_ptr"])
 def _merge_confidence_kernel(
     # pointers
+    cu_seqlens_ptr,
     partial_values_ptr,
     partial_ids_ptr,
     token_ptr,
@@ -235,22 +294,30 @@ def _merge_confidence_kernel(
     margin_ptr,
     entropy_ptr,
     # sizes
+    batch,
     rows,
     vocab,
     programs,
     # constants
     HAS_NOISE: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    MOST_SLICES: tl.constexpr,
 ):
-    """Merges what the programs found for each row."""
-    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_p = tl.arange(0, BLOCK_P)
-    in_range = offs_r < rows
-    # [BLOCK_R, BLOCK_P]
-    written = in_range[:, None] & (offs_p < programs)[None, :]
-    offs = offs_r.to(tl.int64)[:, None] * programs + offs_p[None, :]
-    field = rows.to(tl.int64) * programs
+    """Merges what the programs found for each of BLOCK_M rows; BLOCK_R and BLOCK_V are those of the programs."""
+    real_rows, row_blocks, slices = _share_work(
+        cu_seqlens_ptr, batch, rows, vocab, programs, BLOCK_R, BLOCK_V, MOST_SLICES
+    )
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_s = tl.arange(0, MOST_SLICES)
+    in_range = offs_m < rows
+    real = offs_m < real_rows
+    # [BLOCK_M, MOST_SLICES]
+    written = real[:, None] & (offs_s < slices)[None, :]
+    found_by = (offs_m // BLOCK_R)[:, None] + (offs_s * row_blocks)[None, :]
+    offs = (offs_m % BLOCK_R * programs)[:, None] + found_by
+    field = programs.to(tl.int64) * BLOCK_R
     best, best_id, others, weighted, second = _reduce(
         tl.load(partial_values_ptr + offs, mask=written, other=LOWEST),
         tl.load(partial_ids_ptr + offs, mask=written, other=NO_ID),
@@ -272,99 +339,140 @@ def _merge_confidence_kernel(
     log_sum = log1p(others)
     top_prob = 1.0 / (1.0 + others)
     # a row of NaN has no largest id; its token must not lead anyone out of the vocabulary
-    tl.store(token_ptr + offs_r, tl.minimum(token, vocab - 1).to(tl.int64), mask=in_range)
-    tl.store(log_prob_ptr + offs_r, (token_z - best) - log_sum, mask=in_range)
-    tl.store(margin_ptr + offs_r, (1.0 - tl.exp2((second - best) * LOG2_E)) * top_prob, mask=in_range)
-    tl.store(entropy_ptr + offs_r, log_sum - weighted * top_prob, mask=in_range)
+    token = tl.where(real, tl.minimum(token, vocab - 1), 0)
+    log_prob = tl.where(real, (token_z - best) - log_sum, float("-inf"))
+    margin = tl.where(real, (1.0 - tl.exp2((second - best) * LOG2_E)) * top_prob, 0.0)
+    entropy = tl.where(real, log_sum - weighted * top_prob, 0.0)
+    tl.store(token_ptr + offs_m, token.to(tl.int64), mask=in_range)
+    tl.store(log_prob_ptr + offs_m, log_prob, mask=in_range)
+    tl.store(margin_ptr + offs_m, margin, mask=in_range)
+    tl.store(entropy_ptr + offs_m, entropy, mask=in_range)
 
 
-def _launch(hidden, weight, logit_scale, noise_scale, noise_key, exclude_ids, round_logits):
+_EXCLUDED = {}  # never freed, for CUDA graphs keep the addresses
+
+
+def _on_device(exclude_ids, device):
+    """The ids as an int32 tensor, made once, by the device alone."""
+    key = exclude_ids, device
+    if key in _EXCLUDED:
+        return _EXCLUDED[key]
+    ids = torch.empty(len(exclude_ids), dtype=torch.int32, device=device)
+    for place, excluded in enumerate(exclude_ids):
+        ids.narrow(0, place, 1).fill_(excluded)
+    # what a graph makes has its values only after a replay
+    if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        _EXCLUDED[key] = ids
+    return ids
+
+
+def _launch(
+    hidden,
+    weight,
+    *,
+    logit_scale=1.0,
+    noise_scale=0.0,
+    noise_key=None,
+    exclude_ids=None,
+    round_logits=False,
+    cu_seqlens=None,
+):
     rows, hidden_size = hidden.shape
     vocab = weight.shape[0]
     token = torch.empty(rows, dtype=torch.int64, device=hidden.device)
     log_prob, margin, entropy = (torch.empty(rows, dtype=torch.float32, device=hidden.device) for _ in range(3))
     if rows == 0:
-        return token, log_prob, margin, entropy
+        return Confidence(token, log_prob, margin, entropy)
 
-    has_noise = noise_scale > 0
+    logit_scale, logit_scales = checks.float_and_tensor(logit_scale)
+    noise_scale, noise_scales = checks.float_and_tensor(noise_scale)
+    has_noise = noise_scales is not None or noise_scale > 0
     launch = head_launch(hidden.device, hidden.dtype, rows, has_noise)
-    row_blocks = triton.cdiv(rows, launch.block_r)
-    tiles = triton.cdiv(vocab, launch.block_v)
-    # as many as run at once, and no more than give each the same number of tiles
-    programs = min(max(launch.blocks_per_processor * processors(hidden.device) // row_blocks, 1), tiles)
-    programs = triton.cdiv(tiles, triton.cdiv(tiles, programs))
-    partial_values = torch.empty((6 if has_noise else 4, rows, programs), dtype=torch.float32, device=hidden.device)
-    partial_ids = torch.empty((2 if has_noise else 1, rows, programs), dtype=torch.int32, device=hidden.device)
-    merge = head_merge_launch(programs)
+    merge = head_merge_launch(hidden.device)
+    # as many as run at once; enough for every block, should all rows be real
+    programs = min(launch.blocks_per_processor * processors(hidden.device), merge.most_slices)
+    programs = max(programs, triton.cdiv(rows, launch.block_r))
+    values_shape, ids_shape = ((fields, launch.block_r, programs) for fields in ((6, 2) if has_noise else (4, 1)))
+    partial_values = torch.empty(values_shape, dtype=torch.float32, device=hidden.device)
+    partial_ids = torch.empty(ids_shape, dtype=torch.int32, device=hidden.device)
     with checks.device_guard(hidden):
-        _lm_head_kernel[(row_blocks, programs)](
-            hidden_ptr=hidden,
-            weight_ptr=weight,
-            noise_key_ptr=noise_key if has_noise else None,
+        excluded = _on_device(tuple(exclude_ids or ()), hidden.device)
+        # without cu_seqlens nothing is read there; another int32 tensor spares another compilation
+        counts, batch = (excluded, -1) if cu_seqlens is None else (cu_seqlens, cu_seqlens.shape[0] - 1)
+        shared = dict(
+            cu_seqlens_ptr=counts,
+            batch=batch,
             partial_values_ptr=partial_values,
             partial_ids_ptr=partial_ids,
-            stride_hidden=hidden.stride(0),
-            stride_weight=weight.stride(0),
             rows=rows,
             vocab=vocab,
+            HAS_NOISE=has_noise,
+            BLOCK_R=launch.block_r,
+            BLOCK_V=launch.block_v,
+            MOST_SLICES=merge.most_slices,
+        )
+        _lm_head_kernel[(programs,)](
+            **shared,
+            hidden_ptr=hidden,
+            weight_ptr=weight,
+            logit_scale_ptr=logit_scales,
+            noise_scale_ptr=noise_scales,
+            noise_key_ptr=noise_key if has_noise else None,
+            exclude_ids_ptr=excluded,
+            stride_hidden=hidden.stride(0),
+            stride_weight=weight.stride(0),
             hidden_size=hidden_size,
+            num_excluded=excluded.shape[0],
             logit_scale=logit_scale,
             noise_scale=noise_scale,
-            EXCLUDE_IDS=tuple(exclude_ids),
-            HAS_NOISE=has_noise,
             ROUND_LOGITS=round_logits and hidden.dtype != torch.float32,
             MASK_VOCAB=vocab % launch.block_v != 0,
             MASK_CHANNELS=hidden_size % launch.block_d != 0,
             VOCAB_FIRST=launch.block_r <= 32,
-            BLOCK_R=launch.block_r,
-            BLOCK_V=launch.block_v,
             BLOCK_D=launch.block_d,
             PARTS=launch.parts,
             PRECISION="ieee",
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )
-        _merge_confidence_kernel[(triton.cdiv(rows, merge.block_r),)](
-            partial_values_ptr=partial_values,
-            partial_ids_ptr=partial_ids,
+        _merge_confidence_kernel[(triton.cdiv(rows, merge.block_m),)](
+            **shared,
             token_ptr=token,
             log_prob_ptr=log_prob,
             margin_ptr=margin,
             entropy_ptr=entropy,
-            rows=rows,
-            vocab=vocab,
             programs=programs,
-            HAS_NOISE=has_noise,
-            BLOCK_R=merge.block_r,
-            BLOCK_P=merge.block_p,
+            BLOCK_M=merge.block_m,
             num_warps=merge.num_warps,
         )
-    return token, log_prob, margin, entropy
+    return Confidence(token, log_prob, margin, entropy)
 
 
 def _lm_head_confidence(
     hidden: torch.Tensor,
     weight: torch.Tensor,
-    logit_scale: float,
-    noise_scale: float,
+    logit_scale: float | None,
+    logit_scales: torch.Tensor | None,
+    noise_scale: float | None,
+    noise_scales: torch.Tensor | None,
     noise_key: torch.Tensor | None,
     exclude_ids: Sequence[int],
     round_logits: bool,
+    cu_seqlens: torch.Tensor | None,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    if impl == "triton":
-        return _launch(hidden, weight, logit_scale, noise_scale, noise_key, exclude_ids, round_logits)
-    return tuple(
-        reference.lm_head_confidence(
-            hidden,
-            weight,
-            logit_scale=logit_scale,
-            noise_scale=noise_scale,
-            noise_key=noise_key,
-            exclude_ids=exclude_ids,
-            round_logits=round_logits,
-        )
+    run = _launch if impl == "triton" else reference.lm_head_confidence
+    found = run(
+        hidden,
+        weight,
+        logit_scale=logit_scale if logit_scales is None else logit_scales,
+        noise_scale=noise_scale if noise_scales is None else noise_scales,
+        noise_key=noise_key,
+        exclude_ids=exclude_ids,
+        round_logits=round_logits,
+        cu_seqlens=cu_seqlens,
     )
+    return tuple(found)
 
 
 _operator = torch.library.custom_op("dkv::lm_head_confidence", mutates_args=())(_lm_head_confidence)
@@ -387,6 +495,7 @@ def lm_head_confidence(
     noise_key=None,
     exclude_ids=None,
     round_logits=False,
+    cu_seqlens=None,
     impl="auto",
 ):
     """Predicts a token for each row and how confident the model is of it, without keeping the logits.
@@ -398,18 +507,21 @@ def lm_head_confidence(
         hidden: (rows, hidden_size), float16, bfloat16 or float32 (float64: impl "reference" only), after the final
             norm; any row stride with the last dim contiguous.
         weight: (vocab, hidden_size), the dtype of hidden, of the head; any row stride with the last dim contiguous.
-        logit_scale: a positive float.
-        noise_scale: a float of at least 0; 0: the token is the most likely one.
-        noise_key: (rows,) int64, keys of `dkv.kernels.noise.noise_key`; needed for noise_scale > 0. The noise of id v
-            in a row depends on the row's key and on v alone.
+        logit_scale: a positive float, or (rows,) float32 (float64 too for float64 hidden) of such.
+        noise_scale: a float of at least 0, or (rows,) of such as above; 0: the token is the most likely one.
+        noise_key: (rows,) int64, keys of `dkv.kernels.noise.noise_key`; needed for noise_scale > 0 and for a tensor.
+            The noise of id v in a row depends on the row's key and on v alone.
         exclude_ids: ints, ids that can neither be the token nor have probability; some must be left. None: none.
         round_logits: round the product to the dtype of weight first, as code does that keeps the logits.
+        cu_seqlens: (batch + 1,) int32, as for the other operators: rows from cu_seqlens[-1] on are padding, which is
+            not computed. None: all rows count.
         impl: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "reference".
 
     Returns:
         Confidence(token, log_prob, margin, entropy), each (rows,): token int64, ties go to the lowest id; under
         softmax(z), log_prob of the token, margin between the two largest probabilities, and entropy in nats, float32
-        (float64 for float64). log_prob keeps the order of very confident rows, where a plain softmax ties at 1.
+        (float64 for float64). log_prob keeps the order of very confident rows, where a plain softmax ties at 1. Padding
+        has token 0, log_prob -inf, margin 0 and entropy 0.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or strides that do not fit together, scales or ids out of range.
@@ -429,25 +541,37 @@ def lm_head_confidence(
     checks.check_shape("weight", weight, (None, hidden_size), "(vocab, hidden_size)")
     checks.check_same("hidden", hidden, weight=weight)
     checks.check_last_dim_contiguous(hidden=hidden, weight=weight)
-    if not 0 < logit_scale < float("inf"):
-        raise ValueError(f"logit_scale must be positive and finite, got {logit_scale}.")
-    if not 0 <= noise_scale < float("inf"):
-        raise ValueError(f"noise_scale must be at least 0 and finite, got {noise_scale}.")
-    if noise_scale > 0 and noise_key is None:
-        raise ValueError("noise_scale > 0 needs noise_key; pass a key of dkv.kernels.noise.noise_key for each row.")
+    _check_scale("logit_scale", logit_scale, hidden)
+    _check_scale("noise_scale", noise_scale, hidden)
+    if noise_key is None and (isinstance(noise_scale, torch.Tensor) or noise_scale > 0):
+        raise ValueError(
+            "noise_scale > 0, or a tensor, needs noise_key; pass a key of dkv.kernels.noise.noise_key for each row."
+        )
     checks.check_index("noise_key", noise_key, hidden, (rows,), "(rows,)", torch.int64)
+    checks.check_index("cu_seqlens", cu_seqlens, hidden, (None,), "(batch + 1,)")
+    if cu_seqlens is not None and cu_seqlens.shape[0] == 0:
+        raise ValueError("cu_seqlens must have shape (batch + 1,), one element at least, got (0,).")
     exclude_ids = _checked_ids(exclude_ids, weight.shape[0])
     impl = checks.resolve_impl(impl, _lm_head_kernel, hidden)
-    # the operator is there for torch.compile; in eager mode its dispatch would cost a CPU as much as a small call
-    run = torch.ops.dkv.lm_head_confidence
-    if impl == "reference" and not torch.compiler.is_compiling():
-        run = _lm_head_confidence
-    options = float(logit_scale), float(noise_scale), noise_key, exclude_ids, bool(round_logits), impl
-    return Confidence(*run(hidden, weight, *options))
+    run = checks.pick(torch.ops.dkv.lm_head_confidence, _lm_head_confidence)
+    scales = *checks.float_and_tensor(logit_scale), *checks.float_and_tensor(noise_scale)
+    return Confidence(*run(hidden, weight, *scales, noise_key, exclude_ids, bool(round_logits), cu_seqlens, impl))
+
+
+def _check_scale(name, scale, hidden):
+    """`logit_scale` or `noise_scale`; what a tensor holds stays on the device."""
+    if isinstance(scale, torch.Tensor):
+        checks.check_no_grad(**{name: scale})
+        dtypes = (torch.float32,) if hidden.dtype != torch.float64 else (torch.float32, torch.float64)
+        checks.check_index(name, scale, hidden, (hidden.shape[0],), "(rows,)", *dtypes)
+    elif name == "logit_scale" and not 0 < scale < float("inf"):
+        raise ValueError(f"logit_scale must be positive and finite, got {scale}.")
+    elif not 0 <= scale < float("inf"):
+        raise ValueError(f"noise_scale must be at least 0 and finite, got {scale}.")
 
 
 def _checked_ids(exclude_ids, vocab):
-    """The ids in order and without repetition, so that the kernel is not compiled anew for another spelling of them."""
+    """The ids in order and without repetition."""
     if exclude_ids is None:
         exclude_ids = ()
     if not isinstance(exclude_ids, list | tuple) or not all(type(i) is int for i in exclude_ids):

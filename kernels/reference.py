@@ -228,19 +228,33 @@ def lm_head_confidence(
     noise_key=None,
     exclude_ids=None,
     round_logits=False,
+    cu_seqlens=None,
 ):
     """Twin of `dkv.kernels.lm_head_confidence`, a bounded number of logits at a time."""
+    rows = hidden.shape[0]
+    real = rows if cu_seqlens is None else min(max(int(cu_seqlens[-1]), 0), rows)
+    at_a_time = max(1, LOGITS_AT_A_TIME // weight.shape[0])
+    of_rows = (_parts(value, real, at_a_time) for value in (logit_scale, noise_scale, noise_key))
     parts = []
-    rows = max(1, LOGITS_AT_A_TIME // weight.shape[0])
-    keys = noise_key.split(rows) if noise_scale > 0 else itertools.repeat(None)
-    for hidden_part, key_part in zip(hidden.split(rows), keys, strict=False):
+    for hidden_part, z_scale, *noise_part in zip(hidden[:real].split(at_a_time), *of_rows, strict=False):
         z = _logits(hidden_part, weight, round_logits)
-        if logit_scale != 1:
-            z.mul_(logit_scale)
+        if isinstance(z_scale, torch.Tensor):
+            z.mul_(z_scale[:, None])
+        elif z_scale != 1:
+            z.mul_(z_scale)
         for excluded in exclude_ids or ():
             z[:, excluded] = LOWEST
-        parts.append(_confidence(z, noise_scale, key_part))
-    return Confidence(*map(torch.cat, zip(*parts, strict=True)))
+        parts.append(_confidence(z, *noise_part))
+    found = map(torch.cat, zip(*parts, strict=True))
+    if real < rows:
+        of_padding = Confidence(0, float("-inf"), 0.0, 0.0)
+        found = (F.pad(values, (0, rows - real), value=v) for values, v in zip(found, of_padding, strict=True))
+    return Confidence(*found)
+
+
+def _parts(value, rows, at_a_time):
+    """A tensor of rows in parts, a value for all of them again and again."""
+    return value[:rows].split(at_a_time) if isinstance(value, torch.Tensor) else itertools.repeat(value)
 
 
 def _logits(hidden, weight, rounded):
@@ -265,7 +279,8 @@ def _confidence(z, noise_scale, noise_key):
     top, best = _largest(z)
     best = best[:, None]
     shifted = z.sub_(top[:, None])
-    token = best if noise_scale == 0 else _noisy_token(shifted, noise_scale, noise_key)
+    has_noise = isinstance(noise_scale, torch.Tensor) or noise_scale > 0
+    token = _noisy_token(shifted, noise_scale, noise_key) if has_noise else best
     # the largest term is left out: it is exactly 1, and beside it others that are tiny would be lost
     weights = shifted.exp().scatter_(1, best, 0.0)
     others, second = weights.sum(-1), weights.amax(-1)
@@ -280,8 +295,10 @@ def _noisy_token(z, noise_scale, noise_key):
     ids = torch.arange(z.shape[1], device=z.device)
     rows = max(1, NOISE_AT_A_TIME // z.shape[1])
     parts = []
-    for z_part, key_part in zip(z.split(rows), noise_key[:, None].split(rows), strict=True):
-        noisy = noise.gumbel(noise.noise_key(key_part, ids)).mul_(noise_scale).add_(z_part)
+    scales = noise_scale[:, None] if isinstance(noise_scale, torch.Tensor) else noise_scale
+    of_rows = (_parts(value, z.shape[0], rows) for value in (scales, noise_key[:, None]))
+    for z_part, scale_part, key_part in zip(z.split(rows), *of_rows, strict=False):
+        noisy = noise.gumbel(noise.noise_key(key_part, ids)).mul_(scale_part).add_(z_part)
         parts.append(_largest(noisy)[1][:, None])
     return torch.cat(parts)
 

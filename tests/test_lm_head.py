@@ -2,17 +2,28 @@
 
 import inspect
 import math
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from utils import DTYPES
+from torch._dynamo.backends.debugging import aot_eager
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from utils import DTYPES, cumulative
 
 from dkv.kernels import Confidence, lm_head, lm_head_confidence, reference
-from dkv.kernels.launch import HEAD_INTERPRETER, HeadLaunch
+from dkv.kernels.launch import HEAD_INTERPRETER, HeadLaunch, HeadMergeLaunch
 from dkv.kernels.noise import gumbel
 from dkv.kernels.noise import noise_key as keys_of
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import kernel_lint  # noqa: E402
 
 IMPLS = ["triton", "reference"]
 INF = math.inf
@@ -35,12 +46,17 @@ def product(hidden, weight, dtype):
     return hidden.to(dtype) @ weight.to(dtype).T
 
 
+def by_row(scale):
+    """A float, or a tensor (rows,) that multiplies (rows, vocab)."""
+    return scale[:, None] if isinstance(scale, torch.Tensor) else scale
+
+
 def from_logits(hidden, weight, dtype, token=None, *, logit_scale=1.0, exclude_ids=None, round_logits=False):
     """z in `dtype`, and (log_prob, margin, entropy) of softmax(z) by PyTorch's own functions."""
     z = product(hidden, weight, dtype)
     if round_logits:
         z = z.to(hidden.dtype).to(dtype)
-    z = z * logit_scale
+    z = z * by_row(logit_scale)
     z[:, list(exclude_ids or ())] = -INF
     log_probs = z.log_softmax(-1)
     token = z.argmax(-1) if token is None else token
@@ -57,9 +73,9 @@ def check(hidden, weight, impl="triton", *, noise_scale=0.0, noise_key=None, **o
     assert ((0 <= found.token) & (found.token < weight.shape[0])).all()
     z, oracles = from_logits(hidden, weight, torch.float64, found.token, **options)
     noisy = z
-    if noise_scale > 0:
+    if noise_key is not None:
         ids = torch.arange(weight.shape[0], device=hidden.device)
-        noisy = z + noise_scale * gumbel(keys_of(noise_key[:, None], ids))
+        noisy = z + by_row(noise_scale) * gumbel(keys_of(noise_key[:, None], ids))
     torch_z, same_dtype = from_logits(hidden, weight, torch.float32, found.token, **options)
     largest = z[z.isfinite()].abs().max().item()
     # the largest, but for what rounding can hide
@@ -153,6 +169,26 @@ def test_one_id_left(device, impl):
     found = check(hidden, weight, impl, exclude_ids=[0, 1, 3, 4], noise_scale=9.0, noise_key=keys_for(3, device))
     assert (found.token == 2).all()
     assert (found.log_prob == 0).all() and (found.margin == 1).all() and (found.entropy == 0).all()
+    hidden, weight = inputs(3, 300, device=device)
+    found = check(hidden, weight, impl, exclude_ids=[i for i in range(300) if i != 130])
+    assert (found.token == 130).all() and (found.log_prob == 0).all()
+
+
+def test_excluded_ids_reach_the_device_once(device, monkeypatch):
+    """And stay there, as CUDA graphs keep their addresses; nothing in a launch depends on how many there are."""
+    monkeypatch.setattr(lm_head, "_EXCLUDED", {})
+    hidden, weight = inputs(3, device=device)
+    for exclude_ids in ([], [3], [9, 3, 9], [3, 9], [9, 3]):
+        lm_head_confidence(hidden, weight, exclude_ids=exclude_ids, impl="triton")
+    assert {ids: tensor.tolist() for (ids, _), tensor in lm_head._EXCLUDED.items()} == {
+        (): [],
+        (3,): [3],
+        (3, 9): [3, 9],
+    }
+    # a launcher is called without checks
+    expected = lm_head_confidence(hidden, weight, exclude_ids=[3, 9], impl="triton")
+    found = lm_head._launch(hidden, weight, exclude_ids=(9, 3, 9))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -261,6 +297,187 @@ def test_samples_follow_the_softmax(device, impl, samples):
         assert statistic < 11 + 5 * math.sqrt(22)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("rows", [6, 40])
+def test_scales_of_rows(device, impl, rows):
+    """Where all are the same, as a float; a row with its own finds what it finds alone, noise of 0 is none."""
+    hidden, weight = inputs(rows, 130, device=device)
+    hidden[2] = 0.0
+    keys = keys_for(rows, device)
+
+    def same(one, other):
+        assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+    def scales(*values):
+        return torch.tensor(values, device=device).repeat(rows // len(values) + 1)[:rows]
+
+    options = dict(exclude_ids=[7], impl=impl)
+    found = check(hidden, weight, logit_scale=scales(0.5), noise_scale=scales(1.0), noise_key=keys, **options)
+    same(found, lm_head_confidence(hidden, weight, logit_scale=0.5, noise_scale=1.0, noise_key=keys, **options))
+    found = check(hidden, weight, logit_scale=scales(0.5), **options)
+    same(found, lm_head_confidence(hidden, weight, logit_scale=0.5, **options))
+    found = check(hidden, weight, noise_scale=scales(0.0), noise_key=keys, **options)
+    same(found, lm_head_confidence(hidden, weight, **options))
+
+    logit_scale, noise_scale = scales(1.0, 0.25, 4.0, 2.0), scales(1.0, 0.5, 0.0)
+    found = check(hidden, weight, logit_scale=logit_scale, noise_scale=noise_scale, noise_key=keys, **options)
+    assert found.token[2] == 0
+    for row in (0, 2, 5):
+        alone = lm_head_confidence(
+            hidden[row : row + 1],
+            weight,
+            logit_scale=logit_scale[row].item(),
+            noise_scale=noise_scale[row].item(),
+            noise_key=keys[row : row + 1],
+            **options,
+        )
+        assert found.token[row] == alone.token[0]
+        torch.testing.assert_close(found.log_prob[row], alone.log_prob[0])
+
+
+def tiles_of(monkeypatch, *, merge=None, processors=3, **sizes):
+    """Small tiles, so that a few rows have several blocks, on a GPU of `processors` that hold one block each."""
+    launch = HeadLaunch(
+        **(dict(block_r=16, block_v=64, block_d=64) | sizes), num_warps=4, num_stages=2, blocks_per_processor=1
+    )
+    monkeypatch.setattr(lm_head, "head_launch", lambda *arguments: launch)
+    monkeypatch.setattr(lm_head, "processors", lambda device: processors)
+    if merge is not None:
+        monkeypatch.setattr(lm_head, "head_merge_launch", lambda device: merge)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_padding(device, monkeypatch, impl):
+    """Whatever it holds, the real rows are those of a call without it, and its own results are defined."""
+    tiles_of(monkeypatch)
+    hidden, weight = inputs(20, 100, device=device)
+    keys, scale = keys_for(20, device), torch.linspace(0.5, 2, 20, device=device)
+
+    def call(rows, noisy, **options):
+        if noisy:
+            options |= dict(noise_scale=0.5, noise_key=keys[:rows])
+        return lm_head_confidence(
+            hidden[:rows], weight, logit_scale=scale[:rows], exclude_ids=[7], impl=impl, **options
+        )
+
+    whole_blocks = {(rows, noisy): call(rows, noisy) for rows in (16, 20) for noisy in (False, True)}
+    for count in (*range(20, -1, -1), -1, -(2**31)):
+        real = max(count, 0)
+        hidden[real:], scale[real:] = math.nan, math.nan
+        noisy = count % 2 == 1
+        found = call(20, noisy, cu_seqlens=torch.tensor([0, 99, count], dtype=torch.int32, device=device))
+        expected = whole_blocks[16 if real <= 16 else 20, noisy]
+        for one, other, of_padding in zip(found, expected, (0, -INF, 0, 0), strict=True):
+            assert one.shape == (20,) and (one[real:] == of_padding).all()
+            if impl == "triton":
+                assert torch.equal(one[:real], other[:real])
+            else:
+                # the number of rows changes how PyTorch sums
+                torch.testing.assert_close(one[:real], other[:real])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_counts_beyond_the_rows(device, monkeypatch, impl):
+    tiles_of(monkeypatch)
+    hidden, weight = inputs(20, device=device)
+    expected = check(hidden, weight, impl)
+    for count in (20, 21, 2**31 - 1):
+        found = lm_head_confidence(hidden, weight, cu_seqlens=cumulative([count], device), impl=impl)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    none = cumulative([], device)
+    assert lm_head_confidence(hidden, weight, cu_seqlens=none, impl=impl).token.tolist() == [0] * 20
+    assert lm_head_confidence(hidden[:0], weight, cu_seqlens=none, impl=impl).token.shape == (0,)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="watches the interpreter")
+def test_padding_costs_no_tile(monkeypatch):
+    """It is not read, its blocks multiply nothing, and their programs share the work of the others evenly."""
+    tiles_of(monkeypatch, processors=4)
+    hidden, weight = inputs(60, 300)
+    tiles, add_tile = [], lm_head._add_tile
+
+    def watched(state, z, first_id, *rest):
+        assert not np.isnan(z.handle.data).any()
+        tiles.append(first_id)
+        return add_tile(state, z, first_id, *rest)
+
+    monkeypatch.setattr(lm_head, "_add_tile", watched)
+    for count in (60, 48, 17, 16, 1, 0):
+        hidden[count:] = math.nan
+        tiles.clear()
+        lm_head_confidence(hidden, weight, cu_seqlens=cumulative([count]), impl="triton")
+        assert sorted(tiles) == sorted([0, 64, 128, 192, 256] * math.ceil(count / 16))
+        if count == 1:
+            # one program after the other: 2, 2 and 1 tiles, not 2, 1, 1 and 1
+            assert tiles == [0, 192, 64, 256, 128]
+
+
+@pytest.mark.parametrize("count", [16, 40])
+def test_no_more_slices_than_the_merge_has_room_for(device, monkeypatch, count):
+    """Many blocks of which few are real leave each of those more programs than that."""
+    tiles_of(monkeypatch, merge=HeadMergeLaunch(block_m=4, most_slices=2, num_warps=1))
+    hidden, weight = inputs(70, device=device)
+    found = lm_head_confidence(hidden, weight, cu_seqlens=cumulative([count], device), impl="triton")
+    for one, other in zip(found, check(hidden[:count], weight, "reference"), strict=True):
+        torch.testing.assert_close(one[:count], other)
+
+
+def specialisations(calls):
+    """How many different kernels of each name Triton's JIT makes for some calls: the arguments of `empty_call`."""
+    backend, kinds = make_backend(GPUTarget("cuda", 90, 32)), {}
+    with kernel_lint.recording(90) as launches:
+        for call in calls:
+            empty_call(**call)
+    for launch in launches:
+        bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+        _, *key = bind(**launch.arguments, debug=False, instrumentation_mode="")
+        kinds.setdefault(launch.name, set()).add(str(key))
+    return {name: len(keys) for name, keys in kinds.items()}
+
+
+def empty_call(rows=32, *, noise=False, scales=False, batch=None, offset=0, **options):
+    """A launch on the fake GPU; tensors of rows begin `offset` elements behind an aligned address."""
+
+    def of_rows(dtype):
+        return torch.empty(rows + offset, dtype=dtype, device="cuda:0").narrow(0, offset, rows)
+
+    hidden, weight = (torch.empty(n, 4096, dtype=torch.bfloat16, device="cuda:0") for n in (rows, 126464))
+    if noise:
+        options |= {"noise_scale": 1.0, "noise_key": of_rows(torch.int64)} | options
+    if scales:
+        options |= {name: of_rows(torch.float32) for name in ("logit_scale", "noise_scale")[: 1 + noise]}
+    if batch is not None:
+        counts = torch.empty(batch + 1 + offset, dtype=torch.int32, device="cuda:0")
+        options["cu_seqlens"] = counts.narrow(0, offset, batch + 1)
+    lm_head._launch(hidden, weight, **options)
+
+
+IDS = ((), (0,), (1,), (16,), (126463,), (1, 2, 3), range(7))
+VALUES = [
+    *({"exclude_ids": tuple(ids)} for ids in IDS),
+    *({"rows": rows} for rows in (17, 18, 31)),
+    *({"batch": batch} for batch in (0, 1, 8, 16)),
+    *({"batch": 3, "offset": offset} for offset in (1, 2)),
+]
+
+
+def test_values_compile_nothing_anew():
+    """One kernel for all ids, numbers of rows that take the same tile, counts, scales and keys."""
+    groups = [
+        [{}, *VALUES, {"logit_scale": 0.5}, {"logit_scale": 1}, {"exclude_ids": None}],
+        [{"noise": True, **call} for call in ({}, {"noise_scale": 0.5}, *VALUES)],
+        [{"noise": True, "scales": True, **call} for call in ({}, *VALUES)],
+        # one row, which Triton takes for a constant elsewhere; any number of blocks
+        [{"rows": rows} for rows in (1, 2, 16)],
+        [{"rows": rows, "batch": batch} for rows in (65, 128, 129, 4096, 100_000) for batch in (None, 4)],
+        # what is different
+        [{"rows": 16}, {"rows": 32}, {"noise": True}, {"scales": True}],
+    ]
+    with kernel_lint.workers(1) as pool:
+        counts = list(pool.map(specialisations, groups))
+    assert counts == [{"lm_head": 1, "merge_confidence": 1}] * 5 + [{"lm_head": 4, "merge_confidence": 3}]
+
+
 @pytest.mark.parametrize("rows, noise_scale", [(13, 1.0), (40, 0.0)])
 def test_any_number_of_programs(device, monkeypatch, rows, noise_scale):
     """Partial results merge to the same, up to rounding."""
@@ -277,9 +494,8 @@ def test_any_number_of_programs(device, monkeypatch, rows, noise_scale):
 @pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("block_r", [16, 64])
 def test_parts_of_a_tile(device, monkeypatch, block_r, parts):
-    launch = HeadLaunch(block_r, 64, 32, num_warps=4, num_stages=2, blocks_per_processor=1, parts=parts)
-    monkeypatch.setattr(lm_head, "head_launch", lambda *arguments: launch)
-    check(*inputs(20, 130, 40, device=device), noise_scale=0.5, noise_key=keys_for(20, device))
+    tiles_of(monkeypatch, block_r=block_r, block_d=32, parts=parts)
+    check(*inputs(20, 130, 40, device=device), noise_scale=0.5, noise_key=keys_for(20, device), exclude_ids=[9, 70])
 
 
 @given(data=st.data())
@@ -385,7 +601,18 @@ ERRORS = [
     ("infinite scale", dict(logit_scale=INF), ValueError, "logit_scale must be positive and finite, got inf"),
     ("noise_scale", dict(noise_scale=-0.5), ValueError, "noise_scale must be at least 0 and finite, got -0.5"),
     ("nan", dict(noise_scale=math.nan), ValueError, "noise_scale must be at least 0 and finite, got nan"),
-    ("no key", dict(noise_scale=1.0), ValueError, "noise_scale > 0 needs noise_key; pass"),
+    ("no key", dict(noise_scale=1.0), ValueError, "noise_scale > 0, or a tensor, needs noise_key; pass"),
+    ("no keys", dict(noise_scale=zeros(4)), ValueError, "noise_scale > 0, or a tensor, needs noise_key; pass"),
+    ("scale dtype", dict(logit_scale=zeros(4).double()), TypeError, "logit_scale must be float32, got torch.float64"),
+    ("scale rank", dict(logit_scale=zeros()), ValueError, r"logit_scale must have shape \(rows,\) = \(4\), got \(\)"),
+    ("noise shape", dict(noise_scale=zeros(4, 1)), ValueError, r"noise_scale must have shape \(rows,\) = \(4\), got \(4, 1\)"),
+    ("scale stride", dict(logit_scale=zeros(4, 2)[:, 0]), ValueError, "last dim of logit_scale must be contiguous"),
+    ("scale device", dict(logit_scale=zeros(4, device="meta")), ValueError, "logit_scale must be on the device"),
+    ("scale grad", dict(noise_scale=zeros(4, requires_grad=True)), ValueError, "but noise_scale requires grad"),
+    ("counts dtype", dict(cu_seqlens=KEY), TypeError, "cu_seqlens must be int32, got torch.int64"),
+    ("counts rank", dict(cu_seqlens=KEY.int()[None]), ValueError, r"cu_seqlens must have shape \(batch \+ 1,\)"),
+    ("no counts", dict(cu_seqlens=KEY.int()[:0]), ValueError, r"cu_seqlens must have shape \(batch \+ 1,\), one element at least"),
+    ("counts device", dict(cu_seqlens=KEY.int().to("meta")), ValueError, "cu_seqlens must be on the device"),
     ("key dtype", dict(noise_key=KEY.int()), TypeError, "noise_key must be int64, got torch.int32"),
     ("key shape", dict(noise_key=KEY[:3]), ValueError, r"noise_key must have shape \(rows,\) = \(4\), got \(3,\)"),
     ("key device", dict(noise_key=KEY.to("meta")), ValueError, "noise_key must be on the device"),
@@ -411,28 +638,42 @@ def test_the_twin_has_the_signature_of_the_operator():
     parameters = dict(inspect.signature(lm_head_confidence).parameters)
     assert parameters.pop("impl").default == "auto"
     assert parameters == dict(inspect.signature(reference.lm_head_confidence).parameters)
+    # also of what runs without the checks
+    assert parameters == dict(inspect.signature(lm_head._launch).parameters)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_opcheck(device, impl):
     hidden, weight = inputs(4, 40, 16, device=device)
     operator = torch.ops.dkv.lm_head_confidence
-    torch.library.opcheck(operator, (hidden, weight, 1.0, 0.0, None, [], False, impl))
-    torch.library.opcheck(operator, (hidden, weight, 0.5, 1.0, keys_for(4, device), [3, 9], True, impl))
+    torch.library.opcheck(operator, (hidden, weight, 1.0, None, 0.0, None, None, [], False, None, impl))
+    keys, count = keys_for(4, device), cumulative([1, 2], device)
+    torch.library.opcheck(operator, (hidden, weight, 0.5, None, 1.0, None, keys, [3, 9], True, count, impl))
+    scales = torch.ones(4, device=device), torch.zeros(4, device=device)
+    torch.library.opcheck(operator, (hidden, weight, None, scales[0], None, scales[1], keys, [3], False, None, impl))
 
 
 def test_compiles_without_a_graph_break(device):
     hidden, weight = inputs(4, device=device)
     keys = keys_for(4, device)
 
-    def head(hidden):
-        found = lm_head_confidence(hidden * 1.0, weight, noise_scale=0.5, noise_key=keys, exclude_ids=(3, 9))
+    def head(hidden, noise_scale, cu_seqlens=None):
+        options = dict(noise_scale=noise_scale, noise_key=keys, exclude_ids=(3, 9), cu_seqlens=cu_seqlens)
+        found = lm_head_confidence(hidden * 1.0, weight, **options)
         return found.token + 1, found.log_prob.exp()
 
-    with torch.no_grad():
-        compiled = torch.compile(head, fullgraph=True, backend="aot_eager")(hidden)
-    for one, other in zip(compiled, head(hidden), strict=True):
-        torch.testing.assert_close(one, other)
+    code = []
+
+    def backend(graph, arguments):
+        code.append(graph.code)
+        return aot_eager(graph, arguments)
+
+    for options in ((0.5,), (torch.linspace(0, 1, 4, device=device), cumulative([1, 2], device))):
+        with torch.no_grad():
+            compiled = torch.compile(head, fullgraph=True, backend=backend)(hidden, *options)
+        assert "torch.ops.dkv.lm_head_confidence" in code.pop()
+        for one, other in zip(compiled, head(hidden, *options), strict=True):
+            torch.testing.assert_close(one, other)
 
 
 def test_the_interpreter_tries_both_orientations():
@@ -461,8 +702,25 @@ def test_offsets_beyond_int32():
     check(hidden, far)
 
 
+@pytest.mark.gpu
+def test_in_a_cuda_graph():
+    """A recorded call computes as many rows as there are when it is replayed."""
+    hidden, weight = inputs(40, dtype=torch.bfloat16, device="cuda")
+    options = dict(exclude_ids=[7], cu_seqlens=cumulative([40], "cuda"))
+    lm_head_confidence(hidden, weight, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = lm_head_confidence(hidden, weight, **options)
+    for count in (40, 3, 0, 17):
+        options["cu_seqlens"][-1] = count
+        graph.replay()
+        expected = lm_head_confidence(hidden, weight, **options)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 @pytest.mark.sanitizer
 def test_small_run_for_the_sanitizer(device):
-    check(
-        *inputs(5, dtype=torch.float16, device=device), exclude_ids=[3], noise_scale=1.0, noise_key=keys_for(5, device)
-    )
+    hidden, weight = inputs(5, dtype=torch.float16, device=device)
+    noise = dict(noise_scale=torch.ones(5, device=device), noise_key=keys_for(5, device))
+    check(hidden, weight, exclude_ids=[3], **noise)
+    lm_head_confidence(hidden, weight, exclude_ids=[3], cu_seqlens=cumulative([2], device), impl="triton", **noise)
