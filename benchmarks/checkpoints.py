@@ -90,6 +90,19 @@ TRUE_SIZE = {
 SCALED_DOWN = {"LLaDA": ("LLaDA-small", llada(**SMALL)), "Dream": ("Dream-small", dream(**SMALL, kv_heads=2))}
 
 
+TINY = {"hidden": 32, "mlp": 32, "layers": 1, "heads": 2, "vocabulary": 64, "mask": 63, "eos": 62}
+
+
+def tiny(family):
+    """A config whose steps cost nothing: for what does not depend on the model's size."""
+    return llada(**TINY) if family == "LLaDA" else dream(**TINY, kv_heads=1)
+
+
+def with_layers(config, layers):
+    """The same config with another number of layers."""
+    return config | {"n_layers" if "n_layers" in config else "num_hidden_layers": layers}
+
+
 def make_model(config, *, seed, dtype, device):
     """A native model with the weights that `fill_random` gives any model of this config."""
     return fill_random(dkv.models.from_config(config, seed=seed, dtype=dtype, device=device), seed)

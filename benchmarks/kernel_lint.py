@@ -14,6 +14,7 @@ fail even outside the loop, where they cost little. The exit status is 1 if a ca
 """
 
 import argparse
+import collections
 import contextlib
 import json
 import math
@@ -23,51 +24,38 @@ import re
 import subprocess
 import sys
 import tempfile
-import types
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 import torch  # noqa: E402
 import triton  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
+from fake_gpu import ARCHITECTURES, on_gpu, recording  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 
-from dkv.kernels import activation, attention, checks, commit, lm_head, norm, packing, rope_cache  # noqa: E402
+from dkv.kernels import (  # noqa: E402
+    activation,
+    active,
+    advance,
+    attention,
+    checks,
+    commit,
+    lm_head,
+    norm,
+    packing,
+    rope_cache,
+)
 from dkv.kernels import launch as tables  # noqa: E402
+from dkv.kernels.rows import Counter, Rule, Size  # noqa: E402
 
-BASELINES = ROOT / "benchmarks" / "results" / "compile"
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What bounds the blocks that one streaming multiprocessor holds; shared memory in KiB."""
-
-    processors: int
-    shared_per_block: int
-    shared_per_processor: int
-    warps: int
-    blocks: int
+BASELINES = Path(__file__).resolve().parent / "results" / "compile"
 
 
-ARCHITECTURES = {
-    80: Architecture(108, 163, 164, 64, 32),
-    86: Architecture(84, 99, 100, 48, 16),
-    89: Architecture(128, 99, 100, 48, 24),
-    90: Architecture(132, 227, 228, 64, 32),
-    100: Architecture(148, 227, 228, 64, 32),
-    120: Architecture(170, 99, 100, 48, 24),
-}
 TUNED_ARCHS = (80, 90)
 REGISTERS_PER_PROCESSOR = 65536
 # what each kernel streams, in one turn of its loop if it has one: tiles from these pointers, of these sizes
@@ -99,113 +87,47 @@ MODELS = {"LLaDA": Model((32, 32), 4096, 12288, 126464), "Dream": Model((28, 4),
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-@dataclass(frozen=True)
-class PointerArgument:
-    """Stands for a tensor where Triton specialises: its dtype, and its address in an allocation aligned by 16 bytes."""
+def streamed_bytes(launch):
+    """Bytes that each thread streams in one turn, and how many of them, 16 at most, one load can bring.
 
-    dtype: torch.dtype
-    address: int
-    elements: int
-
-    def data_ptr(self):
-        return self.address
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One recorded kernel launch; tensors among the arguments have become PointerArguments."""
-
-    kernel: JITFunction
-    grid: tuple
-    arguments: dict
-
-    @property
-    def name(self):
-        """The name of the kernel function without its marks."""
-        return self.kernel.fn.__name__.strip("_").removesuffix("_kernel")
-
-    @property
-    def streamed_bytes(self):
-        """Bytes that each thread streams in one turn, and how many of them, 16 at most, one load can bring.
-
-        Tensors without elements do not count, nor tiles too small for loads of that many bytes.
-        """
-        threads = 32 * self.arguments.get("num_warps", 4)
-        tiles = []
-        for pointers, sizes in STREAMED_TILES.get(self.name, ()):
-            elements = math.prod(self.arguments[size] for size in sizes)
-            given = [self.arguments[name] for name in pointers if self.arguments[name] is not None]
-            tiles += [elements * pointer.dtype.itemsize // threads for pointer in given if pointer.elements]
-        load_bytes = min(16, max(tiles, default=16))
-        return sum(tile for tile in tiles if tile >= load_bytes), load_bytes
-
-    @property
-    def matrix_rows(self):
-        """Rows of the left operand of its matrix products; None for a kernel without such, or an unknown one."""
-        if self.name == "lm_head":
-            return self.arguments["BLOCK_V" if self.arguments["VOCAB_FIRST"] else "BLOCK_R"]
-        return self.arguments["BLOCK_M"] if self.name == "delayed_attention" else None
-
-
-class _RefuseHostReads(TorchDispatchMode):
-    """FakeTensorMode refuses item() and the like by itself, but not a copy from one device to another."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        devices = {leaf.device.type for leaf in tree_leaves((args, result)) if isinstance(leaf, torch.Tensor)}
-        if len(devices) > 1:
-            raise RuntimeError(f"{func} moves data between {' and '.join(sorted(devices))} inside a launcher.")
-        return result
-
-
-def on_gpu(arch):
-    """A context in which the tables of dkv.kernels.launch take every CUDA device for one of `arch`."""
-    properties = types.SimpleNamespace(
-        major=arch // 10, minor=arch % 10, multi_processor_count=ARCHITECTURES[arch].processors
-    )
-    return mock.patch.object(tables, "_properties", lambda index: properties)
-
-
-@contextlib.contextmanager
-def recording(arch):
-    """Makes tensors fake and Triton's launches a list of `Launch`, which is yielded, as on a GPU of `arch`.
-
-    A launcher that runs in here without an exception never waits for the GPU: there is none, and fake tensors hold no
-    values to read.
+    Tensors without elements do not count, nor tiles too small for loads of that many bytes.
     """
-    launches = []
-
-    def record(kernel, *args, grid, warmup, **kwargs):
-        arguments = kernel.signature.bind_partial(*args).arguments | kwargs
-        for name, value in arguments.items():
-            if isinstance(value, torch.Tensor):
-                arguments[name] = PointerArgument(
-                    value.dtype, value.storage_offset() * value.element_size(), value.numel()
-                )
-        launches.append(Launch(kernel, grid, arguments))
-
-    with (
-        mock.patch.object(JITFunction, "run", record),
-        on_gpu(arch),
-        mock.patch.object(checks, "device_guard", lambda tensor: contextlib.nullcontext()),
-        # no fake tensor stays there
-        mock.patch.dict(lm_head._EXCLUDED, clear=True),
-        FakeTensorMode(),
-        _RefuseHostReads(),
-    ):
-        yield launches
+    threads = 32 * launch.arguments.get("num_warps", 4)
+    tiles = []
+    for pointers, sizes in STREAMED_TILES.get(launch.name, ()):
+        elements = math.prod(launch.arguments[size] for size in sizes)
+        given = [launch.arguments[name] for name in pointers if launch.arguments[name] is not None]
+        tiles += [elements * pointer.dtype.itemsize // threads for pointer in given if pointer.elements]
+    load_bytes = min(16, max(tiles, default=16))
+    return sum(tile for tile in tiles if tile >= load_bytes), load_bytes
 
 
-def compile_launch(launch, arch):
-    """Compiles a recorded launch as Triton's JIT would at run time; returns Triton's CompiledKernel."""
-    kernel = launch.kernel
-    target = GPUTarget("cuda", arch, 32)
+def matrix_rows(launch):
+    """Rows of the left operand of its matrix products; None for a kernel without such, or an unknown one."""
+    if launch.name == "lm_head":
+        return launch.arguments["BLOCK_V" if launch.arguments["VOCAB_FIRST"] else "BLOCK_R"]
+    return launch.arguments["BLOCK_M"] if launch.name == "delayed_attention" else None
+
+
+def specialised(launch, arch):
+    """(source, target, options) that Triton's JIT would compile for a recorded launch."""
+    kernel, target = launch.kernel, GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
     arguments = dict(launch.arguments, debug=False, instrumentation_mode="")
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = binder(**arguments)
     options, signature, constexprs, attrs = kernel._pack_args(backend, arguments, bound, specialization, options)
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+    return ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs), target, options
+
+
+def key_of(source, options):
+    """What tells one compiled kernel from another."""
+    return " ".join(map(str, (source.name, source.signature, source.constants, source.attrs, options)))
+
+
+def compile_launch(launch, arch):
+    """Compiles a recorded launch as Triton's JIT would at run time; returns Triton's CompiledKernel."""
+    source, target, options = specialised(launch, arch)
     return triton.compile(source, target=target, options=dict(options.__dict__))
 
 
@@ -268,8 +190,34 @@ def _call_commit(empty, *, rule="counts", limits=False):
     commit._launch(x, tokens, empty(total), slots, cu_seqlens, counts, **({} if rule == "counts" else {rule: limit}))
 
 
-def _call_packing(empty):
-    packing._launch(empty(2, 1024, dtype=torch.bool), 64)
+def _call_packing(empty, *, step=False, noisy=False):
+    if not step:
+        packing._launch(empty(2, 1024, dtype=torch.bool), 64)
+        return
+    flags, ints = (empty(2, 1024, dtype=dtype) for dtype in (torch.bool, torch.int64))
+    sizes, counters = empty(2, len(Size), dtype=torch.int32), empty(2, len(Counter), dtype=torch.int64)
+    excess = empty(dtype=torch.int64)
+    options = {"capacity": 64, "candidate_capacity": 32, "per_row": 32, "shifted": True, "noisy": noisy}
+    packing._launch_step(flags, flags, sizes, ints, ints, counters, excess, **options)
+
+
+def _call_advance(empty, *, seqlen=1024, ends=False):
+    x, flags = empty(2, seqlen, dtype=torch.int64), empty(2, seqlen, dtype=torch.bool)
+    decoded_step, counters = empty(2, seqlen, dtype=torch.int32), empty(2, len(Counter), dtype=torch.int64)
+    commits, counts = empty(2, 4, 32, dtype=torch.int64), empty(2, dtype=torch.int64)
+    end_ids = empty(2, dtype=torch.int64) if ends else None
+    advance._launch(
+        x, decoded_step, counters, flags, mask_id=7, commits=commits, counts=counts, end_ids=end_ids, pad_id=7
+    )
+
+
+def _call_active(empty, *, seqlen=1024, stable="both", shifted=True):
+    flags, decoded_step = empty(2, seqlen, dtype=torch.bool), empty(2, seqlen, dtype=torch.int32)
+    sizes, totals = empty(2, len(Size), dtype=torch.int32), empty(2, 2, dtype=torch.int64)
+    counters = empty(2, len(Counter), dtype=torch.int64)
+    rule = Rule(warmup=1, interval=8, stable=stable, window=4, frozen_prompt=True, until_block_end=True)
+    arguments = decoded_step, flags, flags, counters, flags, sizes, totals
+    active._launch(*arguments, shifted=shifted, rule=rule, rank=decoded_step, foresee=stable != "others")
 
 
 # how the launcher of a kernel is called; the keyword arguments are the options of a `Case`, d is the size of a row
@@ -283,6 +231,8 @@ CALLS = {
     "merge_confidence": _call_lm_head,
     "commit_tokens": _call_commit,
     "pack_positions": _call_packing,
+    "advance_rows": _call_advance,
+    "active_positions": _call_active,
 }
 
 
@@ -370,7 +320,8 @@ def tuned_cases(archs=TUNED_ARCHS, models=tuple(MODELS)):
             cases += head_cases(arch, name, noise=not llada)
             cases.append(Case("merge_confidence", arch, d=model.d, vocab=model.vocab, noise=not llada))
         cases.append(Case("commit_tokens", arch, "fp32"))
-        cases.append(Case("pack_positions", arch, "bool"))
+        cases += [Case("pack_positions", arch, "bool", step=step) for step in (False, True)]
+        cases += [Case(name, arch, "bool") for name in ("advance_rows", "active_positions")]
     return cases
 
 
@@ -388,6 +339,11 @@ def all_cases(archs=tuple(ARCHITECTURES)):
             for rule in ("threshold", "factor")
             for limits in (False, True)
         ]
+        cases.append(Case("pack_positions", arch, "bool", step=True, noisy=True))
+        for seqlen in (256, 16384):
+            cases.append(Case("advance_rows", arch, "bool", seqlen=seqlen, ends=True))
+            for stable, shifted in (("decoded", False), ("next", True), ("others", True)):
+                cases.append(Case("active_positions", arch, "bool", seqlen=seqlen, stable=stable, shifted=shifted))
         # keys and values alone, queries alone
         cases += [Case("rope_cache", arch, heads=heads) for heads in ((0, 4), (28, 0))]
         for dtype in DTYPES:
@@ -443,14 +399,14 @@ def inspect(launch, arch, *, case="", tensor_cores=False):
         sass = Sass(_run_tool(triton.knobs.nvidia.nvdisasm, "-c", "-ndf", cubin))
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
-    streamed, load_bytes = launch.streamed_bytes
-    sizes = [value for name, value in launch.arguments.items() if name.startswith("BLOCK")]
+    streamed, load_bytes = streamed_bytes(launch)
+    sizes = [value for name, value in launch.arguments.items() if re.match("BLOCK|COLUMNS", name)]
     stages = f" st{launch.arguments['num_stages']}" if "num_stages" in launch.arguments else ""
     row = Row(
         kernel=launch.name,
         case=case,
         arch=arch,
-        matrix_rows=launch.matrix_rows,
+        matrix_rows=matrix_rows(launch),
         tile="x".join(map(str, sizes)) + f" w{launch.arguments.get('num_warps', 4)}{stages}",
         registers=registers,
         stack=int(re.search(r"STACK:(\d+)", usage)[1]),
@@ -498,7 +454,7 @@ class Sass:
         self.late_loads = len(self.loads) if loops else _late_loads(self.opcodes, registers)
         self.loop_spills = sum(op.split(".")[0] in ("LDL", "STL") for op in in_loops)
         self.tensor_core_instructions = dict(
-            Counter(op.split(".")[0] for op in self.opcodes if re.match(r"(HMMA|HGMMA|UTC\w*MMA)\b", op))
+            collections.Counter(op.split(".")[0] for op in self.opcodes if re.match(r"(HMMA|HGMMA|UTC\w*MMA)\b", op))
         )
 
     def _opcodes_in(self, loops):

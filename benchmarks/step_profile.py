@@ -13,8 +13,8 @@ import torch
 from systems import start
 
 import dkv.forward
-import dkv.run
-import dkv.sampling
+from dkv.kernels import reference
+from dkv.run import needed
 
 # steps of each kind, evenly over a run
 STEPS = 8
@@ -35,13 +35,13 @@ KERNELS = (
 )
 # on a CPU the operators, where they are called: (group, owner, name)
 OPERATORS = (
-    ("attention", dkv.forward, "delayed_attention"),
-    ("rope, cache write", dkv.forward, "rope_cache_update"),
-    ("norms", dkv.forward, "add_rms_norm"),
-    ("activation", dkv.forward, "swiglu"),
-    ("head", dkv.sampling, "lm_head_confidence"),
-    ("packing, commit", dkv.run, "pack_positions"),
-    ("packing, commit", dkv.run, "commit_tokens"),
+    ("attention", reference, "delayed_attention"),
+    ("rope, cache write", reference, "rope_cache_update"),
+    ("norms", reference, "add_rms_norm"),
+    ("activation", reference, "swiglu"),
+    ("head", reference, "lm_head_confidence"),
+    ("packing, commit", reference, "pack_step"),
+    ("packing, commit", reference, "commit_tokens"),
     ("linear", dkv.forward, "linear"),
     ("linear", dkv.forward.Projection, "__call__"),
 )
@@ -73,8 +73,8 @@ def steps_of(model, job):
     run = start(model, job, cuda_graphs=False)
     while run.running():
         done = run.steps
-        active, _, candidates, *_ = run.sizes.tolist()
-        yield roofline.Step(job.prompt.shape[0], job.seqlen, active, candidates), run
+        need = needed(run.sizes.tolist())
+        yield roofline.Step(job.prompt.shape[0], job.seqlen, need.positions, need.candidates), run
         if run.steps == done:
             run.step()
     run.finish()

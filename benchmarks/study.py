@@ -43,6 +43,12 @@ MEASURES = (
 )
 
 
+def policy_of(family, label):
+    """(policy, whether it decodes in blocks) of a label; None if the family has no such policy."""
+    policy, in_blocks = (POLICIES | (DREAM_POLICIES if family == "Dream" else {})).get(label, (None, False))
+    return policy and (policy, in_blocks or family == "LLaDA")
+
+
 @dataclass(frozen=True)
 class Point:
     """Prompts, and how many tokens are generated after them; `name` says what the point stands for."""
@@ -126,16 +132,15 @@ class Study:
 
     def job(self, label, point, *, steps=None, threshold=None):
         """The `Job` of a label; steps: None: one token a step; None if the family has no such policy."""
-        policies = POLICIES | (DREAM_POLICIES if self.family == "Dream" else {})
-        if label not in policies:
+        if policy_of(self.family, label) is None:
             return None
-        policy, in_blocks = policies[label]
+        policy, in_blocks = policy_of(self.family, label)
         settings = self.model.settings
         generator = torch.Generator().manual_seed(0)
         prompt = torch.randint(
             0, min(settings.mask_id, settings.eos_token_id), (point.batch, point.prompt), generator=generator
         )
-        in_blocks = in_blocks or threshold is not None or self.family == "LLaDA"
+        in_blocks = in_blocks or threshold is not None
         return Job(
             label=label,
             policy=policy,

@@ -16,7 +16,8 @@ from roofline import Step
 
 import dkv
 from dkv.generate import prepare
-from dkv.graphs import LARGEST_GRAPH
+from dkv.rooms import LARGEST_GRAPH
+from dkv.run import needed
 
 # a peer that is silent for so long is given up, seconds
 PATIENCE = 900
@@ -131,8 +132,8 @@ class Ours:
             return run.finish().sequences
 
         outcome = measured(generate, self.model, self.device, with_peak)
-        counts = [step.tolist() for step in sizes]
-        self.work = [Step(job.prompt.shape[0], job.seqlen, active, candidates) for active, _, candidates, *_ in counts]
+        needs = [needed(step.tolist()) for step in sizes]
+        self.work = [Step(job.prompt.shape[0], job.seqlen, need.positions, need.candidates) for need in needs]
         steps = [(work.active, ms) for work, (_, ms) in zip(self.work, outcome.steps, strict=True)]
         return dataclasses.replace(outcome, steps=steps)
 

@@ -1,31 +1,14 @@
 """One forward pass of packed active tokens over the cache: the layers of a `Decoder` in fused operators."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
-from dkv.kernels import add_rms_norm, delayed_attention, rope_cache_update, swiglu
+from dkv.kernels.direct import direct
 from dkv.kernels.product import like_products
 from dkv.linear import Projection, is_plain, linear
 
 # norms of this kind: weight * rounded(x / rms(x)); the attribute that holds their eps
 NORM_EPS = {"RMSNorm": "eps", "RMSLayerNorm": "eps", "DreamRMSNorm": "variance_epsilon"}
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Some positions of every row of a batch, packed by row.
-
-    Attributes:
-        slots: (total,) int64, row * seqlen + column; -1: padding behind the last row's.
-        cu_seqlens: (batch + 1,) int32, where each row's begin.
-        max_seqlen: int, an upper bound of one row's.
-    """
-
-    slots: torch.Tensor
-    cu_seqlens: torch.Tensor
-    max_seqlen: int
 
 
 class Forward:
@@ -38,7 +21,7 @@ class Forward:
     """
 
     def __init__(self, decoder, length, impl):
-        self.decoder, self.impl = decoder, impl
+        self.decoder, self.impl, self.ops = decoder, impl, direct(impl, decoder.weight)
         self.cos, self.sin = decoder.rope_tables(length, decoder.weight.device)
         self.layers = [
             (layer, Projection([layer.q, layer.k, layer.v]), Projection([layer.gate, layer.up]))
@@ -46,51 +29,44 @@ class Forward:
         ]
         self._state = _fingerprint(decoder)
 
-    def __call__(self, ids, positions, active, cache, outputs=None):
+    def __call__(self, active, cache, max_seqlen, wanted=None):
         """Recomputes the active positions, whose K/V in the cache are replaced.
 
         Args:
-            ids, positions: (batch, seqlen) int64: tokens and RoPE positions.
-            active: `Packed`, of the same batch and seqlen.
-            cache: `KVCache` of the same batch and seqlen; its valid columns are attended.
-            outputs: a pair of a `Packed` of which only cu_seqlens and max_seqlen count, and (rows,) int64: the places
-                among the active positions whose outputs are wanted. None: all.
+            active: `Packed` of `dkv.kernels.reference`, with ids.
+            cache: `KVCache` of the same rows; its valid columns are attended.
+            max_seqlen: int, an upper bound of the positions of one row, active or wanted.
+            wanted: `Packed` with places among the active positions: those whose outputs are wanted. None: all.
 
         Returns:
             hidden (rows, hidden_size) after the final norm; without meaning where a place is padding.
         """
         decoder = self.decoder
-        slots = active.slots
-        places = slots.clamp(min=0)
-        tokens = _Tokens(slots, positions.flatten()[places], active)
-        x = like_products(decoder.embed(ids.flatten()[places]))
-        h = None
+        tokens, x, h = active, like_products(decoder.embed(active.ids)), None
         for index, (layer, qkv, gate_up) in enumerate(self.layers):
             k_cache, v_cache = cache.k[index], cache.v[index]
             normed = self._norm(layer.attn_norm, h, x)
-            if index < len(self.layers) - 1 or outputs is None:
+            if index < len(self.layers) - 1 or wanted is None:
                 q, k, v = self._heads(qkv(normed), decoder.nheads, decoder.nheads_k, decoder.nheads_k)
                 q = self._rope(q, k, v, tokens, k_cache, v_cache)
             else:
                 # of the last layer only K and V are needed everywhere
                 k, v = self._heads(qkv(normed, first=1), decoder.nheads_k, decoder.nheads_k)
                 self._rope(k[:, :0], k, v, tokens, k_cache, v_cache)
-                packed, rows = outputs
-                x, tokens = like_products(x[rows]), _Tokens(slots[rows], tokens.positions[rows], packed)
-                (q,) = self._heads(qkv(normed[rows], last=1), decoder.nheads)
+                x, tokens = like_products(x[wanted.places]), wanted
+                (q,) = self._heads(qkv(normed[wanted.places], last=1), decoder.nheads)
                 q = self._rope(q, q[:, :0], q[:, :0], tokens, k_cache[:, :, :0], v_cache[:, :, :0])
-            attended = delayed_attention(
+            attended = self.ops.delayed_attention(
                 q,
                 k_cache,
                 v_cache,
-                tokens.packed.cu_seqlens,
-                max_seqlen_q=tokens.packed.max_seqlen,
+                tokens.cu_seqlens,
+                max_seqlen_q=max_seqlen,
                 cache_leftpad=cache.leftpad,
                 key_mask=cache.key_mask,
-                impl=self.impl,
             )
             normed = self._norm(layer.mlp_norm, linear(layer.o, attended.flatten(1)), x)
-            h = linear(layer.down, swiglu(gate_up(normed), impl=self.impl))
+            h = linear(layer.down, self.ops.swiglu(gate_up(normed)))
         return self._norm(decoder.final_norm, h, x).contiguous()
 
     def _heads(self, projected, *heads):
@@ -99,16 +75,14 @@ class Forward:
         return projected.split(heads, dim=1)
 
     def _rope(self, q, k, v, tokens, k_cache, v_cache):
-        return rope_cache_update(
-            q, k, v, self.cos, self.sin, tokens.positions, tokens.slots, k_cache, v_cache, impl=self.impl
-        )
+        return self.ops.rope_cache_update(q, k, v, self.cos, self.sin, tokens.positions, tokens.slots, k_cache, v_cache)
 
     def _norm(self, norm, h, x):
         """The norm of x + h, which x becomes; h may be None."""
         if _is_plain_norm(norm, x.dtype):
             eps = getattr(norm, NORM_EPS[type(norm).__name__])
             added, residual = (x, None) if h is None else (h, x)
-            return add_rms_norm(added, residual, norm.weight, eps, impl=self.impl)
+            return self.ops.add_rms_norm(added, residual, norm.weight, eps)
         return norm(x if h is None else x.add_(h))
 
     def is_current(self, decoder):
@@ -124,13 +98,6 @@ class Forward:
         weight = self.decoder.weight
         has_kernels = weight.is_cuda and weight.dtype != torch.float64 and self.impl != "reference"
         return has_kernels and all(plain for _, plain, _ in self._state)
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    slots: torch.Tensor
-    positions: torch.Tensor
-    packed: Packed
 
 
 def _fingerprint(decoder):

@@ -110,10 +110,12 @@ def generate(
             progress.update(progress.total - progress.n - int(run.state.masked.sum()))
     if progress is not None:
         progress.close()
+    # from `finish` on, the memory of the run is the next one's
+    decoded_step = run.trimmed(run.state.decoded_step).long().clamp(min=-1) if output_history else None
     output = run.finish()
     if output_history:
         output.history, output.active = torch.stack(history), torch.stack(actives)
-        output.decoded_step = run.trimmed(run.state.decoded_step).long().clamp(min=-1)
+        output.decoded_step = decoded_step
     return output
 
 
@@ -198,8 +200,8 @@ def prepare(
             f"got remasking={sampler.remasking!r}."
         )
 
-    has_prompt_masks = bool(((input_ids == mask_id) & real).any())
-    order = checked_order(order, sampler, input_ids, gen_length, has_prompt_masks)
+    prompt_masks = ((input_ids == mask_id) & real).sum(1).tolist()
+    order = checked_order(order, sampler, input_ids, gen_length, any(prompt_masks))
     counts_are_known = not (sampler.by_probability or sampler.remasking == "origin" or eos_early_stop)
     plan = Plan(
         batch=batch,
@@ -216,7 +218,7 @@ def prepare(
         cfg_scale=float(cfg_scale),
         impl=impl,
         cuda_graphs=bool(cuda_graphs),
-        has_forecasts=counts_are_known and not has_prompt_masks,
+        has_forecasts=counts_are_known and not any(prompt_masks),
     )
     run = take_idle(model, plan, decoder)
     if run is None:
@@ -233,6 +235,7 @@ def prepare(
         x,
         real,
         lengths=lengths,
+        prompt_masks=prompt_masks,
         forecasts=run.schedule.forecasts(max(lengths), family.shifted) if plan.has_forecasts else None,
         first_generated=prompt_length,
         seed=seed,

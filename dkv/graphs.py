@@ -4,30 +4,33 @@ import contextlib
 import gc
 import threading
 import time
-from collections import OrderedDict
+import weakref
 
 import torch
+import torch.nn.functional as F
 
 MOST_GRAPHS = 32
+STREAMS_IN_A_POOL = 32  # of PyTorch's, for each priority
 _RECORDING = threading.Lock()
-LARGEST_GRAPH = 2048  # packed positions; with more, launches cost nothing beside the work
+_STREAMS = threading.Lock()
+_TAKEN = set()  # (device index, handle) of the streams that somebody records on
 
 
 class StepGraphs:
     """Runs functions by key: eagerly at first, which compiles and warms up, then recorded and replayed.
 
     The graphs share one memory pool, since they never run at the same time: what a function returns must be used before
-    the next call. Beyond `MOST_GRAPHS` the one that was replayed least recently is dropped.
+    the next call. Beyond `MOST_GRAPHS` all are dropped, and recorded again as they come up.
 
     Attributes:
         captured: graphs recorded so far; capture_seconds: the time that took.
     """
 
     def __init__(self, device):
-        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.device, self._stream = device, RecordingStream(device)
         self.pool = torch.cuda.graph_pool_handle()
         self.captured, self.capture_seconds = 0, 0.0
-        self._seen, self._graphs = set(), OrderedDict()
+        self._seen, self._graphs = set(), self._stream.graphs
 
     def run(self, key, function):
         """Does what function() does, on the current stream, and returns what it does; the same for the same key."""
@@ -35,10 +38,11 @@ class StepGraphs:
             self._seen.add(key)
             return function()
         if key not in self._graphs:
+            if len(self._graphs) == MOST_GRAPHS:
+                self._graphs.clear()
+                # PyTorch takes a pool back for good once all of its graphs are gone
+                self.pool = torch.cuda.graph_pool_handle()
             self._graphs[key] = self._capture(function)
-            if len(self._graphs) > MOST_GRAPHS:
-                self._graphs.popitem(last=False)
-        self._graphs.move_to_end(key)
         graph, result = self._graphs[key]
         with torch.cuda.device(self.device):
             graph.replay()
@@ -47,9 +51,8 @@ class StepGraphs:
     def _capture(self, function):
         begin = time.perf_counter()
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(current)
         try:
-            with torch.cuda.stream(self.stream), recording(graph, self.pool):
+            with self._stream.taking_turns_with(current), recording(graph, self.pool):
                 result = function()
         except torch.OutOfMemoryError:
             raise
@@ -58,10 +61,66 @@ class StepGraphs:
                 "a step could not be recorded as a CUDA graph: a policy with max_active must compute on the device "
                 "alone, without reading from it; correct it, or pass cuda_graphs=False."
             ) from error
-        current.wait_stream(self.stream)
         self.captured += 1
         self.capture_seconds += time.perf_counter() - begin
         return graph, result
+
+
+class RecordingStream:
+    """A stream on which nobody else records, for as long as this object lives.
+
+    PyTorch's streams come from a pool, in turn, and the workspace of its matrix products belongs to a stream: graphs
+    keep its address, and from PyTorch 2.12 on the end of any graph frees the workspace of the stream that it was
+    recorded on. So graphs that are dropped at different times must not share a stream.
+
+    Attributes:
+        graphs: a dict to keep the graphs in; they are dropped before the stream is anybody else's.
+    """
+
+    def __init__(self, device):
+        self.device, self.graphs = device, {}
+        self.stream = _untaken_stream(device)
+        weakref.finalize(self, _give_back, self.graphs, _key(self.stream)).atexit = False
+
+    @contextlib.contextmanager
+    def taking_turns_with(self, current):
+        """Makes it the current stream, between what is done on another one before and after."""
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            # the workspace then lies in ordinary memory and not in that of the first graph, and the libraries' handles
+            # of this thread are there: none can be made during a recording
+            zeros = torch.zeros(2, 16, 16, dtype=torch.bfloat16, device=self.device)
+            F.linear(zeros[0], zeros[1])
+            F.linear(zeros[0], zeros[1], zeros[0, 0])
+            yield
+        current.wait_stream(self.stream)
+
+
+def _untaken_stream(device):
+    for _ in range(2):
+        with _STREAMS:
+            # both pools, each of which goes round
+            for priority in (0, -1):
+                for _ in range(STREAMS_IN_A_POOL):
+                    stream = torch.cuda.Stream(device, priority=priority)
+                    if _key(stream) not in _TAKEN:
+                        _TAKEN.add(_key(stream))
+                        return stream
+        # what is dead, but in a cycle
+        gc.collect()
+    raise RuntimeError(
+        f"{len(_TAKEN)} sets of CUDA graphs are alive, each of a run or a session, more than PyTorch has streams for: "
+        "free some by dkv.reset(model), or pass cuda_graphs=False."
+    )
+
+
+def _key(stream):
+    return stream.device_index, stream.cuda_stream
+
+
+def _give_back(graphs, key):
+    graphs.clear()
+    _TAKEN.discard(key)
 
 
 @contextlib.contextmanager
@@ -86,9 +145,3 @@ def recording(graph, pool):
         finally:
             if collects:
                 gc.enable()
-
-
-def bucket(count):
-    """The next of 16, 32, 48, 64, 128, 192, 256, 512, ...: few sizes, and little padding where a step is short."""
-    unit = 16 if count <= 64 else 64 if count <= 256 else 256
-    return max(-(-count // unit), 1) * unit

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 import torch
 
 from dkv.decoder import find_decoder
-from dkv.engine import active_positions, predictors
-from dkv.forward import Forward, Packed
-from dkv.graphs import LARGEST_GRAPH, StepGraphs, bucket
+from dkv.engine import write_active
+from dkv.forward import Forward
+from dkv.graphs import StepGraphs
 from dkv.guard import Snapshot, check_containers
-from dkv.kernels import pack_positions
 from dkv.kernels.checks import IMPLS
 from dkv.kernels.product import fast_rows
+from dkv.kernels.reference import predictors
+from dkv.kernels.rows import Size
 from dkv.linear import separate
 from dkv.policy import Decode, Policy
+from dkv.rooms import Room, Rooms
 from dkv.run import drop_idle
 from dkv.state import State
 
@@ -268,19 +270,21 @@ class Session:
         x, masking = beginning.x, beginning.masking
         self.decoder, self.policy, self.masking = decoder, patch.policy, masking
         self.forward, self.longest = Forward(decoder, beginning.longest, patch.impl), beginning.longest
+        self.block_length = patch.block_length or x.shape[1]
         self.state = State(
-            x,
+            *x.shape,
             mask_id=decoder.mask_id,
-            real=beginning.real,
-            first_generated=_first_generated(decoder, beginning),
-            block_length=patch.block_length,
             shifted=decoder.family.shifted,
+            ops=self.forward.ops,
+            device=x.device,
             prompt_masks_wait=False,
         )
         leftpad = torch.zeros(x.shape[0], dtype=torch.int32, device=x.device) if masking == "left" else None
         key_mask = torch.empty_like(beginning.real) if masking == "columns" else None
         self.cache = decoder.new_cache(*x.shape, leftpad=leftpad, key_mask=key_mask)
         self.active, self.positions = torch.empty_like(beginning.real), torch.empty_like(x)
+        self.sizes = torch.zeros(len(x), len(Size), dtype=torch.int32, device=x.device)
+        self.rooms = Rooms(len(x), Room(x.numel(), x.shape[1], 0))
         self.graphs = StepGraphs(x.device) if self.forward.can_be_recorded else None
 
     def fits(self, decoder, beginning):
@@ -292,14 +296,24 @@ class Session:
         """Begins anew: everything real is active."""
         self.snapshot = Snapshot(model)
         self.mask, self.given_positions = beginning.mask, beginning.given_positions
-        self.state.start(beginning.x, beginning.real, _first_generated(self.decoder, beginning))
+        first_generated = _first_generated(self.decoder, beginning)
+        self.state.start(
+            beginning.x,
+            beginning.real,
+            first_generated=first_generated,
+            block_length=self.block_length,
+            gen_length=beginning.x.shape[1] - first_generated,
+        )
+        self._decide()
         self.positions.copy_(beginning.positions)
         if self.cache.leftpad is not None:
             self.cache.leftpad.copy_(self.state.first_column[:, 0])
         if self.cache.key_mask is not None:
             self.cache.key_mask.copy_(beginning.real)
+        # finished rows too
         self.active.copy_(beginning.real)
-        self.count = beginning.real_count
+        self.sizes[:, Size.ACTIVE] = beginning.real.sum(1)
+        self.count, self.longest_row = beginning.real_count, beginning.x.shape[1]
 
     def goes_on(self, x, mask, positions):
         """Whether the call is the next step; then decides what it recomputes. One host read, the only one of a step."""
@@ -313,11 +327,14 @@ class Session:
         if same is None:
             return False
         # the largest of a row of NaN is the first; other tokens may come from elsewhere, such as the end of a text
-        unseen = predictors(state.masked & (x == 0) & (x != state.mask_id), state) & ~self.active
+        zeros = state.masked & (x == 0) & (x != state.mask_id)
+        unseen = predictors(zeros, state.first_column, shifted=state.shifted) & ~self.active
         # where it does not go on, this state is of no use any more
-        state.advance(x)
-        self.active.copy_(active_positions(self.policy, state, state.in_block))
-        same, unseen, self.count = torch.stack((same.long(), unseen.sum(), self.active.sum())).tolist()
+        state.x.copy_(x)
+        self._decide()
+        flags = torch.stack((same.long(), unseen.sum()))
+        same, unseen, *rows = torch.cat((flags, self.sizes[:, Size.ACTIVE])).tolist()
+        self.count, self.longest_row = sum(rows), max(rows)
         if same and unseen:
             raise RuntimeError(
                 f"the loop put token 0 in place of {unseen} masks whose logits were not computed, and are NaN: its "
@@ -326,30 +343,47 @@ class Session:
             )
         return bool(same)
 
+    def _decide(self):
+        self.state.advance()
+        write_active(self.policy, self.state, self.active, self.sizes)
+
     def logits(self):
         """(batch, seqlen, vocab): logits of the recomputed positions, NaN elsewhere."""
         state, decoder = self.state, self.decoder
-        capacity = fast_rows(self.count) if state.x.device.type == "cpu" else self.count
-        if self.graphs is not None and bucket(capacity) <= LARGEST_GRAPH:
-            capacity = bucket(capacity)
-            hidden, slots = self.graphs.run(capacity, lambda: self._hidden(capacity))
+        room = Room(fast_rows(self.count) if state.x.device.type == "cpu" else self.count, self.longest_row, 0)
+        if self.graphs is not None and self.rooms.records(room):
+            room = self.rooms.of(room)
+            hidden, slots = self.graphs.run(room, lambda: self._hidden(room))
         else:
-            hidden, slots = self._hidden(capacity)
+            hidden, slots = self._hidden(room)
         values = decoder.logits(hidden[: self.count])
+        if self.count == state.x.numel():
+            return values.reshape(*state.x.shape, -1)
         logits = values.new_full((state.x.numel(), values.shape[-1]), float("nan"))
         return logits.index_copy_(0, slots[: self.count], values).view(*state.x.shape, -1)
 
-    def _hidden(self, capacity):
-        slots, cu_seqlens = pack_positions(self.active, capacity, impl=self.forward.impl)
-        packed = Packed(slots, cu_seqlens, min(capacity, self.state.x.shape[1]))
-        return self.forward(self.state.x, self.positions, packed, self.cache), slots
+    def _hidden(self, room):
+        state = self.state
+        packed, _ = self.forward.ops.pack_step(
+            self.active,
+            state.candidates,
+            self.sizes,
+            state.x,
+            self.positions,
+            state.counters,
+            capacity=room.positions,
+            candidate_capacity=0,
+            per_row=room.per_row,
+            shifted=state.shifted,
+        )
+        return self.forward(packed, self.cache, room.per_row), packed.slots
 
 
 def _first_generated(decoder, beginning):
-    """(batch, 1): the first mask of the row where that is last: other rows may have masks inside their prompts, or for
-    prompts, as the unconditional rows of guidance do."""
+    """(): the first mask of the row where that is last: other rows may have masks inside their prompts, or for prompts,
+    as the unconditional rows of guidance do."""
     masked = (beginning.x == decoder.mask_id) & beginning.real
-    return masked.int().argmax(1, keepdim=True).amax(0, keepdim=True).expand(len(masked), 1)
+    return masked.int().argmax(1).amax()
 
 
 def _and_equal(flag, new, old):

@@ -1,7 +1,7 @@
 """Policies: which positions are recomputed at a step. All others are read from the cache as they were last computed.
 
 A policy is a function of the `State` before the step; the engine adds the positions whose outputs the step needs, and
-takes away padding and finished rows. A policy of your own subclasses `Policy`:
+takes away padding and finished rows. Those here are rules of one kernel; a policy of your own subclasses `Policy`:
 
     class EveryOther(dkv.Policy):
         def active(self, state):
@@ -11,7 +11,9 @@ takes away padding and finished rows. A policy of your own subclasses `Policy`:
             return forecast.length if forecast.step % 2 == 0 else forecast.masks_before(0) * (1 + forecast.shifted)
 """
 
-import torch
+import dataclasses
+
+from dkv.kernels.rows import Rule
 
 
 class Policy:
@@ -20,9 +22,16 @@ class Policy:
     needs_order = False
     needs_blocks = False
 
+    def rule(self, shifted):
+        """The policy as a `dkv.kernels.rows.Rule`, which one kernel carries out; None: `active` says it all."""
+        return None
+
     def active(self, state):
         """(batch, seqlen) bool, or anything that broadcasts to it: the positions to recompute at this step."""
-        raise NotImplementedError(f"{type(self).__name__} must define active(state)")
+        rule = self.rule(state.shifted)
+        if rule is None:
+            raise NotImplementedError(f"{type(self).__name__} must define active(state)")
+        return state.recomputed(rule)
 
     def max_active(self, forecast):
         """An upper bound, known to the host, of the positions of a row that are active at a step.
@@ -55,8 +64,8 @@ class Policy:
 class NoCache(Policy):
     """Every step recomputes every position."""
 
-    def active(self, state):
-        return torch.ones_like(state.masked)
+    def rule(self, shifted):
+        return Rule(interval=1)
 
     def max_active(self, forecast):
         return forecast.length
@@ -95,23 +104,18 @@ class Decode(Policy):
         if self.shift is not None and not shifted:
             raise ValueError(f"shift is about Dream's shifted outputs; it must be None for LLaDA, got {self.shift!r}.")
 
-    def active(self, state):
-        active = ~self.stable(state)
-        if self.scope == "block":
-            active = active & (state.columns < state.block_end)
-        return self.full_step(state) | active
-
-    def full_step(self, state):
-        """(batch, 1) bool: whether this step of the row's block is a full one."""
-        warmup_steps = self.warmup_steps or (1 if state.shifted else 2)
-        full = state.block_step < warmup_steps
-        return full if self.refresh_interval is None else full | (state.block_step % self.refresh_interval == 0)
+    def rule(self, shifted):
+        return Rule(
+            warmup=self.warmup_steps or (1 if shifted else 2),
+            interval=self.refresh_interval,
+            stable={"un": "next", "right": "decoded"}.get(self.shift, "both") if shifted else "decoded",
+            delay=self.delay,
+            until_block_end=self.scope == "block",
+        )
 
     def max_active(self, forecast):
-        return forecast.length if self.full_step(forecast) else self.max_unstable(forecast)
-
-    def max_unstable(self, forecast):
-        """The bound of a step that is not a full one."""
+        if self.rule(forecast.shifted).refreshes(forecast.block_step):
+            return forecast.length
         # at the first cached step of a block, the delay is 1 whatever it is later
         unsettled = forecast.masks_before(max(self.delay, 1) if forecast.shifted else self.delay)
         if self.scope == "block":
@@ -121,22 +125,6 @@ class Decode(Policy):
             return unsettled
         # each of them, and the position before it
         return min(2 * unsettled if self.shift != "un" else unsettled, forecast.gen_length) + 1
-
-    def stable(self, state):
-        """(batch, seqlen) bool: the rule of a step that is not a full one."""
-        if not state.shifted:
-            return state.decoded_before(1 + self.delay)
-        # the first cached step of a block knows only what was decoded before the block
-        frozen = _following_is_set(state.decoded_before(2), last="same")
-        decoded = state.decoded_before(1 + self.delay)
-        if self.shift == "right":
-            stable = decoded
-        elif self.shift == "un":
-            stable = _following_is_set(decoded, last=decoded.gather(1, state.first_column))
-        else:
-            both = decoded[:, :-1] & decoded[:, 1:]
-            stable = torch.cat((both, both[:, -1:]), dim=1)
-        return torch.where(state.block_step == 1, frozen, stable)
 
 
 class Greedy(Policy):
@@ -158,14 +146,9 @@ class Greedy(Policy):
         self.window = _positive("window", window, least=0)
         self.window_kind = _one_of("window_kind", window_kind, ("nearest_masked", "contiguous"))
 
-    def active(self, state):
-        just_decoded = state.decoded_step == state.step - 1
-        active = just_decoded | state.to_decode
-        if self.window and self.window_kind == "contiguous":
-            active = active | self._contiguous(just_decoded)
-        elif self.window:
-            active = self._nearest_masked(state, active)
-        return (state.block_step % self.refresh_interval == 0) | active
+    def rule(self, shifted):
+        contiguous = self.window_kind == "contiguous"
+        return Rule(interval=self.refresh_interval, stable="others", window=self.window, contiguous=contiguous)
 
     def max_active(self, forecast):
         if forecast.block_step % self.refresh_interval == 0:
@@ -174,39 +157,15 @@ class Greedy(Policy):
         predictors = forecast.commits if forecast.shifted else 0
         return forecast.last_commits + forecast.commits + predictors + self.window * centres
 
-    def _contiguous(self, centres):
-        window = torch.zeros_like(centres)
-        for offset in range(-((self.window + 1) // 2), self.window // 2 + 1):
-            window |= _shifted_columns(centres, offset)
-        return window
-
-    def _nearest_masked(self, state, active):
-        """Scans outward from each token to be decoded, left first at each distance, over masks not yet active."""
-        nearest = min(self.window, state.columns.shape[1])
-        for n in range(state.to_decode_columns.shape[1]):
-            centre = state.to_decode_columns[:, n : n + 1]
-            distance = state.columns - centre
-            order = 2 * distance.abs() - (distance < 0).long()
-            free = state.masked & ~active & (centre >= 0)
-            order = order.masked_fill(~free, torch.iinfo(torch.int64).max)
-            chosen = order.topk(nearest, dim=1, largest=False).indices
-            active = active.scatter(1, chosen, free.gather(1, chosen) | active.gather(1, chosen))
-        return active
-
 
 class Prefill(Policy):
     """dKV-Cache-Prefill: the prompt is computed once and never refreshed; everything else is recomputed."""
 
-    def active(self, state):
-        return ~self.frozen(state) | (state.step == 0)
+    def rule(self, shifted):
+        return Rule(interval=1, frozen_prompt=True)
 
     def max_active(self, forecast):
         return forecast.length if forecast.step == 0 else forecast.gen_length + forecast.shifted
-
-    @staticmethod
-    def frozen(state):
-        """(batch, seqlen) bool: the prompt; under Dream but for its last token, whose output is needed."""
-        return _following_is_set(state.prompt, last="same") if state.shifted else state.prompt
 
 
 class PrefillDecode(Policy):
@@ -220,15 +179,18 @@ class PrefillDecode(Policy):
         rule = Decode(refresh_interval, shift=shift)
         self.refresh_interval, self.shift = rule.refresh_interval, rule.shift
 
-    def check(self, shifted):
-        Decode(self.refresh_interval, shift=self.shift).check(shifted)
+    @property
+    def _decode(self):
+        return Decode(self.refresh_interval, shift=self.shift)
 
-    def active(self, state):
-        return Prefill().active(state) & Decode(self.refresh_interval, shift=self.shift).active(state)
+    def check(self, shifted):
+        self._decode.check(shifted)
+
+    def rule(self, shifted):
+        return dataclasses.replace(self._decode.rule(shifted), frozen_prompt=True)
 
     def max_active(self, forecast):
-        decode = Decode(self.refresh_interval, shift=self.shift)
-        return min(Prefill().max_active(forecast), decode.max_active(forecast))
+        return min(Prefill().max_active(forecast), self._decode.max_active(forecast))
 
 
 class PrefixCache(Policy):
@@ -239,10 +201,8 @@ class PrefixCache(Policy):
 
     needs_blocks = True
 
-    def active(self, state):
-        # masks inside the prompt belong to the first block
-        in_block_or_behind = (state.columns >= state.block_start) | ((state.block == 0) & ~state.prompt)
-        return (state.block_step == 0) | in_block_or_behind
+    def rule(self, shifted):
+        return Rule(warmup=1, from_block_start=True)
 
     def max_active(self, forecast):
         if forecast.block_step == 0:
@@ -255,28 +215,13 @@ class DualCache(Policy):
 
     needs_blocks = True
 
-    def active(self, state):
-        return PrefixCache().active(state) & ((state.block_step == 0) | (state.columns < state.block_end))
+    def rule(self, shifted):
+        return Rule(warmup=1, from_block_start=True, until_block_end=True)
 
     def max_active(self, forecast):
         if forecast.block_step == 0:
             return forecast.length
         return min(forecast.block_length + forecast.shifted, PrefixCache().max_active(forecast))
-
-
-def _following_is_set(flags, last):
-    """flags moved one column to the left; `last` fills the last column ("same": it keeps its own value)."""
-    last = flags[:, -1:] if isinstance(last, str) else last
-    return torch.cat((flags[:, 1:], last), dim=1)
-
-
-def _shifted_columns(flags, offset):
-    """flags moved `offset` columns to the right, False moving in."""
-    moved = torch.zeros_like(flags)
-    length = flags.shape[1]
-    if abs(offset) < length:
-        moved[:, max(offset, 0) : length + min(offset, 0)] = flags[:, max(-offset, 0) : length - max(offset, 0)]
-    return moved
 
 
 def _positive(name, value, *, least=1, optional=False):

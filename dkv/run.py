@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from dkv.engine import active_positions, output_places
-from dkv.forward import Forward, Packed
-from dkv.graphs import LARGEST_GRAPH, StepGraphs, bucket
-from dkv.kernels import commit_tokens, pack_positions
-from dkv.kernels.noise import noise_key
+from dkv.engine import rule_of, write_active
+from dkv.forward import Forward
+from dkv.graphs import StepGraphs
 from dkv.kernels.product import fast_rows
+from dkv.kernels.rows import Size
 from dkv.policy import Policy
-from dkv.sampling import descending_ranks
+from dkv.rooms import LateSizes, Room, Rooms
+from dkv.sampling import write_order
 from dkv.schedule import Schedule
 from dkv.state import State
 
@@ -115,107 +115,125 @@ class Run:
         output = run.finish()
 
     Attributes:
-        tokens: int, packed positions of the last step, padding included.
+        active: (batch, capacity) bool, what the next step recomputes.
+        sizes: (batch, len(Size)) int32, how much that is.
+        rooms: `Rooms`, the sizes of this run's steps.
     """
 
     # outside of inference mode, so that the next run may be outside of it
     @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(self, decoder, plan):
-        device, shape = decoder.weight.device, (plan.batch, plan.capacity)
-        self.decoder, self.plan, self.sampler = decoder, plan, plan.sampler
+        device, batch = decoder.weight.device, plan.batch
+        self.decoder, self.plan, self.sampler, self.shifted = decoder, plan, plan.sampler, decoder.family.shifted
         self.schedule = Schedule(
             steps=plan.steps,
             gen_length=plan.gen_length,
             block_length=plan.block_length,
             time_steps=decoder.family.time_steps,
             eps=plan.eps,
-            device=device,
         )
         self.copies = 2 if plan.cfg_scale else 1  # rows of the model's batch per sequence
         self.forward = Forward(decoder, plan.capacity, plan.impl)
-        x = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.ops = self.forward.ops
         self.state = State(
-            x,
+            batch,
+            plan.capacity,
             mask_id=plan.mask_id,
-            real=torch.ones(shape, dtype=torch.bool, device=device),
-            first_generated=torch.zeros(plan.batch, 1, dtype=torch.int64, device=device),
-            block_length=plan.block_length,
-            shifted=decoder.family.shifted,
+            shifted=self.shifted,
+            ops=self.ops,
+            device=device,
+            ordered=self.sampler.ordered,
         )
-        self.rows = torch.arange(plan.batch, device=device)[:, None]
-        self.positions, self.keys = self._of_copies(torch.zeros_like(x)), torch.zeros_like(x)
-        self.active, self.candidates = torch.zeros_like(self.state.real), torch.zeros_like(self.state.real)
-        self.counts = torch.zeros_like(self.rows)
-        self.seed = torch.zeros((), dtype=torch.int64, device=device)
-        self.priority = torch.zeros(shape, dtype=torch.float64, device=device) if self.sampler.ordered else None
+        self.positions = torch.zeros(batch * self.copies, plan.capacity, dtype=torch.int64, device=device)
+        self.active = torch.zeros_like(self.state.real)
+        self.commits = None
+        if not (self.sampler.by_probability or self.sampler.ordered):
+            self.commits = self.schedule.commits([0] * batch).to(device)
         self.eos_ids = torch.tensor(plan.eos_ids, device=device) if plan.eos_ids else None
-        leftpad = torch.zeros(plan.batch * self.copies, dtype=torch.int32, device=device)
-        self.cache = decoder.new_cache(plan.batch * self.copies, plan.capacity, leftpad)
-        # active positions, the most of one row, candidates, rows with masks
-        self.sizes = torch.zeros(4, dtype=torch.int64, device=device)
-        # recomputed positions, all positions, positions beyond what the policy promised
-        self.totals = torch.zeros(3, dtype=torch.int64, device=device)
-        # of a policy without max_active nothing is known: it may read from the device, or change
-        known = type(plan.policy).max_active is not Policy.max_active
-        recorded = plan.cuda_graphs and self.forward.can_be_recorded and known
-        self.graphs = StepGraphs(device) if recorded and (plan.has_forecasts or not self.sampler.ordered) else None
+        self.options = self.sampler.row_options(batch, decoder.weight)
+        leftpad = torch.zeros(batch * self.copies, dtype=torch.int32, device=device)
+        self.cache = decoder.new_cache(batch * self.copies, plan.capacity, leftpad)
+        self.sizes = torch.zeros(batch, len(Size), dtype=torch.int32, device=device)
+        # recomputed positions of each row, and all that it had to compute
+        self.totals = torch.zeros(batch, 2, dtype=torch.int64, device=device)
+        # positions beyond what the policy promised
+        self.excess = torch.zeros((), dtype=torch.int64, device=device)
+        rule = rule_of(plan.policy, self.shifted)
+        # of a policy without max_active nothing is known: it may read from the device, or change; a window around what
+        # is decoded next does read
+        known = type(plan.policy).max_active is not Policy.max_active and not (rule is None and plan.policy.needs_order)
+        self.graphs = StepGraphs(device) if plan.cuda_graphs and self.forward.can_be_recorded and known else None
+        # in a known order the next step's candidates are other ones
+        foreseen = not plan.has_forecasts or rule is None or rule.is_foreseen(self.shifted) or self.sampler.ordered
+        self.late = None if foreseen or reads_sizes(device) else LateSizes(self.sizes)
 
     @torch.no_grad()
-    def start(self, model, x, real, *, lengths, forecasts, first_generated, seed, order):
+    def start(self, model, x, real, *, lengths, prompt_masks, forecasts, first_generated, seed, order):
         """Begins with a batch.
 
         Args:
             x, real: (batch, seqlen) int64 and bool, seqlen up to the capacity: the sequences, and what is not padding.
-            lengths: list of ints, what is not padding in each row.
+            lengths, prompt_masks: lists of ints, what is not padding in each row, and masks inside its prompt.
             forecasts: a list of `Forecast`, where the plan has them; else None.
             first_generated: int, the column.
             seed: int; order: as in `dkv.generate`.
         """
+        plan, state = self.plan, self.state
         self.model, self.forecasts = weakref.ref(model), forecasts
         self.longest, self.real_positions = max(lengths), sum(lengths)
-        self.unused = self.plan.capacity - x.shape[1]
-        state, pad = self.state, (self.unused, 0)
+        self.unused = plan.capacity - x.shape[1]
         state.start(
-            F.pad(x, pad),
-            F.pad(real, pad),
-            torch.full_like(self.rows, first_generated + self.unused),
+            F.pad(x, (self.unused, 0)),
+            F.pad(real, (self.unused, 0)),
+            first_generated=first_generated + self.unused,
+            block_length=plan.block_length,
+            gen_length=plan.gen_length,
+            seed=seed,
         )
-        self.positions.copy_(self._of_copies((state.columns - state.first_column).clamp(min=0)))
-        self.cache.leftpad.copy_(self._of_copies(state.first_column)[:, 0])
-        self.seed.fill_(seed)
+        positions = (state.columns - state.first_column).clamp(min=0)
+        self.positions.copy_(positions.repeat(self.copies, 1))
+        self.cache.leftpad.copy_(state.first_column[:, 0].repeat(self.copies))
+        state.counts.fill_(plan.capacity)
         if self.sampler.ordered:
-            self.priority.copy_(self.sampler.priority(state, order, self.seed))
-        self.most_commits = max(f.commits for f in self.forecasts) if self.forecasts else None
-        self.steps, self.tokens, self.sizes_read = 0, 0, None
+            write_order(self.sampler, self.schedule, state, order, prompt_masks)
+        elif self.commits is not None:
+            self.commits.copy_(self.schedule.commits(prompt_masks))
+        self.bounds = None if forecasts is None else [self._bound(forecast) for forecast in forecasts]
+        self.rooms = self._rooms(max(prompt_masks))
+        self.steps, self.sizes_read = 0, None
         self.totals.zero_()
+        self.excess.zero_()
         self.began = (self.graphs.captured, self.graphs.capture_seconds) if self.graphs else (0, 0.0)
         self._decide()
+        self._post()
 
     def running(self):
         """Whether a step is left to do."""
-        return self.steps < len(self.forecasts) if self.forecasts else self._read_sizes()[3] > 0
+        return self.steps < len(self.forecasts) if self.forecasts else self._read()[1] > 0
 
     @torch.no_grad()
     def step(self):
         """Predicts, commits, and decides what the next step does; in the model's dtype, under autocast too."""
-        sizes = self._step_sizes()
+        room = self.next_room()
         with torch.autocast(self.sizes.device.type, enabled=False):
-            if self.graphs is not None and sizes[0] * self.copies <= LARGEST_GRAPH:
-                self.graphs.run(sizes, lambda: self._step(*sizes))
+            if self.graphs is not None and self.rooms.records(room):
+                self.graphs.run(room, lambda: self.compute(room))
             else:
-                self._step(*sizes)
+                self.compute(room)
+        self._post()
         self.sizes_read = None
         self.steps += 1
-        self.tokens = sizes[0] * self.copies
 
     def finish(self):
         """The `GenerateOutput`; the memory is kept for the next run of the model."""
-        recomputed, positions, excess = self.totals.tolist()
+        sequences = self.trimmed(self.state.x)
+        recomputed, positions = self.totals.sum(0).tolist()
+        excess = int(self.excess)
         if excess > 0:
             raise RuntimeError(
-                f"{self.plan.policy!r}.max_active promised fewer positions than were active: {excess} were left out. "
-                "It must be an upper bound, predictors included."
+                f"{self.plan.policy!r}.max_active promised fewer positions of a row than were active: {excess} were "
+                "left out. It must be an upper bound, predictors included."
             )
         stats = GenerateStats(
             steps=self.steps,
@@ -230,128 +248,126 @@ class Run:
         model = self.model()
         if model is not None:
             _IDLE[model] = self
-        return GenerateOutput(self.trimmed(self.state.x), stats)
+        return GenerateOutput(sequences, stats)
 
     def trimmed(self, tensor):
         """A copy of a (batch, capacity) tensor without the columns that this batch does not use."""
         return tensor[:, self.unused :].clone()
 
-    def _read_sizes(self):
+    def _read(self):
+        """What the next step needs, as a `Room`, and the masks that are left."""
         if self.sizes_read is None:
-            self.sizes_read = self.sizes.tolist()
+            rows = self.sizes.tolist()
+            self.sizes_read = needed(rows), sum(row[Size.MASKS] for row in rows)
         return self.sizes_read
 
-    def _step_sizes(self):
-        """(positions, positions of one row, candidates) that the step makes room for."""
-        plan, shifted = self.plan, self.state.shifted
+    def next_room(self):
+        """The `Room` of the next step."""
         if reads_sizes(self.sizes.device):
-            total, most, candidates, _ = self._read_sizes()
-            return fast_rows(total), most + shifted, fast_rows(candidates)
-        forecast = self.forecasts[self.steps] if self.forecasts else None
-        most = plan.policy.max_active(forecast) if forecast else None
-        if most is None:
-            total, most, candidates, _ = self._read_sizes()
-            return bucket(total), bucket(most + shifted), bucket(candidates)
-        most = min(most, self.longest) if forecast.step else self.longest
-        if plan.batch * most * self.copies > LARGEST_GRAPH:
-            candidates = forecast.commits if self.sampler.ordered else forecast.block_masks
-            return min(plan.batch * most, self.real_positions), most + shifted, plan.batch * candidates
-        # the same room for all numbers of candidates, or there would be more graphs
-        candidates = bucket(min(self.plan.block_length, plan.gen_length))
-        most = bucket(most)
-        return plan.batch * most, most + shifted, plan.batch * min(candidates, most)
+            need, _ = self._read()
+            return Room(fast_rows(need.positions), need.per_row + self.shifted, fast_rows(need.candidates))
+        if self.bounds is None or self.bounds[self.steps] is None:
+            need, _ = self._read()
+            # the first two masks of a row can have the same predictor
+            return self.rooms.of(need._replace(per_row=need.per_row + self.shifted))
+        need = self.bounds[self.steps]
+        if self.late and self.steps and self.forecasts[self.steps].block == self.forecasts[self.steps - 1].block:
+            late = needed(self.late.take(), Size.LATER)
+            need = Room(min(need.positions, late.positions), min(need.per_row, late.per_row), need.candidates)
+        return self.rooms.of(need)
 
-    def _step(self, positions, positions_of_a_row, candidates):
-        state = self.state
-        hidden, packed = self._hidden(positions, positions_of_a_row, candidates)
-        keys = self.keys.flatten()[packed.slots.clamp(min=0)] if self.sampler.noisy else None
-        tokens, scores = self.sampler.predict(self.decoder, hidden, keys, self.plan.impl)
-        commit_tokens(
+    def _bound(self, forecast):
+        """A `Room` that a step with this forecast does not need more than; None: the policy does not say."""
+        most = self.plan.policy.max_active(forecast)
+        if most is None:
+            return None
+        most = min(most, self.longest) if forecast.step else self.longest
+        candidates = forecast.commits if self.sampler.ordered else forecast.block_masks
+        return Room(min(self.plan.batch * most, self.real_positions), most, self.plan.batch * candidates)
+
+    def _rooms(self, prompt_masks):
+        """The `Rooms` of the run; prompt_masks: the most of a row."""
+        plan = self.plan
+        if self.bounds is not None and None not in self.bounds:
+            cached = [bound for bound in self.bounds if bound.positions < self.real_positions]
+            candidates = max(bound.candidates for bound in self.bounds)
+            positions, per_row, _ = zip(*cached, strict=True) if cached else ([0], [0], [0])
+            return Rooms(plan.batch, Room(max(positions), max(per_row), candidates), positions, self.copies)
+        masks = (plan.gen_length + prompt_masks) * (1 + self.shifted)
+        per_row = min(masks + self.shifted, self.longest)
+        candidates = min(plan.block_length, plan.gen_length) + prompt_masks
+        return Rooms(plan.batch, Room(plan.batch * per_row, per_row, plan.batch * candidates), copies=self.copies)
+
+    def compute(self, room):
+        """What a step does on the device; it can be recorded."""
+        state, options = self.state, self.options
+        hidden, wanted = self._hidden(room)
+        scales = None
+        if self.sampler.temperature:
+            # behind the candidates lie those of the unconditional rows, which are not looked at
+            scales = options.scales(wanted.slots.clamp(min=0) // self.plan.capacity % self.plan.batch)
+        tokens, scores = self.sampler.predict(
+            self.decoder, hidden, wanted.keys, self.ops, scales, cu_seqlens=wanted.cu_seqlens
+        )
+        self.ops.commit_tokens(
             state.x,
             tokens,
-            self.sampler.ranking(scores, keys),
-            packed.slots,
-            packed.cu_seqlens,
-            self.counts[:, 0],
-            threshold=self.sampler.threshold,
-            factor=self.sampler.factor,
-            impl=self.plan.impl,
+            self.sampler.ranking(scores, wanted.keys),
+            wanted.slots,
+            wanted.cu_seqlens,
+            state.counts,
+            threshold=options.threshold,
+            factor=options.factor,
         )
-        if self.eos_ids is not None:
-            self._end_rows()
-        state.advance(state.x)
         self._decide()
 
-    def _hidden(self, positions, positions_of_a_row, candidates):
+    def _hidden(self, room):
         """The final hidden states (candidates, hidden_size) that predict the candidates, and those as `Packed`."""
-        state, plan, copies = self.state, self.plan, self.copies
-        ids, active = state.x, self._of_copies(self.active)
-        if copies > 1:
+        state, plan = self.state, self.plan
+        ids = state.x
+        if self.copies > 1:
             # the unconditional rows see masks in place of the prompt, which count as prompt all the same
             ids = torch.cat((ids, torch.where(state.prompt & state.real, state.mask_id, ids)))
-        packed = self._packed(active, positions * copies, positions_of_a_row)
-        wanted = self._packed(self._of_copies(self.candidates), candidates * copies, positions_of_a_row)
-        places = output_places(active, wanted.slots, state, positions * copies)
-        hidden = self.forward(ids, self.positions, packed, self.cache, (wanted, places))
-        if copies == 1:
+        packed, wanted = self.ops.pack_step(
+            self.active,
+            state.candidates,
+            self.sizes,
+            ids,
+            self.positions,
+            state.counters,
+            self.excess,
+            capacity=room.positions * self.copies,
+            candidate_capacity=room.candidates * self.copies,
+            per_row=room.per_row,
+            shifted=self.shifted,
+            noisy=self.sampler.noisy,
+        )
+        hidden = self.forward(packed, self.cache, room.per_row, wanted)
+        if self.copies == 1:
             return hidden, wanted
         # the unconditional rows begin where the conditional ones end
-        cond, behind = hidden[:candidates], wanted.cu_seqlens[plan.batch]
-        uncond = hidden[(torch.arange(candidates, device=hidden.device) + behind).clamp(max=2 * candidates - 1)]
+        count = room.candidates
+        cond, behind = hidden[:count], wanted.cu_seqlens[plan.batch]
+        uncond = hidden[(torch.arange(count, device=hidden.device) + behind).clamp(max=2 * count - 1)]
         guided = (plan.cfg_scale + 1) * cond.float() - plan.cfg_scale * uncond.float()
-        return guided.to(cond.dtype), self._packed(self.candidates, candidates, positions_of_a_row)
-
-    def _of_copies(self, tensor):
-        """(batch, ...) for each of the model's rows: with guidance once more, for the unconditional ones."""
-        return tensor if self.copies == 1 else torch.cat((tensor, tensor))
-
-    def _packed(self, flags, capacity, most):
-        slots, cu_seqlens = pack_positions(flags, capacity, impl=self.plan.impl)
-        excess = self.totals[2]
-        torch.maximum(excess, cu_seqlens[-1] - capacity, out=excess)
-        return Packed(slots, cu_seqlens, most)
+        keys = None if wanted.keys is None else wanted.keys[:count]
+        slots, cu_seqlens = wanted.slots[:count], wanted.cu_seqlens[: plan.batch + 1]
+        return guided.to(cond.dtype), wanted._replace(slots=slots, cu_seqlens=cu_seqlens, keys=keys)
 
     def _decide(self):
-        """Writes down what the next step recomputes and commits."""
-        state = self.state
-        self.candidates.copy_(state.in_block)
-        if not self.sampler.by_probability:
-            self.counts.copy_(self.schedule.counts(state))
-        if self.sampler.ordered:
-            self._decide_order()
-            self.candidates.copy_(state.to_decode)
-            self.counts.fill_(self.plan.capacity)
-        self.active.copy_(active_positions(self.plan.policy, state, self.candidates))
-        if self.sampler.noisy:
-            self.keys.copy_(noise_key(self.seed, self.rows, state.step, self.positions[: self.plan.batch]))
-        per_row = self.active.sum(1)
-        total = per_row.sum()
-        self.sizes.copy_(torch.stack((total, per_row.max(), self.candidates.sum(), state.running.sum())))
-        self.totals[0].add_(total)
-        self.totals[1].add_((state.real & state.running).sum())
+        """Takes what was committed, and writes down what the next step recomputes and may commit."""
+        self.state.advance(commits=self.commits, end_ids=self.eos_ids, pad_id=self.plan.pad_id)
+        write_active(self.plan.policy, self.state, self.active, self.sizes, self.totals, foresee=self.late is not None)
 
-    def _decide_order(self):
-        """Writes down in the state what the next step decodes."""
-        state = self.state
-        priority = self.priority.masked_fill(~state.in_block, float("-inf"))
-        ranks = descending_ranks(priority)
-        if self.sampler.remasking == "origin":
-            state.to_decode = state.in_block & (priority >= self.schedule.remaining_after(state))
-        else:
-            state.to_decode = state.in_block & (ranks < self.counts)
-        ranks = torch.where(state.to_decode, ranks, ranks.shape[1])
-        most = int(state.to_decode.sum(1).max()) if self.most_commits is None else self.most_commits
-        ranks, columns = ranks.sort(dim=1)
-        state.to_decode_columns = torch.where(ranks < ranks.shape[1], columns, -1)[:, :most]
+    def _post(self):
+        if self.late is not None:
+            self.late.post(self.sizes)
 
-    def _end_rows(self):
-        """Fills with padding the masks behind an end of text that has no mask before it."""
-        state = self.state
-        masked = (state.x == state.mask_id) & state.real
-        ends = torch.isin(state.x, self.eos_ids) & (state.columns >= state.first_generated)
-        no_mask_before = masked.int().cumsum(1) == 0
-        ended = (ends & no_mask_before).any(1, keepdim=True)
-        state.x.masked_fill_(masked & ended, self.plan.pad_id)
+
+def needed(rows, size=Size.ACTIVE):
+    """The `Room` that a step needs by `Run.sizes`, as lists."""
+    active = [row[size] for row in rows]
+    return Room(sum(active), max(active), sum(row[Size.CANDIDATES] for row in rows))
 
 
 def capacity_for(seqlen):

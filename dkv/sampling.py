@@ -1,13 +1,13 @@
 """From hidden states to scored tokens: the remasking rules of LLaDA and Dream, and confidence-parallel decoding."""
 
-import itertools
 from dataclasses import dataclass
 
 import torch
 
-from dkv.kernels import lm_head_confidence, reference
+from dkv.kernels import reference
 from dkv.kernels.noise import gumbel, noise_key, uniform
 from dkv.kernels.reference import LOGITS_AT_A_TIME
+from dkv.kernels.rows import Counter
 
 ORDERED = ("random", "origin")  # what a step decodes is known before its outputs
 BY_PROBABILITY = ("low_confidence", "maskgit_plus", "topk_margin")
@@ -50,47 +50,65 @@ class Sampler:
         return self.temperature > 0 or self.alg_temp > 0
 
     @property
-    def _scales(self):
+    def scales(self):
         """What logits and noise are multiplied by."""
         if self.temperature == 0:
             return 1.0, 0.0
         return (1 / self.temperature, 1.0) if self.divides_logits else (1.0, self.temperature)
 
-    def predict(self, decoder, hidden, keys, impl):
+    def row_options(self, batch, weight):
+        """`RowOptions` of `batch` rows that all have this sampler's, in the dtype and on the device of weight."""
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+
+        def of_rows(value):
+            return torch.full((batch,), value, dtype=dtype, device=weight.device)
+
+        threshold, factor = (None if value is None else of_rows(value) for value in (self.threshold, self.factor))
+        scales = map(of_rows, self.scales) if self.temperature else self.scales
+        return RowOptions(threshold, factor, *scales)
+
+    def predict(self, decoder, hidden, keys, ops, scales=None, cu_seqlens=None):
         """Tokens and their scores by the remasking rule; higher is committed first.
 
         Args:
             decoder: `dkv.decoder.Decoder`, for its head.
             hidden: (rows, hidden_size), after the final norm.
             keys: (rows,) int64, the noise key of each row; None where the sampler is not noisy.
-            impl: as in `dkv.kernels`.
+            ops: the operators of `dkv.kernels.direct`.
+            scales: what logits and noise are multiplied by, each a float or (rows,), float32 or float64; None: the
+                sampler's own.
+            cu_seqlens: (batch + 1,) int32; rows from cu_seqlens[-1] on are padding; None: there is none.
 
         Returns:
             token (rows,) int64, score (rows,) float32 or float64.
         """
-        logit_scale, noise_scale = self._scales
-        keys = keys if noise_scale else None
+        logit_scale, noise_scale = self.scales if scales is None else scales
+        keys = keys if self.temperature else None
         if decoder.head_weight is not None and self.top_p is None and self.top_k is None and not self.unconfident_ids:
-            found = lm_head_confidence(
+            found = ops.lm_head_confidence(
                 hidden,
                 decoder.head_weight,
                 logit_scale=logit_scale,
                 noise_scale=noise_scale,
                 noise_key=keys,
                 exclude_ids=self.excluded_ids,
-                impl=impl,
+                cu_seqlens=cu_seqlens,
             )
             return found.token, self._score(found)
         rows = max(1, LOGITS_AT_A_TIME // decoder.vocab_size)
-        chunks = zip(hidden.split(rows), itertools.repeat(None) if keys is None else keys.split(rows), strict=False)
-        parts = [self._predict_logits(decoder.logits(h), k) for h, k in chunks]
+        parts = []
+        for start in range(0, max(len(hidden), 1), rows):
+            own = [
+                v[start : start + rows] if isinstance(v, torch.Tensor) else v for v in (keys, logit_scale, noise_scale)
+            ]
+            parts.append(self._predict_logits(decoder.logits(hidden[start : start + rows]), *own))
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
-    def _predict_logits(self, logits, keys):
+    def _predict_logits(self, logits, keys, logit_scale, noise_scale):
         """The same from logits (rows, vocab), which may be changed."""
-        logit_scale, noise_scale = self._scales
         z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        z = z if logit_scale == 1 else z * logit_scale
+        if keys is not None:
+            z = z * (logit_scale[:, None] if isinstance(logit_scale, torch.Tensor) else logit_scale)
         for excluded in self.excluded_ids:
             z[:, excluded] = float("-inf")
         z = filter_top_k(filter_top_p(z, self.top_p), self.top_k)
@@ -117,23 +135,64 @@ class Sampler:
             return score if self.remasking == "topk_margin" else score.exp()
         return score / self.alg_temp + gumbel(keys).to(score.dtype) if self.alg_temp > 0 else score
 
-    def priority(self, state, order, seed):
+    def priority(self, state, order):
         """(batch, seqlen) float64: positions of higher priority are decoded first, for the ordered rules.
 
-        order: (batch, gen_length) int64 or None: the order given by the user; seed: () int64.
+        order: (batch, gen_length) int64 or None: the order given by the user.
         """
         if order is not None:
             columns = order + state.first_generated
             ranks = torch.arange(order.shape[1], device=order.device, dtype=torch.float64).expand(order.shape)
             return torch.zeros(state.x.shape, dtype=torch.float64, device=order.device).scatter(1, columns, -ranks)
-        rows = torch.arange(state.x.shape[0], device=state.x.device)[:, None]
+        seed, request = state.counters[:, Counter.SEED, None], state.counters[:, Counter.REQUEST, None]
         # the position within the row, so that padding does not change the draw
-        return uniform(noise_key(seed, rows, torch.full_like(rows, -1), state.columns - state.first_column))
+        return uniform(noise_key(seed, request, torch.full_like(seed, -1), state.columns - state.first_column))
 
 
-def descending_ranks(score):
-    """(batch, seqlen) int64: 0 for the largest of the row; ties in order of columns."""
-    return score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+@dataclass(frozen=True)
+class RowOptions:
+    """Options that each row of a batch has for itself; tensors are float32 or float64, on the model's device.
+
+    Attributes:
+        threshold, factor: (batch,) or None.
+        logit_scale, noise_scale: (batch,), or floats where no noise is drawn.
+    """
+
+    threshold: torch.Tensor | None
+    factor: torch.Tensor | None
+    logit_scale: torch.Tensor | float
+    noise_scale: torch.Tensor | float
+
+    def scales(self, rows):
+        """logit_scale and noise_scale of some rows, (n,) int64; only where noise is drawn."""
+        return self.logit_scale[rows], self.noise_scale[rows]
+
+
+def write_order(sampler, schedule, state, order, prompt_masks):
+    """Writes into the state, at the start of a run, the rank of each mask in its block and the step that decodes it.
+
+    Args:
+        sampler, schedule: of one of the ordered rules.
+        order: as of `Sampler.priority`.
+        prompt_masks: a list of ints, masks inside the prompt of each row.
+    """
+    priority, masked = sampler.priority(state, order), state.masked
+    # masks inside the prompt belong to the first block
+    block = (state.columns - state.first_generated).clamp(min=0) // state.counters[:, Counter.BLOCK_LENGTH, None]
+    by_priority = priority.argsort(dim=1, descending=True, stable=True)
+    in_order = torch.where(masked, block, len(schedule.lengths)).gather(1, by_priority).argsort(dim=1, stable=True)
+    place = torch.empty_like(block).scatter_(1, by_priority.gather(1, in_order), state.columns.expand_as(block))
+    commits = schedule.commits(prompt_masks).to(block.device)
+    ends = commits.sum(-1).cumsum(-1)
+    block.clamp_(max=len(schedule.lengths) - 1)
+    state.rank.copy_(place - (ends - commits.sum(-1)).gather(1, block))
+    state.due.zero_()
+    decoded, remaining = commits.cumsum(-1), schedule.remaining.to(block.device)
+    for step in range(remaining.shape[1]):
+        if sampler.remasking == "origin":
+            state.due.add_(priority < remaining[:, step][block])
+        else:
+            state.due.add_(state.rank >= decoded[..., step].gather(1, block))
 
 
 def filter_top_p(z, top_p):

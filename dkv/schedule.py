@@ -51,50 +51,57 @@ class Schedule:
         steps, gen_length, block_length: ints; the last block may be shorter.
         time_steps: Dream's schedule: of m masks, step i commits m * (1 - t[i + 1] / t[i]), t from 1 to eps. Else
             LLaDA's: as many at each step, and one more at the first ones where that does not divide.
+
+    Attributes:
+        remaining: (blocks, steps of a block) float32, the part of a block's masks that Dream's schedule leaves after a
+            step; 0 from its last one on.
     """
 
-    def __init__(self, *, steps, gen_length, block_length, time_steps, eps, device):
+    def __init__(self, *, steps, gen_length, block_length, time_steps, eps):
         self.gen_length, self.block_length, self.time_steps = gen_length, block_length, time_steps
-        self.ends = [min(end, gen_length) for end in range(block_length, gen_length + block_length, block_length)]
-        others = max(steps - len(self.ends), 0)
-        dealt = [-(-others * end // gen_length) for end in [0, *self.ends]]
-        per_block = [1 + after - before for before, after in itertools.pairwise(dealt)]
-        # remaining[b, i]: the part of block b's masks that is left before its step i
-        remaining = torch.zeros(len(per_block), max(per_block) + 1, device="cpu")
-        for block, count in enumerate(per_block):
-            remaining[block, :count] = torch.linspace(1, eps, count + 1, device="cpu")[:-1]
-        # by device: the forecast must divide as the run does
-        self._tables = {d: (torch.tensor(per_block, device=d), remaining.to(d)) for d in {"cpu", device}}
-        self.device = device
+        ends = [min(end, gen_length) for end in range(block_length, gen_length + block_length, block_length)]
+        self.lengths = [end - start for start, end in itertools.pairwise([0, *ends])]
+        others = max(steps - len(ends), 0)
+        dealt = [-(-others * end // gen_length) for end in [0, *ends]]
+        self._steps = torch.tensor([1 + after - before for before, after in itertools.pairwise(dealt)], device="cpu")
+        self._before = torch.zeros(len(ends), int(self._steps.max()) + 1, device="cpu")
+        for block, count in enumerate(self._steps.tolist()):
+            self._before[block, :count] = torch.linspace(1, eps, count + 1, device="cpu")[:-1]
+        self.remaining = self._before[:, 1:]
 
-    def remaining_after(self, state):
-        """(batch, 1) float32 in [0, 1): the part of the block's masks that Dream's schedule leaves after this step."""
-        _, remaining = self._tables[self.device]
-        return remaining[state.block, (state.block_step + 1).clamp(max=remaining.shape[1] - 1)]
+    def commits(self, prompt_masks):
+        """How many tokens each step of each block commits, for rows with so many masks inside their prompts.
 
-    def counts(self, state):
-        """(batch, 1) int64: commits of this step, for each row by its own masks."""
-        in_block = state.in_block.sum(1, keepdim=True)
-        return self._counts(self.device, state.block, state.block_step, in_block, state.block_masks)
+        Args:
+            prompt_masks: a list of ints; they belong to the first block.
 
-    def _counts(self, device, block, block_step, in_block, block_masks):
-        steps, remaining = self._tables[device]
-        if self.time_steps:
-            last = remaining.shape[1] - 1
-            after = remaining[block, (block_step + 1).clamp(max=last)]
-            share = 1 - after / remaining[block, block_step.clamp(max=last - 1)]
-            return (in_block * share).long()
-        steps = steps[block]
-        return block_masks // steps + (block_step < block_masks % steps).long()
+        Returns:
+            (rows, blocks, steps of a block) int64 on the CPU: all masks, once.
+        """
+        masks = torch.tensor(self.lengths, device="cpu").repeat(len(prompt_masks), 1)
+        masks[:, 0] += torch.tensor(prompt_masks, device="cpu")
+        steps = torch.arange(self.remaining.shape[1], device="cpu")
+        if not self.time_steps:
+            each, more = masks // self._steps, masks % self._steps
+            counts = each[..., None] + (steps < more[..., None]).long()
+            return counts.masked_fill_(steps >= self._steps[:, None], 0)
+        # in float32 as Dream does, which decides where the product is cut off
+        shares = 1 - self.remaining / self._before[:, :-1]
+        counts = torch.zeros(*masks.shape, len(steps), dtype=torch.int64, device="cpu")
+        for step in steps.tolist():
+            # behind a block's last step both are 0, and no mask is left
+            counts[..., step] = (masks * shares[:, step].nan_to_num()).long()
+            masks = masks - counts[..., step]
+        return counts
 
     def forecasts(self, length, shifted):
         """A `Forecast` of every step, for prompts without masks; length: positions of the longest row."""
         found, masks = [], [self.gen_length]
-        for block, (start, end) in enumerate(itertools.pairwise([0, *self.ends])):
-            in_block = end - start
-            for block_step in itertools.count():
-                counters = (torch.tensor([[n]], device="cpu") for n in (block, block_step, in_block, end - start))
-                commits = min(int(self._counts("cpu", *counters)), in_block)
+        for block, counts in enumerate(self.commits([0])[0].tolist()):
+            in_block = self.lengths[block]
+            for block_step, commits in enumerate(counts):
+                if in_block == 0:
+                    break
                 found.append(
                     Forecast(
                         step=len(found),
@@ -111,6 +118,4 @@ class Schedule:
                 )
                 in_block -= commits
                 masks.append(masks[-1] - commits)
-                if in_block == 0:
-                    break
         return found

@@ -151,4 +151,8 @@ def float_and_tensor(value):
 
 def device_guard(tensor):
     """Triton launches on the current device, which need not be the one of the tensors."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    elsewhere = tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
+    return torch.cuda.device(tensor.device) if elsewhere else _NO_GUARD
+
+
+_NO_GUARD = contextlib.nullcontext()

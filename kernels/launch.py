@@ -49,6 +49,14 @@ class PackLaunch:
 
 
 @dataclass(frozen=True)
+class RowLaunch:
+    """Columns (a whole row) per program and warps of what keeps the books of a row."""
+
+    columns: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class CommitLaunch:
     """Entries per program, entries that they are compared with at a time, and warps of `commit_tokens`."""
 
@@ -149,11 +157,11 @@ def attention_launch(device, dtype, rows):
 
 MAX_SPLITS = 16
 PARTIAL_BYTES_IN_L2 = 8 * 2**20
-# Two guesses, to be measured. How many keys a program walks, alone on its processor, in the time of a merge: predicted
-# are 0.4 to 0.9 us for 64 keys and 3 us, most of it the launch, for a merge, so 200 to 500. The low end is the safer
-# one: where keys are walked fast, a merge too many costs little.
+# Two guesses, to be measured. The first: how many keys a program walks, alone on its processor, while a merge would
+# run. By the predictions, 0.4 to 0.9 us for 64 keys and 3 us for a merge, most of it the launch, that is 200 to 500;
+# the low end is the safer one, for a merge too many costs little.
 MERGE_KEYS = 256
-# And from how many programs on they only share the memory's bandwidth: 1.0 is one for each processor.
+# The second: from how many programs a processor on they only share the memory's bandwidth.
 PROGRAMS_PER_PROCESSOR = 1.0
 
 
@@ -168,10 +176,10 @@ def num_splits_heuristic(*, programs, keys, block_n, rows, row_groups, headdim, 
     There are never so many that the programs only share the bandwidth, nor that the partial results dominate.
 
     Args:
-        programs: programs of the unsplit launch.
-        keys: columns of the longest row; block_n: those of a tile.
-        rows: tile rows per (batch row, K/V head) at most; row_groups: how many of those groups there are.
-        processors: streaming multiprocessors of the GPU.
+        programs: int, programs of the unsplit launch.
+        keys: int, columns of the longest row; block_n: int, those of a tile.
+        rows: int, tile rows per (batch row, K/V head) at most; row_groups: int, how many of those groups there are.
+        headdim: int; processors: int, streaming multiprocessors of the GPU.
     """
     # float32 partial results are written and read once: against the K and V bytes, and free while they fit the L2
     partial_bytes = 2 * 4 * rows * row_groups * headdim
@@ -214,6 +222,12 @@ def rope_launch(device, headdim):
     if architecture(device) is None:
         return RopeLaunch(block_t=16, block_h=8, num_warps=4)
     return RopeLaunch(block_t=1, block_h=max(8, 512 // headdim), num_warps=max(1, headdim // 64))
+
+
+def row_launch(seqlen):
+    """Up to 8 columns a thread, so that all loads of a row are in flight at once; seqlen: int, columns."""
+    columns = triton.next_power_of_2(seqlen)
+    return RowLaunch(columns, num_warps=min(32, max(4, columns // 256)))
 
 
 def merge_launch(device):

@@ -360,9 +360,13 @@ def _on_device(exclude_ids, device):
     ids = torch.empty(len(exclude_ids), dtype=torch.int32, device=device)
     for place, excluded in enumerate(exclude_ids):
         ids.narrow(0, place, 1).fill_(excluded)
-    # what a graph makes has its values only after a replay
-    if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-        _EXCLUDED[key] = ids
+    if torch.cuda.is_available():
+        # what a graph makes has its values only after a replay
+        if torch.cuda.is_current_stream_capturing():
+            return ids
+        # who finds them next may be on another stream
+        torch.cuda.current_stream(device).synchronize()
+    _EXCLUDED[key] = ids
     return ids
 
 

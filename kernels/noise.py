@@ -77,9 +77,15 @@ def mix(h):
 
 
 @triton.jit
+def key_of(key, counter):
+    """`noise_key` of uint32 keys and counters that broadcast."""
+    return mix((key ^ mix(counter)) + GOLDEN)
+
+
+@triton.jit
 def draw(key, counter):
     """The hash h of uint32 keys and counters that broadcast."""
-    return mix(mix((key ^ mix(counter)) + GOLDEN))
+    return mix(key_of(key, counter))
 
 
 @triton.jit

@@ -78,15 +78,19 @@ def _launch(x, residual, weight, eps):
     return normed
 
 
-def _add_rms_norm(
+def _add_rms_norm(x, residual, weight, eps, impl):
+    return (_launch if impl == "triton" else reference.add_rms_norm)(x, residual, weight, eps)
+
+
+def _rms_norm(x, weight, eps, impl):
+    return _add_rms_norm(x, None, weight, eps, impl)
+
+
+@torch.library.custom_op("dkv::add_rms_norm", mutates_args=("residual",))
+def _operator(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, impl: str
 ) -> torch.Tensor:
-    if impl == "triton":
-        return _launch(x, residual, weight, eps)
-    return reference.add_rms_norm(x, residual, weight, eps).contiguous()
-
-
-_operator = torch.library.custom_op("dkv::add_rms_norm", mutates_args=("residual",))(_add_rms_norm)
+    return _add_rms_norm(x, residual, weight, eps, impl).contiguous()
 
 
 @_operator.register_fake
@@ -94,12 +98,10 @@ def _(x, residual, weight, eps, impl):
     return x.new_empty(x.shape)
 
 
-def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, impl: str) -> torch.Tensor:
-    return _add_rms_norm(x, None, weight, eps, impl)
-
-
 # of its own: torch.compile does not take an operator that may change what is not there
-_operator_alone = torch.library.custom_op("dkv::rms_norm", mutates_args=())(_rms_norm)
+@torch.library.custom_op("dkv::rms_norm", mutates_args=())
+def _operator_alone(x: torch.Tensor, weight: torch.Tensor, eps: float, impl: str) -> torch.Tensor:
+    return _rms_norm(x, weight, eps, impl).contiguous()
 
 
 @_operator_alone.register_fake
@@ -144,9 +146,6 @@ def add_rms_norm(x, residual, weight, eps, *, impl="auto"):
         checks.check_shape("residual", residual, tuple(x.shape), "(rows, size)")
         checks.check_same("x", x, residual=residual)
     impl = checks.resolve_impl(impl, _add_rms_norm_kernel, x)
-    # the operator is there for torch.compile; in eager mode its dispatch would cost a CPU as much as a small call
-    if impl == "reference" and not torch.compiler.is_compiling():
-        return reference.add_rms_norm(x, residual, weight, eps)
     if residual is None:
-        return torch.ops.dkv.rms_norm(x, weight, eps, impl)
-    return torch.ops.dkv.add_rms_norm(x, residual, weight, eps, impl)
+        return checks.pick(torch.ops.dkv.rms_norm, _rms_norm)(x, weight, eps, impl)
+    return checks.pick(torch.ops.dkv.add_rms_norm, _add_rms_norm)(x, residual, weight, eps, impl)

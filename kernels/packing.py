@@ -1,8 +1,10 @@
-"""The positions that a step recomputes, as one packed list: what `active.nonzero()` says, without asking the host.
+"""Positions of all rows as one packed list: what `active.nonzero()` says, without asking the host.
 
     slots = row * seqlen + column of every active position, in order;  cu_seqlens[b] = active positions of rows before b
 
-Layouts: active (batch, seqlen) bool, any strides; slots (capacity,), so that the shape does not depend on the values.
+`pack_positions` does that for any flags. A step packs two lists in one launch: what is recomputed, with its tokens and
+RoPE positions, and the candidates for tokens, with the places of their predictors in the first list. Layouts: flags
+(batch, seqlen) bool, of `pack_positions` with any strides; lists (capacity,), so that no shape depends on the values.
 Each program packs one row, in order, by a prefix sum over its columns (compaction by scan: Blelloch, "Prefix sums and
 their applications", 1990); it is bound by latency.
 """
@@ -13,9 +15,35 @@ import triton.language as tl
 
 from dkv.kernels import checks, reference
 from dkv.kernels.launch import PACK
+from dkv.kernels.noise import key_of
+from dkv.kernels.reference import Packed
+from dkv.kernels.rows import COUNTERS, FIRST_COLUMN, REQUEST, SEED, SIZE_CANDIDATES, STEP
 
 
-@triton.jit(do_not_specialize=["batch", "seqlen", "capacity"])
+@triton.jit
+def _rows_before(counts_ptr, stride, row, flag_rows, BLOCK: tl.constexpr):
+    """The sum of the counts of all rows before this one, and [BLOCK] the largest ones.
+
+    Where rows are many, so are the programs that do it.
+    """
+    offs = tl.arange(0, BLOCK)
+    before, largest = tl.zeros([BLOCK], dtype=tl.int32), tl.zeros([BLOCK], dtype=tl.int32)
+    for start in range(0, row, BLOCK):
+        rows = start + offs
+        counts = tl.load(counts_ptr + (rows % flag_rows).to(tl.int64) * stride, mask=rows < row, other=0)
+        before += counts
+        largest = tl.maximum(largest, counts)
+    return tl.sum(before), largest
+
+
+@triton.jit
+def _fill(list_ptr, start, end, value, BLOCK: tl.constexpr):
+    for first in range(start, end, BLOCK):
+        places = first + tl.arange(0, BLOCK)
+        tl.store(list_ptr + places, tl.full([BLOCK], value, dtype=tl.int64), mask=places < end)
+
+
+@triton.jit(do_not_specialize=["rows", "flag_rows", "seqlen", "capacity", "candidate_capacity", "per_row"])
 def _pack_positions_kernel(
     # pointers
     active_ptr,
@@ -25,60 +53,179 @@ def _pack_positions_kernel(
     # strides
     stride_row,
     stride_column,
+    stride_counts,
     # sizes
-    batch,
+    rows,
+    flag_rows,
     seqlen,
     capacity,
     # constants
     BLOCK: tl.constexpr,
+    # of a step
+    ids_ptr=None,
+    positions_ptr=None,
+    packed_ids_ptr=None,
+    packed_positions_ptr=None,
+    excess_ptr=None,
+    candidates_ptr=None,
+    counters_ptr=None,
+    candidate_slots_ptr=None,
+    candidate_cu_seqlens_ptr=None,
+    candidate_positions_ptr=None,
+    places_ptr=None,
+    keys_ptr=None,
+    candidate_capacity=0,
+    per_row=0,
+    SHIFTED: tl.constexpr = False,
 ):
     row = tl.program_id(0)
     offs = tl.arange(0, BLOCK)
-
-    # the rows before this one; where there are many, so are the programs that each add them up, and they are few bytes
-    before = tl.zeros([BLOCK], dtype=tl.int32)
-    for start in range(0, row, BLOCK):
-        before += tl.load(counts_ptr + start + offs, mask=start + offs < row, other=0)
-    place = tl.sum(before)
+    place, largest = _rows_before(counts_ptr, stride_counts, row, flag_rows, BLOCK)
     tl.store(cu_seqlens_ptr + row, place)
+    candidate_place = 0
+    if ids_ptr is not None:
+        candidate_place, most = _rows_before(counts_ptr + SIZE_CANDIDATES, stride_counts, row, flag_rows, BLOCK)
+        largest = tl.maximum(largest, most)
+        tl.store(candidate_cu_seqlens_ptr + row, candidate_place)
 
     # the program behind the last row fills the places that are left
-    if row == batch:
-        for start in range(place, capacity, BLOCK):
-            places = start + offs
-            tl.store(slots_ptr + places, tl.full([BLOCK], -1, dtype=tl.int64), mask=places < capacity)
+    if row == rows:
+        _fill(slots_ptr, place, capacity, -1, BLOCK)
+        if ids_ptr is not None:
+            _fill(packed_ids_ptr, place, capacity, 0, BLOCK)
+            _fill(packed_positions_ptr, place, capacity, 0, BLOCK)
+            _fill(candidate_slots_ptr, candidate_place, candidate_capacity, -1, BLOCK)
+            _fill(candidate_positions_ptr, candidate_place, candidate_capacity, 0, BLOCK)
+            _fill(places_ptr, candidate_place, candidate_capacity, 0, BLOCK)
+            if keys_ptr is not None:
+                _fill(keys_ptr, candidate_place, candidate_capacity, 0, BLOCK)
+            if excess_ptr is not None:
+                excess = tl.maximum(place - capacity, candidate_place - candidate_capacity)
+                excess = tl.maximum(excess, tl.max(largest) - per_row)
+                tl.store(excess_ptr, tl.maximum(tl.load(excess_ptr), excess))
         return
 
-    row64 = row.to(tl.int64)
+    row64, flag_row = row.to(tl.int64), (row % flag_rows).to(tl.int64)
+    first_column = 0
+    if ids_ptr is not None:
+        counters_ptr += flag_row * COUNTERS
+        first_column = tl.load(counters_ptr + FIRST_COLUMN)
     for start in range(0, seqlen, BLOCK):
         columns = (start + offs).to(tl.int64)
-        active_ptrs = active_ptr + row64 * stride_row + columns * stride_column
-        active = tl.load(active_ptrs, mask=columns < seqlen, other=0) != 0
-        places = place + tl.cumsum(active.to(tl.int32)) - 1
-        tl.store(slots_ptr + places, row64 * seqlen + columns, mask=active & (places < capacity))
-        place += tl.sum(active.to(tl.int32))
+        in_row = columns < seqlen
+        flags = flag_row * stride_row + columns * stride_column
+        active = (tl.load(active_ptr + flags, mask=in_row, other=0) != 0).to(tl.int32)
+        # the place of the last active position up to here, this one included
+        places = place + tl.cumsum(active) - 1
+        written = (active > 0) & (places < capacity)
+        slots = row64 * seqlen + columns
+        tl.store(slots_ptr + places, slots, mask=written)
+        if ids_ptr is not None:
+            tl.store(packed_ids_ptr + places, tl.load(ids_ptr + slots, mask=written, other=0), mask=written)
+            positions = tl.load(positions_ptr + slots, mask=written, other=0)
+            tl.store(packed_positions_ptr + places, positions, mask=written)
+            candidate = (tl.load(candidates_ptr + flags, mask=in_row, other=0) != 0).to(tl.int32)
+            candidate_places = candidate_place + tl.cumsum(candidate) - 1
+            candidate_place += tl.sum(candidate)
+            written = (candidate > 0) & (candidate_places < candidate_capacity)
+            tl.store(candidate_slots_ptr + candidate_places, slots, mask=written)
+            if keys_ptr is not None:
+                seed, request = tl.load(counters_ptr + SEED), tl.load(counters_ptr + REQUEST)
+                key = key_of(seed.to(tl.uint32), request.to(tl.uint32))
+                key = key_of(key, tl.load(counters_ptr + STEP).to(tl.uint32))
+                keys = key_of(key, (columns - first_column).to(tl.uint32))
+                tl.store(keys_ptr + candidate_places, keys.to(tl.int64), mask=written)
+            if SHIFTED:
+                # a mask in the first column is predicted by its own output
+                before = (columns != first_column).to(tl.int32)
+                places -= active * before
+                slots -= before
+            # a predictor is always active; what found no room has no place
+            places = tl.minimum(tl.maximum(places, 0), tl.maximum(capacity - 1, 0))
+            tl.store(places_ptr + candidate_places, places.to(tl.int64), mask=written)
+            positions = tl.load(positions_ptr + slots, mask=written, other=0)
+            tl.store(candidate_positions_ptr + candidate_places, positions, mask=written)
+        place += tl.sum(active)
 
 
 def _launch(active, capacity):
-    batch, seqlen = active.shape
-    slots = torch.empty((capacity,), dtype=torch.int64, device=active.device)
-    cu_seqlens = torch.empty((batch + 1,), dtype=torch.int32, device=active.device)
-    counts = active.sum(1, dtype=torch.int32)
+    slots, cu_seqlens = _list(active, capacity), _ends(active, active.shape[0])
+    _launch_kernel(active, active.sum(1, dtype=torch.int32)[:, None], slots, cu_seqlens)
+    return slots, cu_seqlens
+
+
+def _launch_step(
+    active,
+    candidates,
+    sizes,
+    ids,
+    positions,
+    counters,
+    excess=None,
+    *,
+    capacity,
+    candidate_capacity,
+    per_row,
+    shifted,
+    noisy=False,
+):
+    slots, packed_ids, packed_positions = (_list(active, capacity) for _ in range(3))
+    packed = Packed(slots, _ends(active, ids.shape[0]), packed_positions, ids=packed_ids)
+    candidate_slots, candidate_positions, places = (_list(active, candidate_capacity) for _ in range(3))
+    keys = _list(active, candidate_capacity) if noisy else None
+    wanted = Packed(candidate_slots, _ends(active, ids.shape[0]), candidate_positions, places=places, keys=keys)
+    _launch_kernel(
+        active,
+        sizes,
+        slots,
+        packed.cu_seqlens,
+        ids_ptr=ids,
+        positions_ptr=positions,
+        packed_ids_ptr=packed_ids,
+        packed_positions_ptr=packed_positions,
+        excess_ptr=excess,
+        candidates_ptr=candidates,
+        counters_ptr=counters,
+        candidate_slots_ptr=candidate_slots,
+        candidate_cu_seqlens_ptr=wanted.cu_seqlens,
+        candidate_positions_ptr=candidate_positions,
+        places_ptr=places,
+        keys_ptr=keys,
+        candidate_capacity=candidate_capacity,
+        per_row=per_row,
+        SHIFTED=shifted,
+    )
+    return packed, wanted
+
+
+def _list(active, capacity):
+    # memory of its own, not a part of a larger tensor: aligned, whatever the capacity
+    return torch.empty((capacity,), dtype=torch.int64, device=active.device)
+
+
+def _ends(active, rows):
+    return torch.empty((rows + 1,), dtype=torch.int32, device=active.device)
+
+
+def _launch_kernel(active, counts, slots, cu_seqlens, **of_a_step):
+    rows = cu_seqlens.shape[0] - 1
     with checks.device_guard(active):
-        _pack_positions_kernel[(batch + 1,)](
+        _pack_positions_kernel[(rows + 1,)](
             active_ptr=active,
             counts_ptr=counts,
             slots_ptr=slots,
             cu_seqlens_ptr=cu_seqlens,
             stride_row=active.stride(0),
             stride_column=active.stride(1),
-            batch=batch,
-            seqlen=seqlen,
-            capacity=capacity,
+            stride_counts=counts.stride(0),
+            rows=rows,
+            flag_rows=active.shape[0],
+            seqlen=active.shape[1],
+            capacity=slots.shape[0],
             BLOCK=PACK.block,
             num_warps=PACK.num_warps,
+            **of_a_step,
         )
-    return slots, cu_seqlens
 
 
 def _pack_positions(active: torch.Tensor, capacity: int, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,10 +275,6 @@ def pack_positions(active, capacity=None, *, impl="auto"):
     if capacity is not None:
         checks.check_count("capacity", capacity, 0)
     impl = checks.resolve_impl(impl, _pack_positions_kernel, active)
-    # the operator is there for torch.compile; in eager mode its dispatch would cost a CPU as much as a small call
-    run = torch.ops.dkv.pack_positions
-    if impl == "reference" and not torch.compiler.is_compiling():
-        run = _pack_positions
-    elif capacity is None:
+    if capacity is None and (impl == "triton" or torch.compiler.is_compiling()):
         capacity = int(active.sum())
-    return run(active, capacity, impl)
+    return checks.pick(torch.ops.dkv.pack_positions, _pack_positions)(active, capacity, impl)

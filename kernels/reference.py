@@ -13,6 +13,7 @@ from einops import rearrange
 
 from dkv.kernels import noise
 from dkv.kernels.product import linear
+from dkv.kernels.rows import MASKED, PROMPT, Counter
 
 
 def rotate_half_split(x, cos, sin):
@@ -162,6 +163,269 @@ def pack_positions(active, capacity=None):
     return slots, cu_seqlens
 
 
+def pack_step(
+    active,
+    candidates,
+    sizes,
+    ids,
+    positions,
+    counters,
+    excess=None,
+    *,
+    capacity,
+    candidate_capacity,
+    per_row,
+    shifted,
+    noisy=False,
+):
+    """Packs what a step recomputes, and the candidates for tokens; the launcher of `dkv.kernels.packing` is its twin.
+
+    Mutates excess.
+
+    Args:
+        active, candidates: (batch, seqlen) bool.
+        sizes: (batch, len(Size)) int32, how many of both each row has.
+        ids: (rows, seqlen) int64, rows a multiple of batch: tokens, and by those what the model computes. Rows beyond
+            the batch have the flags of the first ones again, as the unconditional rows of guidance.
+        positions: (rows, seqlen) int64, for RoPE.
+        counters: (batch, len(Counter)) int64.
+        excess: () int64, raised to the number of positions that found no room; None: nobody asks.
+        capacity, candidate_capacity: ints, the places of either list; per_row: int, those that any row may take.
+        shifted: bool, whether the output at column j - 1 predicts column j.
+        noisy: bool, whether noise keys are needed.
+
+    Returns:
+        Two `Packed`; the positions and places of the second are those of the predictors.
+    """
+    if ids.shape[0] > active.shape[0]:
+        copies = ids.shape[0] // active.shape[0]
+        active, counters = active.repeat(copies, 1), counters.repeat(copies, 1)
+        candidates = candidates.repeat(copies, 1)
+    slots, cu_seqlens = pack_positions(active, capacity)
+    at = slots.clamp(min=0)
+    packed = Packed(slots, cu_seqlens, positions.flatten()[at], ids=ids.flatten()[at])
+    slots, cu_seqlens = pack_positions(candidates, candidate_capacity)
+    if excess is not None:
+        for ends, places in ((packed.cu_seqlens, capacity), (cu_seqlens, candidate_capacity)):
+            found = torch.maximum(ends[-1] - places, ends.diff().max() - per_row)
+            torch.maximum(excess, found, out=excess)
+    at = slots.clamp(min=0)
+    rows = at // active.shape[1]
+    keys = None
+    if noisy:
+        row = counters[rows]
+        columns = at - rows * active.shape[1]
+        keys = noise.noise_key(
+            row[:, Counter.SEED], row[:, Counter.REQUEST], row[:, Counter.STEP], columns - row[:, Counter.FIRST_COLUMN]
+        )
+    if shifted:
+        # a mask in the first column is predicted by its own output
+        at = torch.maximum(at - 1, rows * active.shape[1] + counters[rows, Counter.FIRST_COLUMN])
+    places = (active.flatten().cumsum(0)[at] - 1).clamp(0, max(capacity - 1, 0))
+    return packed, Packed(slots, cu_seqlens, positions.flatten()[at], places=places, keys=keys)
+
+
+def recomputed(decoded_step, counters, rule, *, shifted, candidates=None, rank=None):
+    """(batch, seqlen) bool: what a `Rule` of `dkv.kernels.rows` says, before what else a step needs.
+
+    Arguments as of `active_positions`; candidates and rank are only for the rule "others".
+    """
+    columns = torch.arange(decoded_step.shape[1], device=decoded_step.device)
+    step, block_step = counters[:, Counter.STEP, None], counters[:, Counter.BLOCK_STEP, None]
+    following = torch.cat((decoded_step[:, 1:], decoded_step[:, -1:]), dim=1)
+    limit = step - 1 - rule.delay
+    if rule.stable == "nothing":
+        active = torch.ones_like(decoded_step, dtype=torch.bool)
+    elif rule.stable == "others":
+        active = _window(decoded_step, decoded_step == step - 1, candidates, rank, rule)
+    elif not shifted:
+        active = decoded_step > limit
+    else:
+        if rule.stable == "decoded":
+            active = decoded_step > limit
+        elif rule.stable == "next":
+            # the last column has no next: it takes the first one's
+            first = decoded_step.gather(1, counters[:, Counter.FIRST_COLUMN, None])
+            active = torch.cat((decoded_step[:, 1:], first), dim=1) > limit
+        else:
+            active = torch.maximum(decoded_step, following) > limit
+            # and here that of the one before
+            active[:, -1] = active[:, max(active.shape[1] - 2, 0)]
+        # the first cached step of a block knows only what was decoded before the block
+        active = torch.where(block_step == 1, following > step - 2, active)
+    if rule.from_block_start:
+        # masks inside the prompt belong to the first block
+        of_first_block = (counters[:, Counter.BLOCK, None] == 0) & (decoded_step != PROMPT)
+        active = active & ((columns >= counters[:, Counter.BLOCK_START, None]) | of_first_block)
+    if rule.until_block_end:
+        active = active & (columns < counters[:, Counter.BLOCK_END, None])
+    active = active | (block_step < rule.warmup)
+    if rule.interval is not None:
+        active = active | (block_step % rule.interval == 0)
+    if rule.frozen_prompt:
+        # under Dream but for its last token, whose output is needed
+        active = active & ((following if shifted else decoded_step) != PROMPT)
+    return active
+
+
+def _window(decoded_step, just_decoded, to_decode, rank, rule):
+    """What was just decoded, what is about to be, and the window of the rule around it."""
+    active = just_decoded | to_decode
+    if rule.contiguous:
+        for offset in range(-((rule.window + 1) // 2), rule.window // 2 + 1):
+            active |= _shifted_columns(just_decoded, offset)
+        return active
+    seqlen = decoded_step.shape[1]
+    columns = torch.arange(seqlen, device=decoded_step.device)
+    ranks, centres = torch.where(to_decode, rank, seqlen).sort(dim=1)
+    for n in range(int(to_decode.sum(1).max()) if rule.window else 0):
+        centre = centres[:, n : n + 1]
+        # outward from it, left first at each distance, over masks not yet active
+        distance = columns - centre
+        order = 2 * distance.abs() - (distance < 0).long()
+        free = (decoded_step == MASKED) & ~active & (ranks[:, n : n + 1] < seqlen)
+        order = order.masked_fill(~free, torch.iinfo(torch.int64).max)
+        chosen = order.topk(min(rule.window, seqlen), dim=1, largest=False).indices
+        active = active.scatter(1, chosen, free.gather(1, chosen) | active.gather(1, chosen))
+    return active
+
+
+def _shifted_columns(flags, offset):
+    """flags moved `offset` columns to the right, False moving in."""
+    moved = torch.zeros_like(flags)
+    length = flags.shape[1]
+    if abs(offset) < length:
+        moved[:, max(offset, 0) : length + min(offset, 0)] = flags[:, max(-offset, 0) : length - max(offset, 0)]
+    return moved
+
+
+def predictors(candidates, first_column, *, shifted):
+    """(batch, seqlen) bool: the positions whose outputs predict the candidates.
+
+    Args:
+        candidates: (batch, seqlen) bool; first_column: (batch, 1) int64, the first that is not padding.
+        shifted: bool, whether the output at column j - 1 predicts column j.
+    """
+    if not shifted:
+        return candidates
+    columns = torch.arange(candidates.shape[1], device=candidates.device)
+    # a mask in the first column is predicted by its own output
+    first = candidates & (columns == first_column)
+    # nothing rolls over the edge: what is in column 0 is first or padding
+    return (candidates & ~first).roll(-1, dims=1) | first
+
+
+def active_positions(
+    decoded_step,
+    real,
+    candidates,
+    counters,
+    active,
+    sizes,
+    totals=None,
+    *,
+    shifted,
+    rule=None,
+    chosen=None,
+    rank=None,
+    foresee=False,
+):
+    """Writes what the next step recomputes; the launcher of `dkv.kernels.active` is its twin.
+
+    Mutates active and sizes, and adds to totals.
+
+    Args:
+        decoded_step: (batch, seqlen) int32, the step that decoded a position, or PROMPT or MASKED.
+        real, candidates: (batch, seqlen) bool, False for padding; the masks that may be committed.
+        counters: (batch, len(Counter)) int64.
+        active: (batch, seqlen) bool; sizes: (batch, len(Size)) int32.
+        totals: (batch, 2) int64, recomputed and computable positions of all steps, or None.
+        shifted: bool, whether the output at column j - 1 predicts column j.
+        rule: a `Rule`; None: chosen, (batch, seqlen) bool, is what a policy wants to recompute.
+        rank: (batch, seqlen) int32, the order in which a block is decoded; for a rule with a window of nearest masks.
+        foresee: bool, whether sizes gets LATER by the rule (not of "others"), and not merely all that can be computed.
+    """
+    masks = counters[:, Counter.MASKS, None]
+    computable = real & (masks > 0)
+    needed = predictors(candidates, counters[:, Counter.FIRST_COLUMN, None], shifted=shifted)
+    later = computable
+    if rule is not None:
+        chosen = recomputed(decoded_step, counters, rule, shifted=shifted, candidates=candidates, rank=rank)
+        if foresee:
+            next_counters = counters.clone()
+            next_counters[:, Counter.STEP : Counter.BLOCK_STEP + 1] += 1
+            later = (recomputed(decoded_step, next_counters, rule, shifted=shifted) | needed) & computable
+    torch.logical_and(chosen | needed | (counters[:, Counter.STEP, None] == 0), computable, out=active)
+    count = active.sum(1)
+    sizes.copy_(torch.stack((count, candidates.sum(1), masks[:, 0], later.sum(1)), dim=1))
+    if totals is not None:
+        totals[:, 0] += count
+        totals[:, 1] += computable.sum(1)
+
+
+def advance_rows(
+    x,
+    decoded_step,
+    counters,
+    candidates,
+    *,
+    mask_id,
+    prompt_masks_wait=True,
+    commits=None,
+    counts=None,
+    due=None,
+    end_ids=None,
+    pad_id=0,
+):
+    """Writes what the commit of a step has changed; the launcher of `dkv.kernels.advance` is its twin.
+
+    Mutates decoded_step, counters, candidates and counts, and x where a row ends.
+
+    Args:
+        x: (batch, seqlen) int64, the sequences after the commit.
+        decoded_step: (batch, seqlen) int32, the step that decoded a position, or PROMPT or MASKED.
+        counters: (batch, len(Counter)) int64.
+        candidates: (batch, seqlen) bool, gets the masks that the next step may commit.
+        mask_id, pad_id: ints, the token of a mask and that of padding.
+        prompt_masks_wait: bool, whether a row stays at its first block until the masks in front of it are decoded.
+        commits: (batch, blocks, steps of a block) int64, how many tokens a step commits; counts: (batch,) int64, gets
+            the next step's. None: nothing is counted.
+        due: (batch, seqlen) int32, the step of its block that decodes a position, where that is known beforehand.
+        end_ids: (n,) int64, the ends of a text; a row with one that has no mask before it gets pad_id for its masks.
+            None: rows do not end early.
+    """
+    columns = torch.arange(x.shape[1], device=x.device)
+    step, block_step, old_block = (counters[:, c, None] for c in (Counter.STEP, Counter.BLOCK_STEP, Counter.BLOCK))
+    first_generated, block_length = counters[:, Counter.FIRST_GENERATED, None], counters[:, Counter.BLOCK_LENGTH, None]
+    was_masked = decoded_step == MASKED
+    masked = was_masked & (x == mask_id)
+    if end_ids is not None:
+        ends = torch.isin(x, end_ids) & (columns >= first_generated)
+        ended = (ends & (masked.int().cumsum(1) == 0)).any(1, keepdim=True)
+        x.masked_fill_(masked & ended, pad_id)
+        masked = masked & ~ended
+    decoded_step.copy_(torch.where(was_masked & ~masked, step, decoded_step))
+
+    findable = masked if prompt_masks_wait else masked & (columns >= first_generated)
+    block = (findable.int().argmax(1, keepdim=True) - first_generated).clamp(min=0) // block_length
+    block = torch.where(findable.any(1, keepdim=True), block, old_block)
+    entered = block != old_block
+    step.add_(1)
+    block_step.add_(1).masked_fill_(entered, 0)
+    old_block.copy_(block)
+    block_start = first_generated + block * block_length
+    block_end = torch.minimum(block_start + block_length, first_generated + counters[:, Counter.GENERATED, None])
+    in_block = masked & (columns < block_end)
+    counters[:, Counter.BLOCK_START, None].copy_(block_start)
+    counters[:, Counter.BLOCK_END, None].copy_(block_end)
+    torch.sum(masked, 1, out=counters[:, Counter.MASKS])
+    candidates.copy_(in_block if due is None else in_block & (due <= block_step))
+    if commits is not None:
+        _, blocks, block_steps = commits.shape
+        place = block.clamp(0, blocks - 1) * block_steps + block_step.clamp(max=block_steps - 1)
+        counts.copy_(commits.flatten(1).gather(1, place)[:, 0])
+
+
 def commit_tokens(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=None, factor=None):
     """Twin of `dkv.kernels.commit_tokens`."""
     total = tokens.shape[0]
@@ -203,6 +467,26 @@ def swiglu(gate_up):
     """Twin of `dkv.kernels.swiglu`."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
+
+
+class Packed(NamedTuple):
+    """Some positions of every row of a batch, packed by row.
+
+    Attributes:
+        slots: (total,) int64, row * seqlen + column; -1: padding behind the last row's.
+        cu_seqlens: (rows + 1,) int32, where each row's begin.
+        positions: (total,) int64, for RoPE.
+        ids: (total,) int64, their tokens, or None.
+        places: (total,) int64, where they are among other packed positions, or None.
+        keys: (total,) int64, noise keys, or None.
+    """
+
+    slots: torch.Tensor
+    cu_seqlens: torch.Tensor
+    positions: torch.Tensor
+    ids: torch.Tensor | None = None
+    places: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
 
 
 class Confidence(NamedTuple):

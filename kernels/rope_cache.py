@@ -229,8 +229,5 @@ def rope_cache_update(
     if cos.stride(0) != sin.stride(0):
         raise ValueError(f"cos and sin must have the same strides, got {cos.stride()} and {sin.stride()}.")
     impl = checks.resolve_impl(impl, _rope_cache_kernel, q)
-    # the operator is there for torch.compile; in eager mode its dispatch would cost a CPU as much as a small call
-    run = torch.ops.dkv.rope_cache_update
-    if impl == "reference" and not torch.compiler.is_compiling():
-        run = _rope_cache_update
+    run = checks.pick(torch.ops.dkv.rope_cache_update, _rope_cache_update)
     return run(q, k, v, cos, sin, positions, slots, k_cache, v_cache, impl)

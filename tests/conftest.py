@@ -41,11 +41,24 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report):
+    """After an error that leaves CUDA unusable, every later test of the process would fail: end it.
+
+    pytest-xdist starts another worker in its place, and names the test.
+    """
+    if not report.failed or "CUDA error: " not in str(report.longrepr) or hasattr(report, "node"):
+        return  # passed, or another's report
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(1)
+    pytest.exit(f"CUDA is unusable after {report.nodeid}", returncode=1)
+
+
 @pytest.fixture(autouse=True)
 def _give_back_memory(request):
     """Other workers share the GPU."""
     yield
-    if CUDA and "device" in request.fixturenames:
+    if CUDA and ("device" in request.fixturenames or "gpu" in request.keywords):
         torch.cuda.empty_cache()
 
 
@@ -69,12 +82,25 @@ def poisoned(allocate):
     return allocate_poisoned
 
 
+ALLOCATIONS = {
+    (owner, name): getattr(owner, name)
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"))
+}
+
+
 @pytest.fixture(scope="session", autouse=True)
 def poison_unwritten_outputs():
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-            patch.setattr(owner, name, poisoned(getattr(owner, name)))
+        for (owner, name), allocate in ALLOCATIONS.items():
+            patch.setattr(owner, name, poisoned(allocate))
         yield
+
+
+@pytest.fixture
+def unpoisoned(monkeypatch):
+    """Allocations as they are, for who counts launches."""
+    for (owner, name), allocate in ALLOCATIONS.items():
+        monkeypatch.setattr(owner, name, allocate)
 
 
 @pytest.fixture(scope="session")

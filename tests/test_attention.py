@@ -1,6 +1,5 @@
 """`delayed_attention` against float64, its invariants, and its edges."""
 
-import inspect
 from unittest import mock
 
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from utils import DTYPES, AttentionCase, assert_within_error_budget, cumulative
 
-from dkv.kernels import attention, delayed_attention, launch, reference
+from dkv.kernels import attention, delayed_attention, launch
 
 
 def check(case, **options):
@@ -257,12 +256,7 @@ def test_rows_are_independent(device):
         torch.testing.assert_close(out[start:end], alone, atol=1e-6, rtol=1e-6)
 
 
-def test_the_launcher_has_the_signature_of_the_twin(device):
-    parameters = dict(inspect.signature(reference.delayed_attention).parameters)
-    reserved = {"k_descale", "v_descale"}
-    assert dict(inspect.signature(attention._launch).parameters) == {
-        name: parameter for name, parameter in parameters.items() if name not in reserved
-    }
+def test_the_launcher_alone(device):
     case = AttentionCase.random([2, 3], seqlen=20, padding=1, device=device)
     expected = delayed_attention(*case.tensors(), return_softmax_lse=True, impl="triton")
     out, lse = attention._launch(*case.tensors(), return_softmax_lse=True)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import dkv
 from dkv.decoder import find_decoder
 from dkv.generate import prepare
-from dkv.kernels import product
+from dkv.kernels import product, reference
 
 MASK, EOS = 255, 254
 FAMILIES = ["llada", "dream"]
@@ -65,7 +65,7 @@ def predict(logits, keys=None, *, fused=False, remasking="low_confidence", **set
     off = dict(temperature=0.0, top_p=None, top_k=None, alg_temp=0.0, threshold=None, factor=None)
     off |= dict(divides_logits=False, excluded_ids=(), unconfident_ids=())
     sampler = Sampler(remasking, **(off | settings))
-    return sampler.predict(Identity(logits.shape[1], fused), logits, keys, "auto")
+    return sampler.predict(Identity(logits.shape[1], fused), logits, keys, reference)
 
 
 def generate(family, input_ids, attention_mask=None, device="cpu", **options):
@@ -256,6 +256,21 @@ def test_masks_inside_the_prompt_are_filled_with_the_first_block(family, policy,
         assert not ((x[:, :13] == MASK).any(1) & second_block_begun).any()
 
 
+class OwnDecode(dkv.Decode):
+    """LLaDA's Decode(4) by what a policy of the user's is shown."""
+
+    def active(self, state):
+        refresh = (state.block_step < 2) | (state.block_step % 4 == 0)
+        return refresh | ~state.decoded_before(2)
+
+
+def test_a_policy_of_the_users_is_as_good_as_ours(device):
+    ids, real = prompts(9, 6, device=device)
+    options = {"gen_length": 16, "block_length": 8, "device": device}
+    ours, own = (generate("llada", ids, real, policy=policy, **options) for policy in (dkv.Decode(4), OwnDecode(4)))
+    assert torch.equal(own.history, ours.history) and torch.equal(own.active, ours.active)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_threshold_and_factor(family, device):
     ids, _ = prompts(8, device=device)
@@ -349,6 +364,12 @@ def test_unconfident_ids_are_last_under_every_rule(rule):
     assert token.tolist() == [3, 0] and score[0] == float("-inf") and score[1].isfinite()
 
 
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9, "temperature": 0.7}, {"unconfident_ids": (3,)}], ids=str)
+def test_a_step_without_candidates(options):
+    token, score = predict(torch.zeros(0, 8), torch.zeros(0, dtype=torch.int64), **options)
+    assert token.shape == score.shape == (0,) and token.dtype == torch.int64 and score.dtype == torch.float32
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_confident_rows_keep_their_order(fused):
     """Where a float32 softmax ties at 1, the scores still rank."""
@@ -393,7 +414,17 @@ def test_top_p_keeps_the_token_that_passes_it():
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
-    "options", [{"temperature": 0.8}, {"alg_temp": 0.5}, {"remasking": "random"}, {"remasking": "origin"}], ids=str
+    "options",
+    [
+        {"temperature": 0.8},
+        {"temperature": 0.8, "top_p": 0.9, "top_k": 50},
+        {"temperature": 0.8, "cfg_scale": 1.5},
+        {"temperature": 0.8, "alg_temp": 0.5, "confidence_eos_eot_inf": True},
+        {"alg_temp": 0.5},
+        {"remasking": "random"},
+        {"remasking": "origin"},
+    ],
+    ids=str,
 )
 def test_noise_depends_on_the_generator_alone(family, options, device):
     """The same seed: the same run, whatever padding or other rows there are; another seed: another run."""

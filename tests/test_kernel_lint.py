@@ -16,7 +16,8 @@ from dkv.kernels.launch import AttentionLaunch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import kernel_lint  # noqa: E402
-from kernel_lint import Case  # noqa: E402
+from fake_gpu import Launch, PointerArgument, on_gpu, recording  # noqa: E402
+from kernel_lint import Case, matrix_rows, streamed_bytes  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def lint_tile(arch, tile):
 
 def lint_odd_stride(arch):
     """Lints attention over a cache whose columns are 129 elements apart."""
-    with kernel_lint.recording(arch) as launches:
+    with recording(arch) as launches:
         q = torch.empty((16, 32, 128), dtype=torch.bfloat16, device="cuda:0")
         cache = torch.empty((1, 1024, 32, 129), dtype=torch.bfloat16, device="cuda:0").narrow(3, 0, 128)
         cu_seqlens_q = torch.empty(2, dtype=torch.int32, device="cuda:0")
@@ -58,7 +59,7 @@ def _scores_kernel(q_ptr, k_ptr, out_ptr, BLOCK: tl.constexpr, TENSOR_CORES: tl.
 
 def lint_scores(arch, dtype, in_kernel, expected):
     """Lints a product of two 16x16 matrices: by tl.dot or not, where tensor cores are expected or not."""
-    with kernel_lint.recording(arch) as launches:
+    with recording(arch) as launches:
         q, k = (torch.empty((16, 16), dtype=dtype, device="cuda:0") for _ in "qk")
         out = torch.empty((16, 16), dtype=torch.float32, device="cuda:0")
         _scores_kernel[(1,)](q, k, out, BLOCK=16, TENSOR_CORES=in_kernel)
@@ -86,7 +87,7 @@ def _merge_splits_kernel(
 
 def lint_merge_in_turn(arch):
     """Lints a merge that takes one split after the other."""
-    with kernel_lint.recording(arch) as launches:
+    with recording(arch) as launches:
         partial_out, out = (torch.empty(shape, device="cuda:0") for shape in ((4, 16, 128), (16, 128)))
         _merge_splits_kernel[(1,)](partial_out, torch.empty((4, 16), device="cuda:0"), out, 4, 16, 128, SPLITS=1)
     return kernel_lint.inspect(launches[0], arch)
@@ -206,20 +207,20 @@ def test_streamed_bytes():
     def recorded(name, num_warps, **arguments):
         kernel = mock.Mock()
         kernel.fn.__name__ = f"_{name}_kernel"
-        return kernel_lint.Launch(kernel, (1,), arguments | {"num_warps": num_warps})
+        return Launch(kernel, (1,), arguments | {"num_warps": num_warps})
 
-    bf16, fp32 = (kernel_lint.PointerArgument(dtype, 0, 1) for dtype in (torch.bfloat16, torch.float32))
+    bf16, fp32 = (PointerArgument(dtype, 0, 1) for dtype in (torch.bfloat16, torch.float32))
     pointers = {"x_ptr": bf16, "residual_ptr": bf16, "weight_ptr": bf16}
-    assert recorded("add_rms_norm", 8, BLOCK=4096, **pointers).streamed_bytes == (96, 16)
-    assert recorded("add_rms_norm", 8, BLOCK=4096, **pointers | {"residual_ptr": None}).streamed_bytes == (64, 16)
-    empty = kernel_lint.PointerArgument(torch.bfloat16, 0, 0)
-    assert recorded("add_rms_norm", 8, BLOCK=4096, **pointers | {"residual_ptr": empty}).streamed_bytes == (64, 16)
-    assert recorded("swiglu", 4, BLOCK=128, gate_up_ptr=fp32).streamed_bytes == (8, 4)
+    assert streamed_bytes(recorded("add_rms_norm", 8, BLOCK=4096, **pointers)) == (96, 16)
+    assert streamed_bytes(recorded("add_rms_norm", 8, BLOCK=4096, **pointers | {"residual_ptr": None})) == (64, 16)
+    empty = PointerArgument(torch.bfloat16, 0, 0)
+    assert streamed_bytes(recorded("add_rms_norm", 8, BLOCK=4096, **pointers | {"residual_ptr": empty})) == (64, 16)
+    assert streamed_bytes(recorded("swiglu", 4, BLOCK=128, gate_up_ptr=fp32)) == (8, 4)
     sizes = {"BLOCK_R": 16, "BLOCK_V": 128, "BLOCK_D": 64}
     head = recorded("lm_head", 8, VOCAB_FIRST=True, hidden_ptr=bf16, weight_ptr=bf16, **sizes)
-    assert head.streamed_bytes == (64, 16) and head.matrix_rows == 128
-    assert recorded("lm_head", 8, VOCAB_FIRST=False, **sizes).matrix_rows == 16
-    assert recorded("pack_positions", 4, BLOCK=1024).streamed_bytes == (0, 16)
+    assert streamed_bytes(head) == (64, 16) and matrix_rows(head) == 128
+    assert matrix_rows(recorded("lm_head", 8, VOCAB_FIRST=False, **sizes)) == 16
+    assert streamed_bytes(recorded("pack_positions", 4, BLOCK=1024)) == (0, 16)
 
 
 def test_resident_blocks():
@@ -260,12 +261,12 @@ def test_cases_cover_the_tables():
     for arch in kernel_lint.ARCHITECTURES:
         for name, dtype in kernel_lint.DTYPES.items():
             queries = kernel_lint.tile_queries(arch, name, group=1)
-            with kernel_lint.on_gpu(arch):
+            with on_gpu(arch):
                 tiles = {launch.attention_launch(device, dtype, count) for count in queries}
             assert tiles == set(launch.attention_table(arch, dtype))
             for noise in (False, True):
                 rows = kernel_lint.head_rows(arch, name, noise)
-                with kernel_lint.on_gpu(arch):
+                with on_gpu(arch):
                     tiles = {launch.head_launch(device, dtype, count, noise) for count in rows}
                 assert tiles == set(launch.head_table(arch, dtype, noise))
     cases = kernel_lint.all_cases()
@@ -332,7 +333,7 @@ def launches_by_name(case):
     "read", [lambda x: x.sum().item(), lambda x: x.tolist(), lambda x: x.cpu(), lambda x: bool(x.any())]
 )
 def test_a_host_read_is_noticed(read):
-    with kernel_lint.recording(90), pytest.raises(Exception, match="_local_scalar_dense|moves data"):
+    with recording(90), pytest.raises(Exception, match="_local_scalar_dense|touches the CPU"):
         read(torch.empty(3, dtype=torch.int32, device="cuda:0"))
 
 

@@ -513,3 +513,26 @@ def test_dreams_own_diffusion_generate(padded):
         dkv.restore_attention(model)
         ours = dkv.generate(model, ids, real, gen_length=16, steps=8, policy=policy)
         assert torch.equal(cached_tokens, ours.sequences)
+
+
+@each(["LLaDA", "Dream"])
+def test_attention_is_told_how_many_queries_a_row_has(model, monkeypatch):
+    """Not how many all rows have together: on a GPU that decides the tiles."""
+    from dkv.kernels import reference
+
+    attend, bounds = reference.delayed_attention, []
+
+    def told(q, *arguments, **options):
+        bounds.append((options["max_seqlen_q"], q.shape[0]))
+        return attend(q, *arguments, **options)
+
+    monkeypatch.setattr(reference, "delayed_attention", told)
+    dkv.replace_attention(model, dkv.Decode(8))
+    prompt = prompts(20, 20, 20, 20)[0]
+    if shifted(model):
+        dream_loop(model, prompt, gen_length=8, steps=8)
+    else:
+        llada_loop(model, prompt, gen_length=8, block_length=8, steps=8)
+    assert bounds[0] == (28, 4 * 28)
+    cached = [(most, total) for most, total in bounds if total < 4 * 28]
+    assert cached and all(total / 4 <= most <= min(9, total) for most, total in cached)

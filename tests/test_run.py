@@ -8,7 +8,9 @@ import contextlib
 import copy
 import gc
 import inspect
+import sys
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -19,19 +21,25 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from test_generate import EOS, FAMILIES, MASK, POLICIES, EveryOther, model, prompts
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 from torch.utils._pytree import tree_leaves, tree_map
 
 import dkv
-from dkv import forward, patch, run
-from dkv.decoder import find_decoder
+from dkv import forward, patch, rooms, run
 from dkv.generate import prepare
 from dkv.graphs import recording
-from dkv.kernels import checks
+from dkv.kernels import reference
 from dkv.kernels.reference import LOGITS_AT_A_TIME
 from dkv.sampling import Sampler
 from dkv.schedule import Schedule
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+from fake_gpu import OnlyOnTheDevice, fake_gpu, fake_model, fake_run  # noqa: E402
 
 
 def options_of(policy, family):
@@ -51,20 +59,20 @@ def assert_same_run(one, other):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("largest", [2048, 0], ids=["buckets", "beyond the largest"])
+@pytest.mark.parametrize("largest", [2048, 0], ids=["rooms", "beyond the largest"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_bounded_sizes_change_nothing(family, largest, policy, device, monkeypatch):
     """With room for more positions than there are, known before or read, every step is the same."""
     ids, real = prompts(11, 4, 7, device=device)
     options = {"gen_length": 16, "block_length": 8, "steps": 12, **options_of(policy, family), "device": device}
-    cases = [options, options | {"cfg_scale": 1.5}]
+    cases = [options, options | {"cfg_scale": 1.5, "temperature": 0.7}]
     if not options["remasking"]:
-        cases.append(options | {"steps": None, "threshold": 0.02})
+        cases.append(options | {"steps": None, "threshold": 0.02, "temperature": 0.7, "top_p": 0.9})
         cases.append(options | {"eos_early_stop": True, "eos_token_id": list(range(0, 250, 2))})
     exact = [generate(family, ids, real, **case) for case in cases]
     dkv.reset(model(family, device))
     monkeypatch.setattr(run, "reads_sizes", lambda device: False)
-    monkeypatch.setattr(run, "LARGEST_GRAPH", largest)
+    monkeypatch.setattr(rooms, "LARGEST_GRAPH", largest)
     for case, want in zip(cases, exact, strict=True):
         assert_same_run(generate(family, ids, real, **case), want)
 
@@ -80,7 +88,7 @@ def test_forecasts_come_true(family, policy, gen_length, block_length, steps):
     promised = []
     for forecast in current.forecasts:
         state, policy = current.state, options["policy"]
-        assert current._read_sizes()[3] == 2
+        assert state.running.all()
         assert (state.masked.sum(1) == forecast.masks_before(0)).all()
         assert (state.in_block.sum(1) == forecast.block_masks).all()
         assert (state.block_step == forecast.block_step).all() and (state.block == forecast.block).all()
@@ -108,11 +116,10 @@ def test_forecasts_commit_everything_once(gen_length, block_length, steps, time_
         block_length=min(block_length, gen_length),
         time_steps=time_steps,
         eps=1e-3,
-        device="cpu",
     )
     forecasts = schedule.forecasts(gen_length + 3, shifted=time_steps)
     assert sum(f.commits for f in forecasts) == gen_length
-    assert len(forecasts) <= max(steps, len(schedule.ends))
+    assert len(forecasts) <= max(steps, len(schedule.lengths))
     assert [f.step for f in forecasts] == list(range(len(forecasts)))
     assert all(f.masks_before(0) >= f.block_masks >= f.commits for f in forecasts)
 
@@ -128,13 +135,43 @@ def test_a_policy_without_a_promise(device, monkeypatch):
     assert run._IDLE[model("dream", device)].graphs is None
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_in_a_known_order_no_step_lacks_room(seed, device, monkeypatch):
+    """What the next step decodes is predicted by positions that this one need not recompute."""
+    options = {"gen_length": 24, "block_length": 12, "policy": dkv.Decode(None, shift="right"), "remasking": "random"}
+    options["order"] = torch.rand(3, 24, generator=torch.Generator().manual_seed(seed)).argsort(1).to(device)
+    ids, real = prompts(11, 4, 7, device=device)
+    want = generate("dream", ids, real, device=device, **options)
+    dkv.reset(model("dream", device))
+    monkeypatch.setattr(run, "reads_sizes", lambda device: False)
+    monkeypatch.setattr(rooms, "TILE", 1)
+    assert_same_run(generate("dream", ids, real, device=device, **options), want)
+
+
+def test_what_reads_from_the_device_is_not_recorded(monkeypatch):
+    """A window around what is decoded next, in a policy that has an `active` of its own."""
+
+    class Wider(dkv.Greedy):
+        def active(self, state):
+            return super().active(state) | state.masked
+
+    monkeypatch.setattr(forward.Forward, "can_be_recorded", True)
+    monkeypatch.setattr(run, "StepGraphs", lambda device: SimpleNamespace(captured=0, capture_seconds=0.0))
+    options = {"gen_length": 4, "remasking": "random"}
+    for policy, recorded in ((dkv.Greedy(3, 2), True), (Wider(3, 2), False)):
+        current = prepare(model("llada"), prompts(5)[0], policy=policy, **options)
+        assert (current.graphs is not None) == recorded
+
+
 def test_a_promise_that_is_too_small_is_an_error(monkeypatch):
     class Optimist(dkv.NoCache):
         def max_active(self, forecast):
             return 4
 
     monkeypatch.setattr(run, "reads_sizes", lambda device: False)
-    with pytest.raises(RuntimeError, match=r"Optimist\(\).max_active promised fewer positions than were active: \d+"):
+    with pytest.raises(
+        RuntimeError, match=r"Optimist\(\).max_active promised fewer positions of a row than were active: \d+"
+    ):
         generate("llada", prompts(40)[0], gen_length=8, policy=Optimist())
 
 
@@ -191,9 +228,26 @@ class TapedGraphs:
         return outputs
 
 
+class TapedOperators:
+    """The PyTorch twins, which read from the device: each is one operation on a tape."""
+
+    def __getattr__(self, name):
+        function = getattr(reference, name)
+
+        def call(*args, **kwargs):
+            modes = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, Recorded)]
+            with _disable_current_modes():
+                result = function(*args, **kwargs)
+            for tape in modes:
+                tape.operations.append((function, args, kwargs, result))
+            return result
+
+        return call
+
+
 def take_tapes(monkeypatch, owner):
     """Instances of `owner` get `TapedGraphs` for graphs, and each of our operators is one operation on the tapes."""
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(forward, "direct", lambda impl, tensor: TapedOperators())
     taped = property(lambda self: self.__dict__.setdefault("taped", TapedGraphs()), lambda self, value: None)
     monkeypatch.setattr(owner, "graphs", taped, raising=False)
 
@@ -242,7 +296,7 @@ def test_replayed_steps_under_a_foreign_loop(family, monkeypatch, device):
         return found
 
     with monkeypatch.context() as without_graphs:
-        without_graphs.setattr(patch, "LARGEST_GRAPH", 0)
+        without_graphs.setattr(rooms, "LARGEST_GRAPH", 0)
         dkv.replace_attention(llm, dkv.Decode(4), block_length=4)
         want = outputs()
         dkv.restore_attention(llm)
@@ -261,7 +315,7 @@ def test_replayed_steps_under_a_foreign_loop(family, monkeypatch, device):
 def test_graphs_change_nothing(family, policy, device):
     ids, real = prompts(11, 4, 7, device=device)
     options = {"gen_length": 32, "block_length": 8, **options_of(policy, family), "device": device}
-    cases = [options, options | {"cfg_scale": 1.5}]
+    cases = [options, options | {"cfg_scale": 1.5, "temperature": 0.7}]
     if not options["remasking"]:
         cases.append(options | {"threshold": 0.02})
     for case in cases:
@@ -291,93 +345,20 @@ def test_no_step_synchronises(family, policy, device):
     current.finish()
 
 
-class OnlyOnTheDevice(TorchDispatchMode):
-    """FakeTensorMode refuses item() and the like by itself; this refuses tensors on the CPU."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves((args, kwargs, result)):
-            assert not isinstance(leaf, torch.Tensor) or leaf.device.type == "cuda", f"{func} touches the CPU"
-        return result
+def fake_tiny_run(family, policy, dtype=torch.bfloat16, **settings):
+    """A run of a tiny model on the fake GPU."""
+    llm = fake_model(tiny.CONFIGS[family](), dtype)
+    return fake_run(llm, policy, batch=3, prompt=24, gen_length=16, block_length=8, steps=6, **settings)
 
 
-def setitem(x, index, value):
-    part = getitem(x, index)
-    part.copy_(value) if isinstance(value, torch.Tensor) else part.fill_(value)
-
-
-def getitem(x, index):
-    """x[index] by operators."""
-    dim, gathered = 0, []
-    for item in index if isinstance(index, tuple) else (index,):
-        if isinstance(item, int):
-            x = x.select(dim, item)
-            continue
-        if item is None:
-            x = x.unsqueeze(dim)
-        elif isinstance(item, slice):
-            x = torch.ops.aten.slice(x, dim, item.start, item.stop, item.step or 1)
-        gathered.append(item if isinstance(item, torch.Tensor) else None)
-        dim += 1
-    return x if all(item is None for item in gathered) else torch.ops.aten.index(x, gathered)
-
-
-@contextlib.contextmanager
-def fake_gpu():
-    """Tensors on CUDA devices without one, and without values."""
-    # a build without CUDA refuses a few methods even for fake tensors: the operators behind them
-    methods = {
-        "__getitem__": getitem,
-        "__setitem__": setitem,
-        "__invert__": lambda x: torch.ops.aten.bitwise_not.default(x),
-        "copy_": lambda x, source: torch.ops.aten.copy_.default(x, source),
-        "contiguous": lambda x: x.clone(memory_format=torch.contiguous_format),
-    }
-    with (
-        FakeTensorMode(allow_non_fake_inputs=False),
-        mock.patch.multiple(torch.Tensor, **methods),
-        mock.patch.object(checks, "device_guard", lambda tensor: contextlib.nullcontext()),
-        mock.patch.object(checks, "pick", lambda operator, plain: operator),
-        mock.patch.object(forward, "_addresses", lambda module: []),
-        mock.patch.object(torch.cuda, "empty_cache"),
-    ):
-        yield
-
-
-def fake_run(family, policy, **settings):
-    """A run of a tiny model on the fake GPU, and what starts it on a batch of ragged prompts."""
-    native = {"llada": dkv.models.LLaDA, "dream": dkv.models.Dream}[family]
-    llm = native(SimpleNamespace(**tiny.CONFIGS[family]())).eval()
-    for name, parameter in list(llm.named_parameters()):
-        llm._set_parameter(
-            name, torch.empty(parameter.shape, dtype=settings.get("dtype", torch.bfloat16), device="cuda")
-        )
-    remasking = "random" if policy.needs_order else "low_confidence"
-    off = dict(temperature=0.0, top_p=None, top_k=None, alg_temp=0.0, threshold=None, factor=None)
-    off |= dict(divides_logits=family == "dream", excluded_ids=(MASK,), unconfident_ids=())
-    plan = run.Plan(
-        batch=3,
-        capacity=256,
-        policy=policy,
-        sampler=Sampler(remasking, **(off | settings.get("sampler", {}))),
-        gen_length=16,
-        block_length=8,
-        steps=6,
-        eps=1e-3,
-        mask_id=MASK,
-        pad_id=EOS,
-        eos_ids=settings.get("eos_ids", ()),
-        cfg_scale=settings.get("cfg_scale", 0.0),
-        impl=settings.get("impl", "auto"),
-        cuda_graphs=settings.get("cuda_graphs", False),
-        has_forecasts=settings.get("has_forecasts", True),
-    )
-    current = run.Run(find_decoder(llm), plan)
-    x = torch.empty(3, 40, dtype=torch.int64, device="cuda")
-    real = torch.empty(3, 40, dtype=torch.bool, device="cuda")
-    return current, lambda forecasts: current.start(
-        llm, x, real, lengths=[40, 30, 21], forecasts=forecasts, first_generated=24, seed=0, order=None
-    )
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("policy", [dkv.Decode(4), dkv.Greedy()], ids=repr)
+def test_a_fake_run_is_planned_as_a_real_one(family, policy):
+    with fake_gpu():
+        found = fake_tiny_run(family, policy).plan
+    options = {"gen_length": 16, "block_length": 8, "steps": 6, "policy": policy, "cuda_graphs": False}
+    options["remasking"] = "random" if policy.needs_order else None
+    assert found == prepare(tiny.tiny_model(family), torch.ones(3, 24, dtype=torch.int64), **options).plan
 
 
 @pytest.mark.parametrize(
@@ -392,7 +373,7 @@ def fake_run(family, policy, **settings):
 def test_only_kernels_are_recorded(dtype, impl, recorded):
     """The PyTorch twins read from the device."""
     with fake_gpu(), mock.patch.object(run, "StepGraphs"):
-        current, _ = fake_run("llada", dkv.Decode(4), dtype=dtype, impl=impl, cuda_graphs=True)
+        current = fake_tiny_run("llada", dkv.Decode(4), dtype=dtype, impl=impl, cuda_graphs=True)
     assert (current.graphs is not None) == recorded
 
 
@@ -416,6 +397,7 @@ SETTINGS = {
     "plain": {},
     "noise": {"sampler": {"temperature": 0.7, "alg_temp": 0.3}},
     "guidance": {"cfg_scale": 2.0},
+    "guidance and noise": {"cfg_scale": 2.0, "sampler": {"temperature": 0.7}},
     "threshold": {"sampler": {"threshold": 0.9}, "has_forecasts": False},
     "factor and early stop": {"sampler": {"factor": 1.0}, "eos_ids": (EOS,), "has_forecasts": False},
     "filters": {"sampler": {"top_p": 0.9, "top_k": 20, "unconfident_ids": (EOS,)}},
@@ -431,24 +413,18 @@ def test_no_step_waits_for_the_host(family, policy, settings):
 
     Where the sizes depend on the tokens they are read once between two steps; within a step nothing is.
     """
-    schedule = Schedule(
-        steps=6, gen_length=16, block_length=8, time_steps=family == "dream", eps=1e-3, device=torch.device("cpu")
-    )
-    forecasts = schedule.forecasts(40, shifted=family == "dream")
-    with fake_gpu():
-        current, start = fake_run(family, POLICIES[policy](family), **SETTINGS[settings])
-        with OnlyOnTheDevice(), torch.no_grad():
+    with fake_gpu(), torch.no_grad():
+        current = fake_tiny_run(family, POLICIES[policy](family), **SETTINGS[settings])
+        with OnlyOnTheDevice():
             if current.plan.has_forecasts:
-                start(forecasts)
                 while current.running():
                     current.step()
-                assert current.steps == len(forecasts) == 6
+                assert current.steps == len(current.forecasts) == 6
             else:
-                start(None)
-                for sizes in ((128, 64, 32), (48, 32, 16)):
-                    current._step(*sizes)
+                for room in (rooms.Room(128, 64, 32), rooms.Room(48, 32, 16)):
+                    current.compute(room)
         with pytest.raises(Exception, match="_local_scalar_dense"):
-            current._read_sizes()
+            current._read()
 
 
 def test_the_memory_of_a_run_serves_the_next(device):
@@ -520,5 +496,5 @@ def test_sampling_holds_a_bounded_number_of_logits(temperature):
     off = dict(top_p=None, top_k=None, alg_temp=0.0, threshold=None, factor=None, divides_logits=True)
     sampler = Sampler("low_confidence", temperature, excluded_ids=(3,), unconfident_ids=(), **off)
     with Largest():
-        token, _ = sampler.predict(SimpleNamespace(head_weight=weight), hidden, torch.arange(2048), "auto")
+        token, _ = sampler.predict(SimpleNamespace(head_weight=weight), hidden, torch.arange(2048), reference)
     assert token.shape == (2048,) and largest <= LOGITS_AT_A_TIME

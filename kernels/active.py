@@ -1,0 +1,251 @@
+"""Which positions the next step recomputes, by a `Rule` of `dkv.kernels.rows` or by flags of the caller's.
+
+For each row, with `chosen` what the rule says of a position:
+
+    active[j] = (chosen[j], or the output of j predicts a candidate, or this is the first step), and j is not padding,
+                and the row has masks
+
+Besides, it counts: `sizes` gets what `dkv.kernels.rows.Size` says, and `totals` is raised by what is recomputed and by
+what the row has. Layouts: all flags and decoded_step (batch, seqlen) contiguous. Each program holds one row in
+registers; it is bound by latency, at some 8 bytes a column. (The rules are those of Ma et al., dKV-Cache, arXiv
+2505.15781, and Wu et al., Fast-dLLM, arXiv 2505.22618.)
+"""
+
+import triton
+import triton.language as tl
+
+from dkv.kernels import checks, rows
+from dkv.kernels.launch import row_launch
+from dkv.kernels.rows import (
+    BLOCK,
+    BLOCK_END,
+    BLOCK_START,
+    BLOCK_STEP,
+    COUNTERS,
+    FIRST_COLUMN,
+    MASKS,
+    SIZE_ACTIVE,
+    SIZE_CANDIDATES,
+    SIZE_LATER,
+    SIZE_MASKS,
+    SIZES,
+    STEP,
+)
+
+MASKED, PROMPT = tl.constexpr(rows.MASKED), tl.constexpr(rows.PROMPT)
+
+
+@triton.jit
+def _is_unstable(
+    decoded_ptr,
+    decoded_step,
+    columns,
+    seqlen,
+    first_column,
+    step,
+    block_step,
+    delay,
+    SHIFTED: tl.constexpr,
+    STABLE: tl.constexpr,
+):
+    """What a step that is not a refresh recomputes, by when the positions were decoded."""
+    limit = step - 1 - delay
+    if not SHIFTED:
+        return decoded_step > limit
+    # the last column has no next: it takes its own place, or the one before it
+    next_step = tl.load(decoded_ptr + tl.minimum(columns + 1, seqlen - 1))
+    if STABLE == "decoded":
+        unstable = decoded_step > limit
+    elif STABLE == "next":
+        first_step = tl.load(decoded_ptr + first_column)
+        unstable = tl.where(columns == seqlen - 1, first_step, next_step) > limit
+    else:
+        this_step = tl.load(decoded_ptr + tl.maximum(tl.minimum(columns, seqlen - 2), 0))
+        unstable = (this_step > limit) | (next_step > limit)
+    # the first cached step of a block knows only what was decoded before the block
+    return tl.where(block_step == 1, next_step > step - 2, unstable)
+
+
+@triton.jit
+def _window_of_nearest(decoded_step, active, to_decode, rank, columns, window, COLUMNS: tl.constexpr):
+    """For each position about to be decoded, the nearest masks that are not active yet, left first."""
+    free = (decoded_step == MASKED) & ~active
+    found = columns < 0
+    first = tl.min(tl.where(to_decode, rank, COLUMNS), 0)
+    for i in range(tl.sum(to_decode.to(tl.int32), 0)):
+        distance = columns - tl.sum(tl.where(to_decode & (rank == first + i), columns, 0), 0)
+        order = 2 * tl.abs(distance) - (distance < 0).to(tl.int32)
+        for _ in range(window):
+            # one column at most: no two have the same place in the order
+            nearest = free & (order == tl.min(tl.where(free, order, 4 * COLUMNS), 0))
+            found |= nearest
+            free &= ~nearest
+    return found
+
+
+@triton.jit(do_not_specialize=["seqlen", "warmup_steps", "interval", "delay", "window"])
+def _active_positions_kernel(
+    # pointers
+    decoded_step_ptr,
+    real_ptr,
+    candidates_ptr,
+    counters_ptr,
+    active_ptr,
+    sizes_ptr,
+    totals_ptr,
+    chosen_ptr,
+    rank_ptr,
+    # sizes
+    seqlen,
+    # scalars
+    warmup_steps,
+    interval,
+    delay,
+    window,
+    # constants
+    SHIFTED: tl.constexpr,
+    STABLE: tl.constexpr,
+    FROZEN_PROMPT: tl.constexpr,
+    FROM_BLOCK_START: tl.constexpr,
+    UNTIL_BLOCK_END: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    FORESEE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    counters_ptr += row * COUNTERS
+    # [COLUMNS]
+    columns = tl.arange(0, COLUMNS)
+    in_row = columns < seqlen
+    # scalar bases in 64 bits, offsets within the row in 32
+    first = row * seqlen
+    real = tl.load(real_ptr + first + columns, mask=in_row, other=0) != 0
+    candidates = tl.load(candidates_ptr + first + columns, mask=in_row, other=0) != 0
+    step = tl.load(counters_ptr + STEP)
+    block_step = tl.load(counters_ptr + BLOCK_STEP)
+    masks = tl.load(counters_ptr + MASKS)
+    first_column = tl.load(counters_ptr + FIRST_COLUMN)
+
+    needed = candidates
+    if SHIFTED:
+        next_is_candidate = tl.load(candidates_ptr + first + columns + 1, mask=columns + 1 < seqlen, other=0) != 0
+        # a mask in the first column is predicted by its own output
+        needed = (next_is_candidate & (columns + 1 != first_column)) | (candidates & (columns == first_column))
+
+    if chosen_ptr is not None:
+        active = tl.load(chosen_ptr + first + columns, mask=in_row, other=0) != 0
+        later = in_row
+    else:
+        decoded_ptr = decoded_step_ptr + first
+        # behind the row: padding, which is not real
+        decoded_step = tl.load(decoded_ptr + columns, mask=in_row, other=PROMPT)
+        refresh = (block_step < warmup_steps) | ((interval > 0) & (block_step % tl.maximum(interval, 1) == 0))
+        refresh_later = (block_step + 1 < warmup_steps) | (
+            (interval > 0) & ((block_step + 1) % tl.maximum(interval, 1) == 0)
+        )
+        active = in_row
+        later = in_row
+        if STABLE == "others":
+            active = (decoded_step == step - 1) | candidates
+            if CONTIGUOUS:
+                for offset in range(-((window + 1) // 2), window // 2 + 1):
+                    centres = columns - offset
+                    in_reach = (centres >= 0) & (centres < seqlen)
+                    active |= tl.load(decoded_ptr + centres, mask=in_reach, other=PROMPT) == step - 1
+            else:
+                rank = tl.load(rank_ptr + first + columns, mask=in_row, other=0)
+                active |= _window_of_nearest(decoded_step, active, candidates, rank, columns, window, COLUMNS)
+        elif STABLE != "nothing":
+            active = _is_unstable(
+                decoded_ptr, decoded_step, columns, seqlen, first_column, step, block_step, delay, SHIFTED, STABLE
+            )
+            if FORESEE:
+                later = _is_unstable(
+                    decoded_ptr,
+                    decoded_step,
+                    columns,
+                    seqlen,
+                    first_column,
+                    step + 1,
+                    block_step + 1,
+                    delay,
+                    SHIFTED,
+                    STABLE,
+                )
+        inside = in_row
+        if FROM_BLOCK_START:
+            # masks inside the prompt belong to the first block
+            in_front = columns < tl.load(counters_ptr + BLOCK_START)
+            inside = ~in_front | ((tl.load(counters_ptr + BLOCK) == 0) & (decoded_step != PROMPT))
+        if UNTIL_BLOCK_END:
+            inside &= columns < tl.load(counters_ptr + BLOCK_END)
+        active = refresh | (active & inside)
+        later = refresh_later | (later & inside)
+        if FROZEN_PROMPT:
+            # under Dream but for its last token, whose output is needed
+            place = tl.minimum(columns + 1, seqlen - 1) if SHIFTED else columns
+            thawed = tl.load(decoded_ptr + place, mask=in_row, other=PROMPT) != PROMPT
+            active &= thawed
+            later &= thawed
+
+    if not FORESEE:
+        later = in_row
+    computable = real & (masks > 0)
+    active = (active | needed | (step == 0)) & computable
+    count = tl.sum(active.to(tl.int32), 0)
+    tl.store(active_ptr + first + columns, active, mask=in_row)
+    sizes_ptr += row * SIZES
+    tl.store(sizes_ptr + SIZE_ACTIVE, count)
+    tl.store(sizes_ptr + SIZE_CANDIDATES, tl.sum(candidates.to(tl.int32), 0))
+    tl.store(sizes_ptr + SIZE_MASKS, masks.to(tl.int32))
+    tl.store(sizes_ptr + SIZE_LATER, tl.sum(((later | needed) & computable).to(tl.int32), 0))
+    if totals_ptr is not None:
+        totals_ptr += 2 * row
+        tl.store(totals_ptr, tl.load(totals_ptr) + count)
+        tl.store(totals_ptr + 1, tl.load(totals_ptr + 1) + tl.sum(computable.to(tl.int64), 0))
+
+
+def _launch(
+    decoded_step,
+    real,
+    candidates,
+    counters,
+    active,
+    sizes,
+    totals=None,
+    *,
+    shifted,
+    rule=None,
+    chosen=None,
+    rank=None,
+    foresee=False,
+):
+    batch, seqlen = decoded_step.shape
+    launch = row_launch(seqlen)
+    rule = rows.Rule() if rule is None else rule
+    with checks.device_guard(decoded_step):
+        _active_positions_kernel[(batch,)](
+            decoded_step_ptr=decoded_step,
+            real_ptr=real,
+            candidates_ptr=candidates,
+            counters_ptr=counters,
+            active_ptr=active,
+            sizes_ptr=sizes,
+            totals_ptr=totals,
+            chosen_ptr=chosen,
+            rank_ptr=rank,
+            seqlen=seqlen,
+            warmup_steps=rule.warmup,
+            interval=rule.interval or 0,
+            delay=rule.delay,
+            window=rule.window,
+            SHIFTED=shifted,
+            STABLE=rule.stable,
+            FROZEN_PROMPT=rule.frozen_prompt,
+            FROM_BLOCK_START=rule.from_block_start,
+            UNTIL_BLOCK_END=rule.until_block_end,
+            CONTIGUOUS=rule.contiguous,
+            FORESEE=foresee,
+            COLUMNS=launch.columns,
+            num_warps=launch.num_warps,
+        )

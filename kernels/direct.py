@@ -1,0 +1,39 @@
+"""The operators without checks of their arguments, for callers whose arguments are right by construction.
+
+Under the names and with the signatures of the PyTorch twins, which are what `impl` "reference" means, but for what no
+kernel takes yet; a call costs no more than the launch itself.
+"""
+
+from types import SimpleNamespace
+
+from dkv.kernels import (
+    activation,
+    active,
+    advance,
+    attention,
+    checks,
+    commit,
+    lm_head,
+    norm,
+    packing,
+    reference,
+    rope_cache,
+)
+
+TRITON = SimpleNamespace(
+    active_positions=active._launch,
+    add_rms_norm=norm._launch,
+    advance_rows=advance._launch,
+    commit_tokens=commit._launch,
+    delayed_attention=attention._launch,
+    lm_head_confidence=lm_head._launch,
+    pack_positions=packing._launch,
+    pack_step=packing._launch_step,
+    rope_cache_update=rope_cache._launch,
+    swiglu=activation._launch,
+)
+
+
+def direct(impl, tensor):
+    """The operators that an `impl` of `dkv.kernels` means, for tensors of the device and dtype of `tensor`."""
+    return TRITON if checks.resolve_impl(impl, norm._add_rms_norm_kernel, tensor) == "triton" else reference
