@@ -6,6 +6,7 @@
     python benchmarks/generate_speed.py --points LLaDA:1:256:128,Dream:4:256:128 --policies NoCache,Decode
                                                     whole runs at these points (family:batch:prompt:generated) alone
     python benchmarks/generate_speed.py --profile   also where the time of a full and of a cached step goes, by kernel
+    python benchmarks/generate_speed.py --once      one sample of each, and no run without CUDA graphs
     ... --peer official=FOLDER --peer dkv-cache=FOLDER --peer fast-dllm=FOLDER --peer-python PYTHON
                                                     also their code, from clones of yours (see peer.py), in its own
                                                     interpreter (NAME=PYTHON: of one of them) on the same device
@@ -78,7 +79,13 @@ GPU = Plan(
     ),
     # where there is time for one run only
     few=("Decode", "NoCache", "Decode block", "DualCache"),
-    grid=tuple(Point(batch, prompt, 32) for prompt in (512, 128, 1024, 2048, 4096) for batch in (1, 8, 32, 4)),
+    # but for 32 x 4096, whose K/V, 73 GB of LLaDA's, do not fit beside the weights
+    grid=tuple(
+        Point(batch, prompt, 32)
+        for prompt in (512, 128, 1024, 2048, 4096)
+        for batch in (1, 8, 32, 4)
+        if batch * prompt < 32 * 4096
+    ),
 )
 CPU = Plan(
     points=(
@@ -98,6 +105,8 @@ def parse_arguments(argv):
     parser.add_argument("--points", type=parse_points, metavar="FAMILY:BATCH:PROMPT:GENERATED,...")
     parser.add_argument("--policies", type=parse_labels, metavar="LABEL,...", help="; ".join(LABELS))
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--once", action="store_true", help="one sample of each, and no run without CUDA graphs")
+    parser.add_argument("--no-plot", action="store_true", help="write no picture")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=FOLDER", help=", ".join(PEERS))
     parser.add_argument("--peer-python", action="append", default=[], metavar="[NAME=]PYTHON")
     parser.add_argument("--budget", type=float, default=600, metavar="SECONDS", help="no run is begun after them")
@@ -204,7 +213,7 @@ class Bench:
             return lambda: Peer(*peer, **settings)
 
         ours = [lambda: Ours(model)]
-        if self.cuda:
+        if self.cuda and not self.arguments.once:
             ours.append(lambda: Ours(model, cuda_graphs=False))
         peers = self.arguments.peers
         # what the others are compared with comes first
@@ -221,7 +230,7 @@ class Bench:
 
     def tasks(self, study, plan, systems):
         """[(share of the time, title, function of the seconds it may take)], in order of importance."""
-        labels = self.arguments.policies
+        labels, samples = self.arguments.policies, 1 if self.arguments.once else plan.samples
         tasks = []
 
         def add(weight, kind, point, labels, **options):
@@ -236,7 +245,7 @@ class Bench:
 
         for i, point in enumerate(plan.points):
             chosen = labels or (plan.few if i or plan is QUICK else LABELS)
-            add(3 if i else 9, "run", point, chosen, samples=plan.samples)
+            add(3 if i else 9, "run", point, chosen, samples=samples)
         first = plan.points[0]
         if self.arguments.profile and isinstance(systems[0], Ours):
 
@@ -248,9 +257,9 @@ class Bench:
 
             tasks.insert(1, (1, "profile", profile))
         if plan.with_threshold:
-            add(2, "threshold", first, plan.with_threshold, samples=plan.samples, threshold=study.threshold(first))
+            add(2, "threshold", first, plan.with_threshold, samples=samples, threshold=study.threshold(first))
         for point in plan.grid:
-            add(1, "steps", point, ("Decode",), samples=plan.samples, steps=point.gen_length // 4)
+            add(1, "steps", point, ("Decode",), samples=samples, steps=point.gen_length // 4)
         return tasks
 
 
@@ -325,7 +334,8 @@ def main(argv=None, start=None):
         stem = out / ("generate_speed_points" if arguments.points else "generate_speed")
         common.write_json(stem.with_suffix(".json"), record)
         common.write_csv(stem.with_suffix(".csv"), bench.rows)
-        plots.generation(bench.rows, environment, stem.with_suffix(".png"))
+        if not arguments.no_plot:
+            plots.generation(bench.rows, environment, stem.with_suffix(".png"))
     print(json.dumps(common.rounded(record)))
     return 1 if bench.mismatches or bench.error else 0
 

@@ -467,8 +467,9 @@ def test_the_plans_are_what_they_say():
     for plan in (generate_speed.GPU, generate_speed.CPU):
         assert len(plan.points) == 4 and all(point.name for point in plan.points)
         assert {*plan.few, *plan.with_threshold} <= set(study.LABELS)
-    grid = list(itertools.product((1, 4, 8, 32), (128, 512, 1024, 2048, 4096)))
-    assert sorted((point.batch, point.prompt) for point in generate_speed.GPU.grid) == sorted(grid)
+    grid = set(itertools.product((1, 4, 8, 32), (128, 512, 1024, 2048, 4096)))
+    fits = {(point.batch, point.prompt) for point in generate_speed.GPU.grid}
+    assert len(fits) == len(generate_speed.GPU.grid) and grid - fits == {(32, 4096)}
 
 
 def test_kernels_of_a_gpu_find_their_group():

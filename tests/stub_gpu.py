@@ -1,0 +1,137 @@
+"""Triton's own way to a launch, on a driver that launches nothing: what its JIT would compile.
+
+    python tests/stub_gpu.py            prints, as JSON, `kernel_lint.key_of` of every kernel: that warm.py compiles for
+                                        GENERATIONS, that they launch, and that come up later under VARIATIONS
+
+The tensors are the CPU's, which the tables take for those of an H100; the models have the true width and two layers;
+matrix products are left out. It runs in a process of its own, since the tests interpret the kernels.
+"""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
+
+import kernel_lint  # noqa: E402
+import torch  # noqa: E402
+import triton  # noqa: E402
+import warm  # noqa: E402
+from checkpoints import TRUE_SIZE, with_layers  # noqa: E402
+from fake_gpu import fake_model  # noqa: E402
+from study import Point, policy_of  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+import dkv  # noqa: E402
+from dkv import run  # noqa: E402
+from dkv.kernels import checks, packing, product  # noqa: E402
+from dkv.kernels import launch as tables  # noqa: E402
+
+ARCH = 90
+# (family, batch, prompt, generated, policy), all in one block
+GENERATIONS = (
+    ("LLaDA", 1, 40, 12, "Decode"),
+    ("LLaDA", 3, 300, 8, "DualCache"),
+    ("Dream", 1, 40, 12, "Decode"),
+    ("Dream", 2, 300, 8, "DualCache"),
+    ("Dream", 2, 300, 8, "Decode un_right"),
+)
+
+
+class Driver:
+    """What Triton asks of a driver; launches end in `Kernel`."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", ARCH, 32)
+
+
+class Kernel:
+    """In place of a compiled kernel."""
+
+    function = packed_metadata = None
+
+    def launch_metadata(self, *arguments):
+        return None
+
+    def run(self, *arguments):
+        pass
+
+
+def compile_nothing(found):
+    """In place of `JITFunction._do_compile`: appends what tells the kernel from others to a list."""
+
+    def do_compile(kernel, key, signature, device, constexprs, options, attrs, warmup):
+        source = kernel.ASTSource(kernel, signature, constexprs, attrs)
+        found.append(kernel_lint.key_of(source, options))
+        kernel.device_caches[device][0][key] = Kernel()
+        return kernel.device_caches[device][0][key]
+
+    return do_compile
+
+
+def product_of(x, weight, bias=None):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@contextlib.contextmanager
+def stub_gpu():
+    """Yields a list that what the JIT would compile is appended to, each kernel once, in order."""
+    found = []
+    triton.runtime.driver.set_active(Driver())
+    with (
+        mock.patch.object(JITFunction, "_do_compile", compile_nothing(found)),
+        mock.patch.object(checks, "resolve_impl", lambda impl, kernel, tensor: "triton"),
+        mock.patch.object(tables, "architecture", lambda device: ARCH),
+        mock.patch.object(tables, "processors", lambda device: 132),
+        mock.patch.object(product, "linear", product_of),
+        # nobody fills the lists
+        mock.patch.object(packing, "_list", lambda active, capacity: torch.zeros(capacity, dtype=torch.int64)),
+        mock.patch.object(run, "reads_sizes", lambda device: False),
+        torch.no_grad(),
+    ):
+        yield found
+
+
+def prompts(batch, length):
+    return torch.randint(100, 1000, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def main():
+    points = [(family, Point(*numbers)) for family, *numbers, _ in GENERATIONS]
+    warmed = set(warm.launches(ARCH, [], points, ["Decode", "Decode un_right", "DualCache"], []))
+    with stub_gpu() as launched:
+        for family, batch, prompt, gen_length, label in GENERATIONS:
+            policy, _ = policy_of(family, label)
+            model = fake_model(with_layers(TRUE_SIZE[family][1], 2), device="cpu")
+            dkv.generate(model, prompts(batch, prompt), gen_length=gen_length, policy=policy)
+        known = len(launched)
+        # other ids, flags and numbers of rows, in tiles that came up already
+        for options in VARIATIONS:
+            options = {"batch": 2, "prompt": 300, "gen_length": 8} | options
+            dkv.generate(model, prompts(options.pop("batch"), options.pop("prompt")), **options)
+    print(json.dumps({"warmed": sorted(warmed), "launched": launched[:known], "varied": launched[known:]}))
+
+
+VARIATIONS = (
+    {"policy": dkv.Decode(4)},
+    {"policy": dkv.Decode(2, delay=2, warmup_steps=16)},
+    {"mask_id": 16, "batch": 1},
+    {"mask_id": 1, "gen_length": 7},
+    {"mask_id": 31, "prompt": 333, "gen_length": 5},
+    {"logits_eos_inf": True},
+    {"logits_eos_inf": True, "eos_token_id": [3, 16, 17, 50, 51, 99], "batch": 1},
+)
+
+
+if __name__ == "__main__":
+    main()
