@@ -1,11 +1,11 @@
 # `make test` and `make bench` need nothing but a Python: the first run makes .venv and installs the package into it.
 PYTHON ?= python3
 TORCH  := torch==2.13.0 triton==3.7.1
-BUDGET ?= 540
+STAGE  ?= first
 PY     := .venv/bin/python
 STAMP  := .venv/.installed
 
-.PHONY: test test-transformers test-eval bench lint lint-kernels wheel gpu-report clean
+.PHONY: test test-transformers test-eval bench lint lint-kernels wheel rehearse gpu-report clean
 
 # two processes of one thread each: the kernels' tests run in Triton's interpreter, which is plain Python
 test: $(STAMP)
@@ -38,12 +38,16 @@ wheel: $(STAMP)
 	rm -rf build dist
 	$(PY) -m pip wheel -q . --no-deps --no-build-isolation -w dist
 
-# in the environment at hand: installs nothing; ARGS="--peer ..." for other people's code
+# the stages of gpu-report on a CPU, with little to do
+rehearse: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m rehearsal tests/test_benchmarks.py
+
+# in the environment at hand: installs nothing; STAGE=first, second or third; ARGS="--commit ..." without a repository
 gpu-report:
-	$(PYTHON) benchmarks/gpu_report.py --budget $(BUDGET) $(if $(OUT),--out "$(OUT)") $(ARGS)
+	$(PYTHON) benchmarks/gpu_report.py --stage $(STAGE) $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .triton build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(STAMP): pyproject.toml Makefile
 	$(PYTHON) -m venv .venv

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from dkv.graphs import recording
+from dkv.graphs import RecordingStream, recording
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -187,9 +187,8 @@ class GraphTimer:
 
     def __init__(self, run, sets, *, pool):
         self.run, self.sets, self.events, self.cost = run, sets, [], None
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self.stream = RecordingStream(device())
+        with self.stream.taking_turns_with(torch.cuda.current_stream()):
             run(0)
             # while it records, the allocator gives nothing back
             torch.cuda.empty_cache()
@@ -201,10 +200,11 @@ class GraphTimer:
             if calls > self.calls:
                 self._record(math.ceil(calls / sets) * sets, pool)
         self.events.clear()
-        torch.cuda.current_stream().wait_stream(stream)
 
     def _record(self, calls, pool):
         self.graph, self.calls = torch.cuda.CUDAGraph(), calls
+        # the one before stays too: PyTorch takes a pool back for good once all of its graphs are gone
+        self.stream.graphs[calls] = self.graph
         with recording(self.graph, pool):
             self.first_output = self.run(0)
             for i in range(1, calls):

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -23,8 +24,24 @@ import generate_speed  # noqa: E402
 import gpu_report  # noqa: E402
 import plots  # noqa: E402
 import providers  # noqa: E402
+import step_speed  # noqa: E402
+import warm  # noqa: E402
 from providers import Canvas, Case, Point  # noqa: E402
 
+# the steps of each stage, and the files that they leave beside the report
+REHEARSED = {
+    "first": ("environment", "warm", "smoke", "steps", "tests"),
+    "second": ("environment", "warm", "products", "attention", "generation"),
+    "third": ("tests", "memcheck", "racecheck"),
+}
+FILES = {
+    "first": {"triton.tgz", "steps.jsonl", "tests-first.xml"},
+    "second": {
+        "products.json",
+        *(f"{name}_speed_points.{kind}" for name in ("attn", "generate") for kind in ("json", "csv")),
+    },
+    "third": {"tests-third.xml"},
+}
 TINY = "LLaDA-8B:1:48:4,Dream-7B:3:48:5:ragged"
 ROW_KEYS = {"model", "batch", "seqlen", "active", "provider", "ms", "gbps", "tflops", "fraction_of_ceiling"}
 
@@ -43,7 +60,8 @@ def error_of(provider, case):
 
 
 def run_python(*arguments, cwd=ROOT, timeout=100):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
 
@@ -168,6 +186,26 @@ def test_a_broken_provider_is_not_timed(monkeypatch, capsys, tmp_path):
     assert result["geomean_vs_best"] is None
 
 
+def test_a_graph_that_fails_takes_no_pool_with_it(monkeypatch):
+    """PyTorch takes a pool back for good once all of its graphs are gone, so the next one gets another."""
+    pools = iter(range(9))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
+    bench = attn_speed.Bench(attn_speed.CPU, None, None, seconds_per_point=0)
+    bench.on_gpu, given = True, []
+
+    def timer(run, sets, pool):
+        given.append(pool)
+        if len(given) in (1, 2, 4):
+            raise RuntimeError("no kernel")
+        return common.HostTimer(run, sets)
+
+    monkeypatch.setattr(bench, "timer", timer)
+    case = make_case("LLaDA-8B", 1, 48, 4)
+    timers = bench.checked_timers(case, [providers.ours(case)] * 5)
+    # of the fourth the third one's graphs are left
+    assert given == [0, 1, 2, 2, 2] and len(timers) == 2
+
+
 # ---- timing
 
 
@@ -213,8 +251,15 @@ def test_a_graph_holds_a_millisecond_of_calls(monkeypatch, call_ms, sets, calls)
     current = {"recorded": 0, "clock": 0.0}
 
     class Graph:
-        def capture_begin(self, **options):
+        users = {}  # of a pool, as PyTorch counts them
+
+        def capture_begin(self, pool, **options):
+            assert self.users.get(pool, 1) > 0, "use_count > 0 INTERNAL ASSERT FAILED"
+            self.pool, self.users[pool] = pool, self.users.get(pool, 0) + 1
             current["recorded"] = 0
+
+        def __del__(self):
+            self.users[self.pool] -= 1
 
         def capture_end(self):
             self.calls = current["recorded"]
@@ -232,7 +277,12 @@ def test_a_graph_holds_a_millisecond_of_calls(monkeypatch, call_ms, sets, calls)
         def elapsed_time(self, end):
             return end.time - self.time
 
-    stand_ins = {"CUDAGraph": Graph, "Event": Event, "Stream": mock.Mock, "stream": lambda s: contextlib.nullcontext()}
+    stand_ins = {
+        "CUDAGraph": Graph,
+        "Event": Event,
+        "Stream": lambda *a, **k: mock.Mock(),
+        "stream": lambda s: contextlib.nullcontext(),
+    }
     stand_ins |= dict.fromkeys(("current_stream", "synchronize", "empty_cache"), mock.Mock())
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
@@ -243,7 +293,7 @@ def test_a_graph_holds_a_millisecond_of_calls(monkeypatch, call_ms, sets, calls)
         used.append(i)
         return torch.zeros(1)
 
-    timer = common.GraphTimer(run, sets, pool=None)
+    timer = common.GraphTimer(run, sets, pool=(0, 1))
     assert timer.calls == timer.graph.calls == calls and used[-calls:] == [i % sets for i in range(calls)]
     timer.output()
     timer.tick()
@@ -359,68 +409,126 @@ def test_without_the_bench_extra_there_are_messages(monkeypatch, capsys, tmp_pat
     assert "tqdm is not installed" in captured.err and "matplotlib is not installed" in captured.err
 
 
+# ---- steps
+
+
+@pytest.mark.parametrize(
+    "point, most", [("LLaDA:1:1024:32", 340), ("Dream:8:1024:32", 300), ("LLaDA:8:1024:16", 340)], ids=lambda p: p
+)
+def test_no_row_or_launch_of_a_step_is_wasted(point, most, unpoisoned):
+    ((family, batch, length, active),) = step_speed.parse_points(point)
+    row = step_speed.count_point(family, batch, length, active)
+    assert row["launches"] <= most and row["bookkeeping"] <= 12
+    assert row["rows_needed"] == batch * active and row["rows_computed"] <= 1.1 * row["rows_needed"]
+    assert row["candidates_computed"] <= row["candidates_needed"] + 127
+    assert sum(row["purposes"].values()) == row["launches"]
+
+
+@pytest.mark.parametrize("case", [("LLaDA", 1, 300, "Decode(8)"), ("Dream", 3, 600, "Decode(8)")], ids=str)
+def test_no_row_of_a_run_is_wasted(case):
+    row = step_speed.count_run(*case)
+    assert 0 < row["rows_needed_full"] <= row["rows_computed_full"] <= 1.06 * row["rows_needed_full"]
+    assert 0 < row["rows_needed_cached"] <= row["rows_computed_cached"] <= 1.1 * row["rows_needed_cached"]
+    assert 2 <= row["graphs"] <= 16
+
+
 # ---- report
 
 
-def test_the_report_keeps_to_its_budget(tmp_path, monkeypatch, capsys):
-    def python(code):
-        return (sys.executable, "-c", code)
+def python(code):
+    return (sys.executable, "-c", code)
 
+
+def test_the_report_keeps_to_its_limits(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_report, "LEAST_SECONDS", 0.2)
     monkeypatch.setattr(gpu_report, "GRACE_SECONDS", 0.5)
-    # a child of its own, which must end with it
-    sleeping = "import subprocess; print('started'); subprocess.run(['sleep', '60'])"
     steps = [
-        gpu_report.Step("good", 5, python("print('x' * 1000); print('fine')")),
-        gpu_report.Step("bad", 5, python("raise SystemExit(7)")),
-        gpu_report.Step("known", 5, python("raise SystemExit(5)"), statuses={5: "not run: nothing to do"}),
-        gpu_report.Step("missing", 5, (), unavailable="the tool is not installed"),
-        gpu_report.Step("endless", 5, python(sleeping)),
-        gpu_report.Step("late", 0.01, python("print('never')")),
+        gpu_report.Step("good", 20, python("print('x' * 1000); print('fine')")),
+        gpu_report.Step("bad", 20, python("raise SystemExit(7)")),
+        gpu_report.Step("known", 20, python("raise SystemExit(5)"), statuses={5: "not run: nothing to do"}),
+        gpu_report.Step("missing", 20, (), unavailable="the tool is not installed"),
+        gpu_report.Step("late", -1000, python("print('never')")),
+        gpu_report.Step("too little", 2000, python("print('never')"), least=3000),
     ]
-    report = {"steps": []}
-    gpu_report.run_steps(steps, 6.0, report, tmp_path)
+    report = {"stage": "first", "steps": []}
+    gpu_report.run_steps(steps, report, tmp_path)
     status = {step["step"]: step["status"] for step in report["steps"]}
     assert status["good"] == "passed"
     assert status["bad"] == "failed: exit status 7"
     assert status["known"] == "not run: nothing to do"
     assert status["missing"] == "not run: the tool is not installed"
-    assert status["endless"].startswith("timed out")
-    assert status["late"] == "not run: the budget is used up"
+    assert status["late"].startswith("not run: -") and status["too little"].startswith("not run: ")
+    limits = {step["step"]: step["limit_seconds"] for step in report["steps"]}
+    assert limits["good"] == 20 and limits["bad"] > 30, "what is left over is the next one's"
     output = {step["step"]: step["output"] for step in report["steps"]}
     assert output["good"].splitlines()[-1] == "fine" and len(output["good"]) < 600
-    assert output["endless"].startswith("started")
-    assert report["seconds"] < 9
-    assert json.loads((tmp_path / "report.json").read_text()) == report
-    assert "==== late: not run" in (tmp_path / "report.log").read_text()
-    assert "endless" in capsys.readouterr().out
+    assert json.loads((tmp_path / "report-first.json").read_text()) == report
+    log = (tmp_path / "report-first.log").read_text()
+    assert "==== late" in log and "x" * 1000 in log
+    assert "late" in capsys.readouterr().out
 
 
-def test_the_report_can_be_rehearsed(tmp_path):
-    run = run_python("benchmarks/gpu_report.py", "--rehearse", "--budget", "150", "--out", tmp_path, timeout=200)
+def test_a_step_that_does_not_end_is_ended(tmp_path, monkeypatch):
+    """With its children; what it wrote is kept."""
+    monkeypatch.setattr(gpu_report, "LEAST_SECONDS", 0)
+    monkeypatch.setattr(gpu_report, "GRACE_SECONDS", 0.5)
+    sleeping = f"import subprocess; open({str(tmp_path / 'began')!r}, 'w'); subprocess.run(['sleep', '600'])"
+    waits, wait = [], subprocess.Popen.wait
+
+    def wait_until_begun(process, timeout=None):
+        while not waits and not (tmp_path / "began").exists():
+            time.sleep(0.01)
+        waits.append(timeout)
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", wait_until_begun)
+    with (tmp_path / "report-first.log").open("w+") as log:
+        record = gpu_report.run_step(gpu_report.Step("endless", 0.3, python(sleeping)), 0.3, log)
+    assert record["status"].startswith("timed out after 0 s") and 0.3 <= record["seconds"]
+
+
+def test_what_a_step_prints_is_written_as_it_comes(tmp_path, monkeypatch):
+    """Before the step ends: the last one may be cut off by whoever runs the report."""
+    reading = f"print('first', flush=True); print('seen' if 'first' in open({str(tmp_path / 'report-first.log')!r}).read() else '')"
+    report = {"stage": "first", "steps": []}
+    gpu_report.run_steps([gpu_report.Step("reader", 60, python(reading))], report, tmp_path)
+    assert report["steps"][0]["output"].splitlines() == ["first", "seen"]
+
+
+@pytest.mark.rehearsal
+@pytest.mark.parametrize("stage, names", REHEARSED.items())
+def test_every_stage_can_be_rehearsed(stage, names, tmp_path):
+    run = run_python(
+        "benchmarks/gpu_report.py", "--stage", stage, "--rehearse", "--commit", "abc", "--out", tmp_path, timeout=300
+    )
     assert run.returncode == 0, run.stdout + run.stderr
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["rehearsal"] is True
-    assert [step["status"] for step in report["steps"]] == ["passed"] * 7, run.stdout
-    assert {"device", "torch", "triton", "commit", "date", "seconds"} <= report.keys()
-    files = sorted(path.name for path in tmp_path.iterdir())
-    assert len(files) <= 8 and {"report.json", "report.log", "attn_speed_points.json"} <= set(files)
-    assert "generate_speed_points.json" in files
+    report = json.loads((tmp_path / f"report-{stage}.json").read_text())
+    assert report["rehearsal"] is True and report["stage"] == stage and report["commit"] == "abc"
+    assert [(step["step"], step["status"]) for step in report["steps"]] == [(name, "passed") for name in names]
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {f"report-{stage}.json", f"report-{stage}.log", *FILES[stage]} and len(files) <= 8
 
 
-def test_the_report_needs_a_gpu(monkeypatch, capsys):
+@mock.patch.dict(os.environ)
+def test_the_report_needs_a_gpu_and_a_commit(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_report.main([]) == 2
     assert "needs a CUDA GPU" in capsys.readouterr().err
+    monkeypatch.delenv("GIT_COMMIT", raising=False)
+    monkeypatch.setattr(common, "output_of", lambda *command, **options: "unknown")
+    assert gpu_report.main(["--rehearse"]) == 2
+    assert "--commit" in capsys.readouterr().err
 
 
+@mock.patch.dict(os.environ)
 def test_other_peoples_code_in_the_report(tmp_path, monkeypatch, capsys):
     """The peers reach generate_speed as they were given; a wrong one is noticed before anything runs."""
     taken = []
     monkeypatch.setattr(gpu_report, "run_steps", lambda todo, *rest: taken.extend(todo))
     peers = ["--peer", f"official={tmp_path}", "--peer", f"dkv-cache={tmp_path}", "--peer-python", "official=python3"]
-    assert gpu_report.main(["--rehearse", "--out", str(tmp_path / "out"), *peers]) == 0
-    (command,) = (step.command for step in taken if step.name == "generation speed")
+    stage = ["--rehearse", "--stage", "second", "--out", str(tmp_path / "out")]
+    assert gpu_report.main([*stage, *peers]) == 0
+    (command,) = (step.command for step in taken if step.name == "generation")
     found = generate_speed.parse_arguments([part for part in command[2:] if part != "{seconds}" and part != "--budget"])
     folder = str(tmp_path)
     assert found.peers == [("official", folder, "python3"), ("dkv-cache", folder, sys.executable)]
@@ -429,12 +537,69 @@ def test_other_peoples_code_in_the_report(tmp_path, monkeypatch, capsys):
     assert "--peer must be NAME=FOLDER" in capsys.readouterr().err
 
 
-def test_the_real_steps_exist(monkeypatch, tmp_path):
+@pytest.mark.parametrize("stage", gpu_report.STAGES)
+def test_the_steps_of_a_gpu(stage, monkeypatch, tmp_path):
+    """They are those that are rehearsed, of files that exist, and their options are understood."""
     monkeypatch.setattr(gpu_report.shutil, "which", lambda name: None)
-    steps = gpu_report.steps(tmp_path, rehearse=False)
-    names = ["environment", "tests", "attention speed", "generation speed", "linear speed", "memcheck", "racecheck"]
-    assert [step.name for step in steps] == names
-    assert all(step.unavailable for step in steps if step.name in ("memcheck", "racecheck"))
+    steps, rehearsed = (gpu_report.steps(stage, tmp_path, rehearse=rehearse) for rehearse in (False, True))
+    assert [step.name for step in steps] == [step.name for step in rehearsed]
+    assert sum(step.seconds for step in steps) <= 340
     for step in steps:
-        scripts = [Path(part) for part in step.command if part.endswith(".py")]
-        assert all(script.exists() for script in scripts)
+        assert bool(step.unavailable) == (step.name in ("memcheck", "racecheck"))
+        # importing PyTorch under a sanitizer alone takes half a minute
+        assert step.least == (step.seconds if step.unavailable else 0) and (not step.unavailable or step.least >= 120)
+        files = [Path(part) for part in step.command if part.endswith(".py")]
+        assert files and all((ROOT / file).exists() for file in files)
+        cpu_only = {
+            "test_benchmarks.py",
+            "test_generation_speed.py",
+            "test_quality.py",
+            "test_models.py",
+            "test_oracle.py",
+        }
+        assert not cpu_only & {file.name for file in files}
+    parsers = {"attn_speed.py": attn_speed.parse_arguments, "generate_speed.py": generate_speed.parse_arguments}
+    parsers |= {"warm.py": warm.parse_arguments}
+    for step in steps:
+        parse = parsers.get(Path(step.command[1]).name)
+        if parse:
+            parse([part.replace("{seconds}", "10") for part in step.command[2:]])
+
+
+def test_what_needs_a_gpu_is_in_a_stage():
+    """But for the test of a benchmark, which the stages run."""
+    by_file = {path.stem.removeprefix("test_"): path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
+    marked = {name for name, text in by_file.items() if "\n@pytest.mark.gpu\n" in text}
+    assert "graphs" in marked and marked - {*gpu_report.KERNEL_TESTS, *gpu_report.ENGINE_TESTS} == {
+        "benchmarks",
+        "models",
+    }
+    file, test = gpu_report.LOADING_TEST.removeprefix("tests/test_").split(".py::")
+    assert by_file[file].count("@pytest.mark.gpu") == 1 and f"@pytest.mark.gpu\ndef {test}(" in by_file[file]
+    sanitized = {name for name, text in by_file.items() if "\n@pytest.mark.sanitizer\n" in text}
+    assert sanitized <= set(gpu_report.KERNEL_TESTS)
+
+
+def test_a_worker_that_met_a_cuda_error_is_replaced(tmp_path):
+    """The tests behind the one that failed run in a process of their own."""
+    (tmp_path / "conftest.py").write_text(
+        "import importlib.util\n"
+        f"spec = importlib.util.spec_from_file_location('ours', {str(ROOT / 'tests' / 'conftest.py')!r})\n"
+        "ours = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(ours)\n"
+        "pytest_runtest_logreport = ours.pytest_runtest_logreport\n"
+    )
+    (tmp_path / "test_gpu.py").write_text(
+        "broken = False\n"
+        "def test_error():\n"
+        "    global broken\n"
+        "    broken = True\n"
+        "    raise RuntimeError('CUDA error: an illegal memory access was encountered')\n"
+        "def test_behind():\n"
+        "    assert not broken\n"
+    )
+    run = run_python("-m", "pytest", "-q", "-n", "1", "-p", "no:cacheprovider", "--junitxml=found.xml", cwd=tmp_path)
+    assert "1 passed" in run.stdout and "CUDA error: an illegal memory access" in run.stdout, run.stdout
+    assert "test_error" in (tmp_path / "found.xml").read_text()
+    alone = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", cwd=tmp_path)
+    assert "CUDA is unusable after test_gpu.py::test_error" in alone.stdout and "passed" not in alone.stdout
