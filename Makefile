@@ -40,7 +40,7 @@ wheel: $(STAMP)
 
 # the stages of gpu-report on a CPU, with little to do
 rehearse: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m rehearsal tests/test_benchmarks.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m rehearsal tests/test_benchmarks.py tests/test_warm.py
 
 # in the environment at hand: installs nothing; STAGE=first, second or third; ARGS="--commit ..." without a repository
 gpu-report:

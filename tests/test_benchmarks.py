@@ -580,6 +580,7 @@ def test_what_needs_a_gpu_is_in_a_stage():
     assert sanitized <= set(gpu_report.KERNEL_TESTS)
 
 
+@pytest.mark.rehearsal
 def test_a_worker_that_met_a_cuda_error_is_replaced(tmp_path):
     """The tests behind the one that failed run in a process of their own."""
     (tmp_path / "conftest.py").write_text(

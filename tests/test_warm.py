@@ -39,6 +39,7 @@ def test_ids_flags_and_numbers_of_rows_compile_nothing_anew(kernels):
     assert kernels["varied"] == []
 
 
+@pytest.mark.rehearsal
 def test_the_cache_can_be_packed_and_carried(tmp_path):
     """From the unpacked cache nothing is compiled again."""
     packed = tmp_path / "triton.tgz"
