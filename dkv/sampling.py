@@ -64,7 +64,7 @@ class Sampler:
             return torch.full((batch,), value, dtype=dtype, device=weight.device)
 
         threshold, factor = (None if value is None else of_rows(value) for value in (self.threshold, self.factor))
-        scales = map(of_rows, self.scales) if self.temperature else self.scales
+        scales = map(of_rows, self.scales) if self.temperature else (None, None)
         return RowOptions(threshold, factor, *scales)
 
     def predict(self, decoder, hidden, keys, ops, scales=None, cu_seqlens=None):
@@ -155,13 +155,13 @@ class RowOptions:
 
     Attributes:
         threshold, factor: (batch,) or None.
-        logit_scale, noise_scale: (batch,), or floats where no noise is drawn.
+        logit_scale, noise_scale: (batch,), or None where no noise is drawn.
     """
 
     threshold: torch.Tensor | None
     factor: torch.Tensor | None
-    logit_scale: torch.Tensor | float
-    noise_scale: torch.Tensor | float
+    logit_scale: torch.Tensor | None
+    noise_scale: torch.Tensor | None
 
     def scales(self, rows):
         """logit_scale and noise_scale of some rows, (n,) int64; only where noise is drawn."""
