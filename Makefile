@@ -5,11 +5,15 @@ STAGE  ?= first
 PY     := .venv/bin/python
 STAMP  := .venv/.installed
 
-.PHONY: test test-transformers test-eval bench lint lint-kernels wheel rehearse gpu-report clean
+.PHONY: test test-full test-transformers test-eval bench lint lint-kernels wheel rehearse gpu-report clean
 
 # two processes of one thread each: the kernels' tests run in Triton's interpreter, which is plain Python
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+
+# full grids and thousands of random inputs, of which `make test` runs a bounded sample
+test-full: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m full $(ARGS)
 
 # the models and what wraps them under another release, TRANSFORMERS=4.57.6 for one
 TRANSFORMERS ?= 4.46.3
