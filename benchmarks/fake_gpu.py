@@ -23,7 +23,7 @@ from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 import dkv.models  # noqa: E402
-from dkv import forward, linear, run  # noqa: E402
+from dkv import guard, linear, run  # noqa: E402
 from dkv.decoder import find_decoder  # noqa: E402
 from dkv.kernels import checks, lm_head  # noqa: E402
 from dkv.kernels import launch as tables  # noqa: E402
@@ -121,9 +121,9 @@ def fake_gpu(arch=90):
     with contextlib.ExitStack() as stack:
         launches = stack.enter_context(_recorded_kernels(arch))
         for context in (
-            mock.patch.object(torch.cuda, "empty_cache"),
-            mock.patch.object(forward, "_addresses", lambda module: []),
-            mock.patch.object(linear, "_are_parts", lambda parameters, merged: True),
+            mock.patch.multiple(torch.cuda, empty_cache=mock.DEFAULT, synchronize=mock.DEFAULT),
+            mock.patch.object(guard, "_state", lambda module, values: ([], [])),
+            mock.patch.object(linear, "merge", merged),
             mock.patch.object(run, "LateSizes", NothingLater),
             mock.patch.object(run, "Schedule", RealSchedule),
             FakeTensorMode(allow_non_fake_inputs=True),
@@ -190,6 +190,12 @@ class OnlyOnTheDevice(TorchDispatchMode):
         if devices_of(result, args, kwargs) - {"cuda"}:
             raise RuntimeError(f"{func} touches the CPU.")
         return result
+
+
+def merged(parameters):
+    """In place of `dkv.memory.merge`: fake tensors share no memory."""
+    tensor = torch.cat(list(parameters))
+    return lambda: tensor
 
 
 def devices_of(*values):
@@ -284,8 +290,8 @@ def fake_run(model, policy, *, batch, prompt, gen_length, block_length=None, ste
     options |= dict(divides_logits=family.divides_logits, excluded_ids=(decoder.mask_id,))
     defaults = dict(eps=1e-3, mask_id=decoder.mask_id, pad_id=decoder.pad_token_id, eos_ids=(), cfg_scale=0.0)
     defaults |= dict(impl="auto", cuda_graphs=False, has_forecasts=True)
-    current = run.Run(
-        decoder,
+    current = run.take_run(
+        model,
         run.Plan(
             batch=batch,
             capacity=run.capacity_for(prompt + gen_length),
@@ -296,11 +302,11 @@ def fake_run(model, policy, *, batch, prompt, gen_length, block_length=None, ste
             steps=steps or gen_length,
             **defaults | plan,
         ),
+        decoder,
     )
     x = torch.empty(batch, prompt + gen_length, dtype=torch.int64, device="cuda")
     lengths = [prompt + gen_length] * batch
     current.start(
-        model,
         x,
         torch.empty_like(x, dtype=torch.bool),
         lengths=lengths,

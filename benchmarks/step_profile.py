@@ -70,14 +70,13 @@ def profile(model, job, ceilings):
 
 def steps_of(model, job):
     """Runs the job; yields (`roofline.Step`, run) before each step, which is done then unless the caller has."""
-    run = start(model, job, cuda_graphs=False)
-    while run.running():
-        done = run.steps
-        need = needed(run.sizes.tolist())
-        yield roofline.Step(job.prompt.shape[0], job.seqlen, need.positions, need.candidates), run
-        if run.steps == done:
-            run.step()
-    run.finish()
+    with start(model, job, cuda_graphs=False) as run:
+        while run.running():
+            done = run.steps
+            need = needed(run.sizes.tolist())
+            yield roofline.Step(job.prompt.shape[0], job.seqlen, need.positions, need.candidates), run
+            if run.steps == done:
+                run.step()
 
 
 def operators(step):

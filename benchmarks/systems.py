@@ -124,12 +124,12 @@ class Ours:
         sizes = []
 
         def generate(stopwatch):
-            run = start(self.model, job, cuda_graphs=self.cuda_graphs)
-            while run.running():
-                sizes.append(run.sizes.clone())
-                stopwatch.step(0)
-                run.step()
-            return run.finish().sequences
+            with start(self.model, job, cuda_graphs=self.cuda_graphs) as run:
+                while run.running():
+                    sizes.append(run.sizes.clone())
+                    stopwatch.step(0)
+                    run.step()
+                return run.finish().sequences
 
         outcome = measured(generate, self.model, self.device, with_peak)
         needs = [needed(step.tolist()) for step in sizes]

@@ -9,6 +9,7 @@ from torch import nn
 
 from dkv.cache import KVCache
 from dkv.linear import is_plain, linear
+from dkv.memory import finished, setting_up
 
 FAMILIES = []  # functions model -> Decoder or None, filled by `dkv.models`
 
@@ -130,17 +131,20 @@ class Decoder:
 
         Frequencies and angles are computed in float32, as both models do.
         """
-        known = self._tables.get(device)
-        if known is None or known[0].shape[0] < length:
-            # tables made under inference mode could not be used in training later
-            with torch.inference_mode(False), torch.no_grad():
-                length = length if known is None else max(length, 2 * known[0].shape[0])
-                exponents = torch.arange(0, self.headdim, 2, dtype=torch.float32, device=device) / self.headdim
-                angles = torch.outer(
-                    torch.arange(length, dtype=torch.float32, device=device), 1 / self.rope_theta**exponents
-                )
-                self._tables[device] = angles.cos(), angles.sin()
-        return self._tables[device]
+        with setting_up():
+            known = self._tables.get(device)
+            if known is None or known[0].shape[0] < length:
+                # tables made under inference mode could not be used in training later
+                with torch.inference_mode(False), torch.no_grad():
+                    length = length if known is None else max(length, 2 * known[0].shape[0])
+                    exponents = torch.arange(0, self.headdim, 2, dtype=torch.float32, device=device) / self.headdim
+                    angles = torch.outer(
+                        torch.arange(length, dtype=torch.float32, device=device), 1 / self.rope_theta**exponents
+                    )
+                    known = angles.cos(), angles.sin()
+                    finished(known[1])
+                self._tables[device] = known
+        return known
 
     @property
     def head_weight(self):

@@ -3,9 +3,11 @@
 import torch
 from torch import nn
 
+from dkv.guard import Fingerprint
 from dkv.kernels.direct import direct
 from dkv.kernels.product import like_products
 from dkv.linear import Projection, is_plain, linear
+from dkv.memory import setting_up
 
 # norms of this kind: weight * rounded(x / rms(x)); the attribute that holds their eps
 NORM_EPS = {"RMSNorm": "eps", "RMSLayerNorm": "eps", "DreamRMSNorm": "variance_epsilon"}
@@ -23,11 +25,13 @@ class Forward:
     def __init__(self, decoder, length, impl):
         self.decoder, self.impl, self.ops = decoder, impl, direct(impl, decoder.weight)
         self.cos, self.sin = decoder.rope_tables(length, decoder.weight.device)
-        self.layers = [
-            (layer, Projection([layer.q, layer.k, layer.v]), Projection([layer.gate, layer.up]))
-            for layer in decoder.layers
-        ]
-        self._state = _fingerprint(decoder)
+        with setting_up():
+            self.layers = [
+                (layer, Projection([layer.q, layer.k, layer.v]), Projection([layer.gate, layer.up]))
+                for layer in decoder.layers
+            ]
+            # values may change: a pass reads them anew
+            self._fingerprint, self._kinds = Fingerprint(decoder.called, values=False), _kinds(decoder)
 
     def __call__(self, active, cache, max_seqlen, wanted=None):
         """Recomputes the active positions, whose K/V in the cache are replaced.
@@ -80,14 +84,16 @@ class Forward:
     def _norm(self, norm, h, x):
         """The norm of x + h, which x becomes; h may be None."""
         if _is_plain_norm(norm, x.dtype):
-            eps = getattr(norm, NORM_EPS[type(norm).__name__])
             added, residual = (x, None) if h is None else (h, x)
-            return self.ops.add_rms_norm(added, residual, norm.weight, eps)
-        return norm(x if h is None else x.add_(h))
+            return self.ops.add_rms_norm(added, residual, norm.weight, _eps(norm))
+        # norms in float32 of a model in half precision return float32, which its products take under autocast only
+        return norm(x if h is None else x.add_(h)).to(x.dtype)
 
     def is_current(self, decoder):
         """Whether the decoder, as it is found now, has this one's angles, modules and parameters, where they were."""
-        return (decoder.rope_theta, self._state) == (self.decoder.rope_theta, _fingerprint(decoder))
+        with setting_up():
+            same = self._fingerprint.covers(decoder.called) and self._fingerprint.holds()
+        return same and (decoder.rope_theta, _kinds(decoder)) == (self.decoder.rope_theta, self._kinds)
 
     @property
     def can_be_recorded(self):
@@ -97,27 +103,26 @@ class Forward:
         """
         weight = self.decoder.weight
         has_kernels = weight.is_cuda and weight.dtype != torch.float64 and self.impl != "reference"
-        return has_kernels and all(plain for _, plain, _ in self._state)
+        return has_kernels and all(plain for plain, _ in self._kinds)
 
 
-def _fingerprint(decoder):
-    """(module, whether it is plain, where its parameters lie) for every module that runs."""
+def _kinds(decoder):
+    """(whether it is plain, the eps of a norm) for every module that runs."""
     dtype = decoder.weight.dtype
     return [
-        (module, is_plain(module, (nn.Linear, nn.Embedding)) or _is_plain_norm(module, dtype), _addresses(module))
+        (is_plain(module, (nn.Linear, nn.Embedding)) or _is_plain_norm(module, dtype), _eps(module))
         for module in decoder.called
     ]
 
 
+def _eps(norm):
+    return getattr(norm, NORM_EPS.get(type(norm).__name__, ""), None)
+
+
 def _is_plain_norm(norm, dtype):
-    eps = getattr(norm, NORM_EPS.get(type(norm).__name__, ""), None)
     return (
-        isinstance(eps, float)
+        isinstance(_eps(norm), float)
         and not isinstance(norm, nn.RMSNorm)
         and is_plain(norm, (type(norm),))
         and norm.weight.dtype == dtype
     )
-
-
-def _addresses(module):
-    return [(p.dtype, p.device, p.data_ptr()) for p in module.parameters(recurse=False)]

@@ -1,5 +1,7 @@
 """`dkv.generate`: the denoising loop of LLaDA and Dream over a delayed cache."""
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 
@@ -8,7 +10,7 @@ from dkv.guard import check_containers
 from dkv.inputs import checked_order, count, eos_ids_of, fraction, left_padded, token_id
 from dkv.kernels.checks import IMPLS
 from dkv.policy import Decode, Policy
-from dkv.run import GenerateOutput, GenerateStats, Plan, Run, capacity_for, take_idle
+from dkv.run import GenerateOutput, GenerateStats, Plan, capacity_for, take_run
 from dkv.sampling import BY_PROBABILITY, ORDERED, RULES, Sampler
 
 __all__ = ["GenerateOutput", "GenerateStats", "generate", "prepare"]
@@ -97,25 +99,23 @@ def generate(
     """
     settings = dict(locals())
     output_history, show_progress = settings.pop("output_history"), settings.pop("show_progress")
-    run = prepare(**settings)
     history, actives = [], []
-    progress = _progress_bar(int(run.state.masked.sum())) if show_progress else None
-    while run.running():
-        if output_history:
-            actives.append(run.trimmed(run.active))
-        run.step()
-        if output_history:
-            history.append(run.trimmed(run.state.x))
+    with prepare(**settings) as run:
+        progress = _progress_bar(int(run.state.masked.sum())) if show_progress else None
+        while run.running():
+            if output_history:
+                actives.append(run.trimmed(run.active))
+            run.step()
+            if output_history:
+                history.append(run.trimmed(run.state.x))
+            if progress is not None:
+                progress.update(progress.total - progress.n - int(run.state.masked.sum()))
         if progress is not None:
-            progress.update(progress.total - progress.n - int(run.state.masked.sum()))
-    if progress is not None:
-        progress.close()
-    # from `finish` on, the memory of the run is the next one's
-    decoded_step = run.trimmed(run.state.decoded_step).long().clamp(min=-1) if output_history else None
-    output = run.finish()
-    if output_history:
-        output.history, output.active = torch.stack(history), torch.stack(actives)
-        output.decoded_step = decoded_step
+            progress.close()
+        output = run.finish()
+        if output_history:
+            output.history, output.active = torch.stack(history), torch.stack(actives)
+            output.decoded_step = run.trimmed(run.state.decoded_step).long().clamp(min=-1)
     return output
 
 
@@ -220,9 +220,6 @@ def prepare(
         cuda_graphs=bool(cuda_graphs),
         has_forecasts=counts_are_known and not any(prompt_masks),
     )
-    run = take_idle(model, plan, decoder)
-    if run is None:
-        run = Run(decoder, plan)
     x = torch.full((batch, seqlen), mask_id, device=input_ids.device)
     x[:, :prompt_length] = input_ids
     real = F.pad(real, (0, gen_length), value=True)
@@ -230,17 +227,19 @@ def prepare(
     seed = 0
     if sampler.noisy or (sampler.ordered and order is None):
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device if generator else "cpu"))
-    run.start(
-        model,
-        x,
-        real,
-        lengths=lengths,
-        prompt_masks=prompt_masks,
-        forecasts=run.schedule.forecasts(max(lengths), family.shifted) if plan.has_forecasts else None,
-        first_generated=prompt_length,
-        seed=seed,
-        order=order,
-    )
+    with contextlib.ExitStack() as stack:
+        run = stack.enter_context(take_run(model, plan, decoder))
+        run.start(
+            x,
+            real,
+            lengths=lengths,
+            prompt_masks=prompt_masks,
+            forecasts=run.schedule.forecasts(max(lengths), family.shifted) if plan.has_forecasts else None,
+            first_generated=prompt_length,
+            seed=seed,
+            order=order,
+        )
+        stack.pop_all()
     return run
 
 

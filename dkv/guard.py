@@ -1,29 +1,63 @@
-"""What a model was when its modules were taken: once a weight, module or hook is another, cached K/V are void."""
+"""Tells whether a model is what it was: cached K/V are void once a weight, module or hook is another."""
+
+import weakref
 
 
-class Snapshot:
+class Fingerprint:
     """The modules, hooks, parameters and buffers of a model at this moment.
 
-    Changes in place are seen as far as PyTorch counts them: not those through `.data`, nor those of inference tensors;
-    nor are switches that are plain attributes, such as an adapter's: `dkv.reset` after those.
+    Objects are known by identity and held weakly, the storages of tensors too: memory that was freed and is used again
+    is not taken for the old one, and nothing is kept alive. Changes of values in place are seen as far as PyTorch
+    counts them: not those through `.data`, nor those of inference tensors; nor are switches that are plain attributes,
+    such as an adapter's: `dkv.reset` after those.
+
+    Args:
+        modules: nn.Modules.
+        values: whether changes in place count.
     """
 
-    def __init__(self, model):
-        self._modules = list(model.modules())
-        self._states = list(map(_state, self._modules))
+    def __init__(self, modules, *, values):
+        self._values, self._modules = values, [weakref.ref(module) for module in modules]
+        self._states = []
+        for module in modules:
+            objects, facts = _state(module, values)
+            self._states.append(([None if each is None else weakref.ref(each) for each in objects], facts))
+
+    def covers(self, modules):
+        """Whether it was made of these modules."""
+        return [known() for known in self._modules] == list(modules)
 
     def holds(self):
         """Whether nothing has changed since."""
-        return all(_state(module) == state for module, state in zip(self._modules, self._states, strict=True))
+        return all(self._is_what_it_was(*each) for each in zip(self._modules, self._states, strict=True))
+
+    def _is_what_it_was(self, known, state):
+        module, (references, facts) = known(), state
+        if module is None:
+            return False
+        objects, facts_now = _state(module, self._values)
+        if facts_now != facts or len(objects) != len(references):
+            return False
+        return all(new is None if old is None else old() is new for old, new in zip(references, objects, strict=True))
 
 
-def _state(module):
-    return (
-        tuple(module._modules.values()),
-        [(p.data_ptr(), _version(p)) for p in module._parameters.values() if p is not None],
-        [(b.data_ptr(), _version(b)) for b in module._buffers.values() if b is not None],
-        (*module._forward_pre_hooks, *module._forward_hooks, module.__dict__.get("forward")),
-    )
+def _state(module, values):
+    """The objects that a module consists of, to be compared by identity, and facts, by value."""
+    objects = [*module._modules.values()]
+    facts = [type(module), *module._forward_pre_hooks, *module._forward_hooks, module.__dict__.get("forward")]
+    for tensors in (module._parameters, module._buffers):
+        for tensor in tensors.values():
+            if tensor is not None:
+                objects += tensor, _storage(tensor)
+                facts += tensor.data_ptr(), tensor.dtype, tensor.shape, _version(tensor) if values else None
+    return objects, facts
+
+
+def _storage(tensor):
+    try:
+        return tensor.untyped_storage()
+    except (RuntimeError, NotImplementedError):  # of some subclasses of tensors, which consist of others
+        return None
 
 
 def _version(tensor):

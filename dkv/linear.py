@@ -1,15 +1,11 @@
 """Linear layers of a step: those of one input as one product of merged weights."""
 
-import weakref
-
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dkv.kernels import product
-
-# the first of several modules -> parameter name -> the tensor that its and the others' are parts of, and references
-_MERGED = weakref.WeakKeyDictionary()
+from dkv.memory import merge
 
 
 def linear(module, x):
@@ -32,8 +28,7 @@ def is_plain(module, kinds=(nn.Linear,)):
 class Projection:
     """Linear layers of one input as one product, where all are plain; else each is called as it is.
 
-    Their weights become views of one tensor, in place of their own memory: names, values and the `nn.Parameter` objects
-    stay. What has been given other memory since (`module.to`, a swapped `.data`) is merged anew.
+    Their weights are merged, as `dkv.memory.merge` says, and kept alive by the modules alone.
     """
 
     def __init__(self, modules):
@@ -41,55 +36,24 @@ class Projection:
         self.ends = [0]
         for module in modules:
             self.ends.append(self.ends[-1] + module.out_features)
-        self.weight = self.bias = None
+        self._weight = self._bias = None
         if all(map(is_plain, modules)) and len({(m.weight.dtype, m.weight.device) for m in modules}) == 1:
-            self.weight = _merged(modules, "weight")
-            if any(m.bias is not None for m in modules):
-                if all(m.bias is not None for m in modules):
-                    self.bias = _merged(modules, "bias")
-                else:
-                    self.weight = None
+            biases = [module.bias for module in modules if module.bias is not None]
+            if len(biases) in (0, len(modules)):
+                self._weight = merge([module.weight for module in modules])
+                self._bias = merge(biases) if biases else None
 
     def __call__(self, x, first=0, last=None):
         """(rows, sum of out_features): the outputs of modules[first:last] beside each other, x (rows, in_features)."""
-        if self.weight is None:
+        if self._weight is None:
             parts = [linear(module, x) for module in self.modules[first:last]]
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         part = slice(self.ends[first], self.ends[len(self.modules) if last is None else last])
-        return product.linear(x, self.weight[part], None if self.bias is None else self.bias[part])
+        return product.linear(x, _alive(self._weight)[part], None if self._bias is None else _alive(self._bias)[part])
 
 
-def separate(model):
-    """Gives all parameters of the model that were merged memory of their own again."""
-    for module in model.modules():
-        for _, parameters in _MERGED.pop(module, {}).values():
-            for parameter in (p for p in (reference() for reference in parameters) if p is not None):
-                with torch.inference_mode(False), torch.no_grad():
-                    parameter.data = parameter.data.clone()
-
-
-def _merged(modules, name):
-    parameters = [getattr(module, name) for module in modules]
-    known = _MERGED.setdefault(modules[0], {})
-    if name not in known or not _are_parts(parameters, known[name][0]):
-        known.pop(name, None)
-        # tensors made under inference mode could not be trained later
-        with torch.inference_mode(False), torch.no_grad():
-            merged = torch.cat([parameter.detach() for parameter in parameters])
-            for parameter, part in zip(parameters, _parts(parameters, merged), strict=True):
-                parameter.data = part
-        known[name] = merged, [weakref.ref(parameter) for parameter in parameters]
-        if merged.is_cuda:
-            # the pieces left behind are too small for the next layer's: back to the device, or all layers exist twice
-            torch.cuda.empty_cache()
-    return known[name][0]
-
-
-def _parts(parameters, merged):
-    return merged.split([parameter.shape[0] for parameter in parameters])
-
-
-def _are_parts(parameters, merged):
-    if sum(parameter.shape[0] for parameter in parameters) != merged.shape[0]:
-        return False
-    return all(p.is_set_to(part) for p, part in zip(parameters, _parts(parameters, merged), strict=True))
+def _alive(merged):
+    tensor = merged()
+    if tensor is None:
+        raise RuntimeError("the model's weights were moved or replaced while it generated; begin anew.")
+    return tensor

@@ -11,15 +11,14 @@ from dkv.decoder import find_decoder
 from dkv.engine import write_active
 from dkv.forward import Forward
 from dkv.graphs import StepGraphs
-from dkv.guard import Snapshot, check_containers
+from dkv.guard import Fingerprint, check_containers
 from dkv.kernels.checks import IMPLS
 from dkv.kernels.product import fast_rows
 from dkv.kernels.reference import predictors
 from dkv.kernels.rows import Size
-from dkv.linear import separate
+from dkv.memory import memory_of, separate
 from dkv.policy import Decode, Policy
 from dkv.rooms import Room, Rooms
-from dkv.run import drop_idle
 from dkv.state import State
 
 # calls with any of these run the model's own forward: they ask for more than logits, or bring what a cache cannot know
@@ -104,7 +103,7 @@ def restore_attention(model):
         for name in ("forward", "extra_repr", "_dkv"):
             model.__dict__.pop(name, None)
         model.__dict__.update(patch.before)
-    drop_idle(model)
+    _forget(model)
     separate(model)
     return model
 
@@ -115,34 +114,35 @@ def reset(model):
     Raises:
         ValueError: neither `replace_attention` nor `generate` was used on the model.
     """
-    patch = model.__dict__.get("_dkv")
-    if not drop_idle(model) and patch is None:
+    if not _forget(model) and "_dkv" not in model.__dict__:
         raise ValueError(
             f"{type(model).__name__} has nothing to reset: use dkv.replace_attention or dkv.generate on it first."
         )
-    if patch is not None:
-        patch.session = None
+
+
+def _forget(model):
+    """Frees the memory of the model's session and of its last run; returns whether there was a run's."""
+    _take_session(model)
+    return memory_of(model).take("run") is not None
+
+
+def _take_session(model):
+    """The session, if there is one, which is then nobody else's: not another thread's, nor the next call's if this one
+    fails."""
+    session = memory_of(model).take("session")
+    if session is not None:
+        session.settle()
+    return session
 
 
 class Patch:
-    """What `replace_attention` keeps on the model: the settings, what it covered, and the running session."""
-
-    session = None
+    """What `replace_attention` keeps on the model: the settings, and what it covered."""
 
     def __init__(self, decoder, policy, block_length, impl, before, signature):
         self.policy, self.block_length, self.impl = policy, block_length, impl
         self.before, self.signature = before, signature
         self.make_output, self.honours_mask = decoder.make_output, decoder.honours_attention_mask
         self.full_is_no_mask = decoder.family.shifted
-
-    def __getstate__(self):
-        # of a copy: it has weights of its own
-        return {name: value for name, value in vars(self).items() if name != "session"}
-
-    def take_session(self):
-        """The session, if there is one, which is then nobody else's: not another thread's, nor the next call's if this
-        one fails."""
-        return vars(self).pop("session", None)
 
     def original_forward(self, model):
         return self.before.get("forward") or types.MethodType(type(model).forward, model)
@@ -160,7 +160,7 @@ def _forward(model, *args, **kwargs):
     arguments = patch.signature.bind(*args, **kwargs).arguments
     logits = None
     if model.training or torch.is_grad_enabled() or _needs_original(patch, arguments):
-        patch.take_session()
+        _take_session(model)
     else:
         with torch.autocast(arguments["input_ids"].device.type, enabled=False):
             logits = _logits(patch, model, arguments)
@@ -190,7 +190,7 @@ def _logits(patch, model, arguments):
         return None
     logits = session.logits()
     # only now: what failed, or is not done yet, is nothing to go on from
-    patch.session = session
+    memory_of(model).session = session
     return logits
 
 
@@ -199,7 +199,7 @@ def _session(patch, model, arguments):
     x, mask = arguments["input_ids"], arguments.get("attention_mask")
     mask = mask if isinstance(mask, torch.Tensor) else None
     positions = arguments.get("position_ids")
-    session = patch.take_session()
+    session = _take_session(model)
     if session is not None and session.goes_on(x, mask, positions):
         return session
     decoder = find_decoder(model)
@@ -286,6 +286,13 @@ class Session:
         self.sizes = torch.zeros(len(x), len(Size), dtype=torch.int32, device=x.device)
         self.rooms = Rooms(len(x), Room(x.numel(), x.shape[1], 0))
         self.graphs = StepGraphs(x.device) if self.forward.can_be_recorded else None
+        self.done = torch.cuda.Event() if x.is_cuda else None
+        self.stream = None
+
+    def settle(self):
+        """Waits for the last call if that was on another stream: only then may the memory be used here, or freed."""
+        if self.stream is not None and self.stream != torch.cuda.current_stream(self.stream.device):
+            self.done.synchronize()
 
     def fits(self, decoder, beginning):
         """Whether the memory, and what was recorded on it, serve a new session."""
@@ -294,7 +301,7 @@ class Session:
 
     def start(self, model, beginning):
         """Begins anew: everything real is active."""
-        self.snapshot = Snapshot(model)
+        self.fingerprint = Fingerprint(list(model.modules()), values=True)
         self.mask, self.given_positions = beginning.mask, beginning.given_positions
         first_generated = _first_generated(self.decoder, beginning)
         self.state.start(
@@ -318,7 +325,7 @@ class Session:
     def goes_on(self, x, mask, positions):
         """Whether the call is the next step; then decides what it recomputes. One host read, the only one of a step."""
         state = self.state
-        if x.shape != state.x.shape or x.device != state.x.device or not self.snapshot.holds():
+        if x.shape != state.x.shape or x.device != state.x.device or not self.fingerprint.holds():
             return False
         same = ((x == state.x) | state.masked).all() & (x == state.mask_id).any()
         if self.decoder.honours_attention_mask:
@@ -357,10 +364,13 @@ class Session:
         else:
             hidden, slots = self._hidden(room)
         values = decoder.logits(hidden[: self.count])
-        if self.count == state.x.numel():
-            return values.reshape(*state.x.shape, -1)
-        logits = values.new_full((state.x.numel(), values.shape[-1]), float("nan"))
-        return logits.index_copy_(0, slots[: self.count], values).view(*state.x.shape, -1)
+        if self.count < state.x.numel():
+            logits = values.new_full((state.x.numel(), values.shape[-1]), float("nan"))
+            values = logits.index_copy_(0, slots[: self.count], values)
+        if self.done is not None:
+            self.stream = torch.cuda.current_stream(state.x.device)
+            self.done.record(self.stream)
+        return values.reshape(*state.x.shape, -1)
 
     def _hidden(self, room):
         state = self.state

@@ -11,6 +11,7 @@ from dkv.forward import Forward
 from dkv.graphs import StepGraphs
 from dkv.kernels.product import fast_rows
 from dkv.kernels.rows import Size
+from dkv.memory import memory_of
 from dkv.policy import Policy
 from dkv.rooms import LateSizes, Room, Rooms
 from dkv.sampling import write_order
@@ -18,7 +19,6 @@ from dkv.schedule import Schedule
 from dkv.state import State
 
 CAPACITY_UNIT = 256  # columns are allocated in multiples, so that prompts of different lengths share memory and graphs
-_IDLE = weakref.WeakKeyDictionary()  # model -> the run that was finished last, whose memory the next one can use
 
 
 @dataclass
@@ -90,15 +90,14 @@ class Plan:
     has_forecasts: bool
 
 
-def take_idle(model, plan, decoder):
-    """The last finished run of the model if it was of this plan and its weights are where they were, or None."""
-    run = _IDLE.pop(model, None)
-    return run if run is not None and run.plan == plan and run.forward.is_current(decoder) else None
-
-
-def drop_idle(model):
-    """Frees the memory that a finished run keeps for the next; returns whether there was any."""
-    return _IDLE.pop(model, None) is not None
+def take_run(model, plan, decoder):
+    """A `Run` of this plan: the one that the model keeps, if it is of this plan and the weights are where they were."""
+    run = memory_of(model).take("run")
+    if run is None or run.plan != plan or not run.forward.is_current(decoder):
+        run = None  # frees its memory before the next one's is allocated
+        run = Run(decoder, plan)
+    run.model = weakref.ref(model)
+    return run
 
 
 def reads_sizes(device):
@@ -109,10 +108,13 @@ def reads_sizes(device):
 class Run:
     """Memory, graphs and counters of runs of one `Plan`, one at a time.
 
-        run.start(...)
-        while run.running():
-            run.step()
-        output = run.finish()
+        with take_run(model, plan, decoder) as run:
+            run.start(...)
+            while run.running():
+                run.step()
+            output = run.finish()
+
+    At the end of the `with`, however it comes, the memory goes back to the model. From then on it may be another run's.
 
     Attributes:
         active: (batch, capacity) bool, what the next step recomputes.
@@ -169,7 +171,7 @@ class Run:
         self.late = None if foreseen or reads_sizes(device) else LateSizes(self.sizes)
 
     @torch.no_grad()
-    def start(self, model, x, real, *, lengths, prompt_masks, forecasts, first_generated, seed, order):
+    def start(self, x, real, *, lengths, prompt_masks, forecasts, first_generated, seed, order):
         """Begins with a batch.
 
         Args:
@@ -180,7 +182,7 @@ class Run:
             seed: int; order: as in `dkv.generate`.
         """
         plan, state = self.plan, self.state
-        self.model, self.forecasts = weakref.ref(model), forecasts
+        self.forecasts = forecasts
         self.longest, self.real_positions = max(lengths), sum(lengths)
         self.unused = plan.capacity - x.shape[1]
         state.start(
@@ -226,7 +228,7 @@ class Run:
         self.steps += 1
 
     def finish(self):
-        """The `GenerateOutput`; the memory is kept for the next run of the model."""
+        """The `GenerateOutput`, which shares no memory with the run."""
         sequences = self.trimmed(self.state.x)
         recomputed, positions = self.totals.sum(0).tolist()
         excess = int(self.excess)
@@ -245,10 +247,18 @@ class Run:
         if self.graphs:
             stats.graphs = self.graphs.captured - self.began[0]
             stats.graph_seconds = self.graphs.capture_seconds - self.began[1]
+        return GenerateOutput(sequences, stats)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
         model = self.model()
         if model is not None:
-            _IDLE[model] = self
-        return GenerateOutput(sequences, stats)
+            if self.sizes.is_cuda:
+                # the next one may be on another stream
+                torch.cuda.current_stream(self.sizes.device).synchronize()
+            memory_of(model).run = self
 
     def trimmed(self, tensor):
         """A copy of a (batch, capacity) tensor without the columns that this batch does not use."""

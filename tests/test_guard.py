@@ -17,7 +17,8 @@ from test_patch import llada_loop
 
 import dkv
 from dkv.decoder import find_decoder
-from dkv.guard import Snapshot
+from dkv.guard import Fingerprint
+from dkv.memory import memory_of
 
 # products of other numbers of rows round otherwise
 assert_close = functools.partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
@@ -101,9 +102,9 @@ def test_steps_go_on_while_nothing_changes(llm):
     """Or the tests above would prove nothing."""
     dkv.replace_attention(llm)
     call(llm)
-    snapshot = Snapshot(llm)
+    fingerprint = Fingerprint(list(llm.modules()), values=True)
     cached = [bool(call(llm, filled=filled).isnan().any()) for filled in range(1, 6)]
-    assert snapshot.holds() and any(cached)
+    assert fingerprint.holds() and any(cached)
 
 
 @pytest.mark.parametrize("policy", [dkv.Decode(), dkv.Prefill()], ids=repr)
@@ -165,7 +166,7 @@ def test_a_copy_in_the_middle_of_a_session_is_a_patched_model_of_its_own(llm, co
     dkv.replace_attention(llm, dkv.Decode(4), block_length=4)
     call(llm), call(llm, filled=1), call(llm, filled=2)
     other = copied(llm)
-    assert other._dkv.session is None and other._dkv.policy.refresh_interval == 4
+    assert memory_of(other).session is None and other._dkv.policy.refresh_interval == 4
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.1)

@@ -14,6 +14,7 @@ from test_generate import MASK, prompts
 
 import dkv
 from dkv.decoder import find_decoder
+from dkv.memory import memory_of
 
 LLADAS, DREAMS = ["LLaDA", "llada_lookalike", "llada_v1", "llada_v2"], ["Dream", "dream_lookalike", "dream"]
 NAMES = LLADAS + DREAMS
@@ -327,15 +328,15 @@ def test_calls_for_more_than_logits_run_the_original(model):
     assert model(x).logits.requires_grad, "under grad mode the model's own forward runs"
     with torch.no_grad():
         model(x)
-        assert model._dkv.session is not None
+        assert memory_of(model).session is not None
         embeds = model.get_submodule("model.transformer.wte" if "LLaDA" in repr(model) else "model.embed_tokens")(x)
         torch.testing.assert_close(model(inputs_embeds=embeds).logits, expected)
-        assert model._dkv.session is None, "and the session ends"
+        assert memory_of(model).session is None, "and the session ends"
         model(x)
         model.train()
         torch.testing.assert_close(model(x).logits, expected)
         model.eval()
-        assert model._dkv.session is None
+        assert memory_of(model).session is None
         with pytest.raises(ValueError):
             model(x, use_cache=True)
 

@@ -34,6 +34,7 @@ from dkv.generate import prepare
 from dkv.graphs import recording
 from dkv.kernels import reference
 from dkv.kernels.reference import LOGITS_AT_A_TIME
+from dkv.memory import memory_of
 from dkv.sampling import Sampler
 from dkv.schedule import Schedule
 
@@ -132,7 +133,7 @@ def test_a_policy_without_a_promise(device, monkeypatch):
     dkv.reset(model("dream", device))
     monkeypatch.setattr(run, "reads_sizes", lambda device: False)
     assert_same_run(generate("dream", ids, real, **options), want)
-    assert run._IDLE[model("dream", device)].graphs is None
+    assert memory_of(model("dream", device)).run.graphs is None
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -273,7 +274,7 @@ def test_replayed_steps_are_the_steps(family, options, monkeypatch):
     take_tapes(monkeypatch, run.Run)
     for (ids, real), want in zip((prompts(9, 5), prompts(6, 12, seed=1)), eager, strict=True):
         assert_same_run(generate(family, ids, real, **options), want)
-    (idle,) = (r for m, r in run._IDLE.items() if m is llm)
+    idle = memory_of(llm).run
     assert idle.graphs.replays >= 16, "hardly a step was replayed"
     dkv.reset(llm)
 
@@ -305,7 +306,7 @@ def test_replayed_steps_under_a_foreign_loop(family, monkeypatch, device):
     dkv.replace_attention(llm, dkv.Decode(4), block_length=4)
     for one, other in zip(outputs(), want, strict=True):
         torch.testing.assert_close(one, other, equal_nan=True, atol=1e-4, rtol=1e-4)
-    graphs = llm._dkv.session.graphs
+    graphs = memory_of(llm).session.graphs
     assert graphs.captured > 0 and (device == "cuda" or graphs.replays >= 10)
 
 
@@ -435,15 +436,15 @@ def test_the_memory_of_a_run_serves_the_next(device):
     )
     dkv.generate(model("dream", device), prompts(5, device=device)[0], gen_length=4)
     generate("llada", *prompts(9, 5, device=device), **options)
-    idle = weakref.ref(run._IDLE[llm])
+    idle = weakref.ref(memory_of(llm).run)
     for layer in idle().cache.k + idle().cache.v:
         layer.fill_(float("nan"))
     ids, real = prompts(3, 14, seed=1, device=device)
     reused = generate("llada", ids, real, **options)
-    assert run._IDLE[llm] is idle()
+    assert memory_of(llm).run is idle()
     dkv.reset(llm)
     gc.collect()
-    assert idle() is None and len(run._IDLE) >= 1, "the run of another model stays"
+    assert idle() is None and memory_of(model("dream", device)).run is not None, "the run of another model stays"
     assert_same_run(generate("llada", ids, real, **options), reused)
 
 
@@ -466,17 +467,26 @@ def test_prepare_takes_what_generate_takes():
     assert dict(inspect.signature(prepare).parameters) == wanted
 
 
-def test_a_run_that_fails_leaves_nothing_behind(device):
+def test_a_run_that_fails_or_is_dropped_gives_its_memory_back(device):
     class Failing(dkv.Policy):
+        fails = False
+
         def active(self, state):
-            if int(state.step) == 3:
+            if self.fails and bool((state.step == 3).any()):
                 raise KeyError("mine")
             return torch.ones_like(state.masked)
 
-    llm = model("llada", device)
+    llm, policy, ids = model("llada", device), Failing(), prompts(6, device=device)[0]
+    want = dkv.generate(llm, ids, gen_length=8, policy=policy).sequences
+    kept, policy.fails = weakref.ref(memory_of(llm).run), True
     with pytest.raises(KeyError, match="mine"):
-        dkv.generate(llm, prompts(6, device=device)[0], gen_length=8, policy=Failing())
-    assert llm not in run._IDLE
+        dkv.generate(llm, ids + 1, gen_length=8, policy=policy)
+    policy.fails = False
+    with prepare(llm, ids + 2, gen_length=8, policy=policy) as dropped:
+        dropped.step()
+    del dropped
+    assert torch.equal(dkv.generate(llm, ids, gen_length=8, policy=policy).sequences, want)
+    assert memory_of(llm).run is kept()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

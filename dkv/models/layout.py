@@ -1,15 +1,14 @@
 """Finding the parts of a model by structure: what its config says, where its modules lie, and whether both fit."""
 
-import weakref
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from dkv.decoder import Decoder, Layer
+from dkv.memory import memory_of
 
 _REQUIRED = object()
-_ROPE_TABLES = weakref.WeakKeyDictionary()  # a model's `Decoder` is read anew at each call, its tables are kept
 NORMS = ("attn_norm", "mlp_norm")  # of the roles of `dkv.decoder.Layer`; the others are linear
 
 
@@ -189,7 +188,8 @@ def read_decoder(model, layout, settings, **what_differs):
         mask_id=settings.mask_id,
         eos_token_id=settings.eos_token_id,
         pad_token_id=settings.pad_token_id,
-        _tables=_ROPE_TABLES.setdefault(model, {}).setdefault((settings.headdim, settings.rope_theta), {}),
+        # a `Decoder` is read anew at each call, its tables are kept
+        _tables=memory_of(model).rope_tables.setdefault((settings.headdim, settings.rope_theta), {}),
         **what_differs,
     )
 
