@@ -43,8 +43,8 @@ class Fingerprint:
 
 def _state(module, values):
     """The objects that a module consists of, to be compared by identity, and facts, by value."""
-    objects = [*module._modules.values()]
-    facts = [type(module), *module._forward_pre_hooks, *module._forward_hooks, module.__dict__.get("forward")]
+    objects = [module.__dict__.get("forward"), *module._modules.values()]
+    facts = [type(module), *module._forward_pre_hooks, *module._forward_hooks]
     for tensors in (module._parameters, module._buffers):
         for tensor in tensors.values():
             if tensor is not None:

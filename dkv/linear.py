@@ -10,7 +10,10 @@ from dkv.memory import merge
 
 def linear(module, x):
     """module(x) for x (rows, in_features), whatever kind of module it is."""
-    return product.linear(x, module.weight, module.bias) if is_plain(module) else module(x)
+    if not is_plain(module):
+        return module(x)
+    # a bias may be of another dtype, as autocast takes it
+    return product.linear(x, module.weight, None if module.bias is None else module.bias.to(module.weight.dtype))
 
 
 def is_plain(module, kinds=(nn.Linear,)):
@@ -37,10 +40,12 @@ class Projection:
         for module in modules:
             self.ends.append(self.ends[-1] + module.out_features)
         self._weight = self._bias = None
-        if all(map(is_plain, modules)) and len({(m.weight.dtype, m.weight.device) for m in modules}) == 1:
+        if all(map(is_plain, modules)):
+            weights = [module.weight for module in modules]
             biases = [module.bias for module in modules if module.bias is not None]
-            if len(biases) in (0, len(modules)):
-                self._weight = merge([module.weight for module in modules])
+            alike = len({(tensor.dtype, tensor.device) for tensor in weights + biases}) == 1
+            if alike and len(biases) in (0, len(modules)):
+                self._weight = merge(weights)
                 self._bias = merge(biases) if biases else None
 
     def __call__(self, x, first=0, last=None):
