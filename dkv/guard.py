@@ -2,6 +2,8 @@
 
 import weakref
 
+from dkv.memory import storage_of
+
 
 class Fingerprint:
     """The modules, hooks, parameters and buffers of a model at this moment.
@@ -48,16 +50,9 @@ def _state(module, values):
     for tensors in (module._parameters, module._buffers):
         for tensor in tensors.values():
             if tensor is not None:
-                objects += tensor, _storage(tensor)
+                objects += tensor, storage_of(tensor)
                 facts += tensor.data_ptr(), tensor.dtype, tensor.shape, _version(tensor) if values else None
     return objects, facts
-
-
-def _storage(tensor):
-    try:
-        return tensor.untyped_storage()
-    except (RuntimeError, NotImplementedError):  # of some subclasses of tensors, which consist of others
-        return None
 
 
 def _version(tensor):

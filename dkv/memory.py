@@ -85,6 +85,14 @@ def with_own_storage(part: Tensor) -> Tensor:
     return from_dlpack(to_dlpack(part))
 
 
+def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
+    """The storage of a tensor; None for subclasses that consist of other tensors."""
+    try:
+        return tensor.untyped_storage()
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
 def _merged(parameters):
     """The tensor that the parameters are, one after the other, or None."""
     known = _MERGED.get(parameters[0].untyped_storage())
@@ -105,5 +113,5 @@ def separate(model: nn.Module) -> None:
     """Gives all parameters of the model that were merged memory of their own again."""
     with _SETUP, torch.inference_mode(False), torch.no_grad():
         for parameter in model.parameters():
-            if parameter.untyped_storage() in _MERGED:
+            if storage_of(parameter) in _MERGED:
                 parameter.data = parameter.data.clone()
