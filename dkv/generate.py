@@ -52,7 +52,8 @@ def generate(
     The model computes, saves and moves as before, but the weights of its layers with the same input (Q, K and V; gate
     and up) come to lie next to each other: the first call moves them, so no other thread may then run the model itself.
     Threads may share a model after that, and may call this function at any time. The memory of a run is kept for the
-    next one of the same kind, `dkv.reset(model)` frees it. Mask tokens inside a prompt are filled in with the first block.
+    next one of the same kind, `dkv.reset(model)` frees it. Mask tokens inside a prompt are filled in with the first
+    block.
 
     Args:
         model: a model of `dkv.from_pretrained`, or Hugging Face's remote-code LLaDA or Dream, in eval mode.
