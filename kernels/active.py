@@ -57,7 +57,7 @@ def _is_unstable(
     if STABLE == "decoded":
         unstable = decoded_step > limit
     elif STABLE == "next":
-        first_step = tl.load(decoded_ptr + first_column)
+        first_step = tl.load(decoded_ptr + tl.minimum(tl.maximum(first_column, 0), seqlen - 1))
         unstable = tl.where(columns == seqlen - 1, first_step, next_step) > limit
     else:
         this_step = tl.load(decoded_ptr + tl.maximum(tl.minimum(columns, seqlen - 2), 0))
@@ -130,7 +130,8 @@ def _active_positions_kernel(
     if SHIFTED:
         next_is_candidate = tl.load(candidates_ptr + first + columns + 1, mask=columns + 1 < seqlen, other=0) != 0
         # a mask in the first column is predicted by its own output
-        needed = (next_is_candidate & (columns + 1 != first_column)) | (candidates & (columns == first_column))
+        first_real = tl.maximum(first_column, 0)
+        needed = (next_is_candidate & (columns + 1 > first_real)) | (candidates & (columns <= first_real))
 
     if chosen_ptr is not None:
         active = tl.load(chosen_ptr + first + columns, mask=in_row, other=0) != 0

@@ -85,7 +85,7 @@ def _advance_rows_kernel(
 
     findable = masked if PROMPT_MASKS_WAIT else masked & (columns >= first_generated)
     first_mask = tl.min(tl.where(findable, columns, COLUMNS), 0)
-    block_length = tl.load(counters_ptr + BLOCK_LENGTH)
+    block_length = tl.maximum(tl.load(counters_ptr + BLOCK_LENGTH), 1)
     old_block = tl.load(counters_ptr + BLOCK)
     block = tl.where(first_mask < COLUMNS, tl.maximum(first_mask - first_generated, 0) // block_length, old_block)
     entered = block != old_block
@@ -106,7 +106,8 @@ def _advance_rows_kernel(
     tl.store(candidates_ptr + first + columns, in_block, mask=in_row)
     if commits_ptr is not None:
         # a row without blocks keeps -1
-        place = tl.minimum(tl.maximum(block, 0), blocks - 1) * block_steps + tl.minimum(block_step, block_steps - 1)
+        place = tl.minimum(tl.maximum(block, 0), blocks - 1) * block_steps
+        place += tl.minimum(tl.maximum(block_step, 0), block_steps - 1)
         tl.store(counts_ptr + row, tl.load(commits_ptr + row * blocks * block_steps + place))
 
 

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from dkv.kernels import checks, reference
 from dkv.kernels.launch import MAX_SPLITS, attention_launch, merge_launch, num_splits_heuristic, processors
+from dkv.kernels.packing import load_bound
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -147,21 +148,25 @@ def _delayed_attention_kernel(
     NHEADS: tl.constexpr = GROUP * NHEADS_K
     offs_d = tl.arange(0, HEADDIM)
 
-    # the programs of row `batch` exist in unsplit launches only: they clear the padding queries behind the last row
+    # the programs of row `batch` exist in unsplit launches only: they clear the padding queries, in front of the first
+    # row and behind the last one
     if row == batch:
-        first_token = tl.minimum(tl.load(cu_seqlens_q_ptr + batch), total) + block * BLOCK_M
-        for start in range(first_token, total, blocks * BLOCK_M):
-            padding = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
+        in_front = load_bound(cu_seqlens_q_ptr, 0, total)
+        end = load_bound(cu_seqlens_q_ptr, batch, total)
+        count = in_front + total - end
+        for start in range(block * BLOCK_M, count, blocks * BLOCK_M):
+            padding = start + tl.arange(0, BLOCK_M)
+            tokens = tl.where(padding < in_front, padding, padding - in_front + end).to(tl.int64)
             for group in range(GROUP):
                 head = head_k * GROUP + group
-                out_ptrs = out_ptr + (padding[:, None] * NHEADS + head) * HEADDIM + offs_d[None, :]
+                out_ptrs = out_ptr + (tokens[:, None] * NHEADS + head) * HEADDIM + offs_d[None, :]
                 zeros = tl.zeros([BLOCK_M, HEADDIM], dtype=out_ptr.dtype.element_ty)
-                tl.store(out_ptrs, zeros, mask=(padding < total)[:, None])
-                tl.store(lse_ptr + head * total.to(tl.int64) + padding, float("-inf"), mask=padding < total)
+                tl.store(out_ptrs, zeros, mask=(padding < count)[:, None])
+                tl.store(lse_ptr + head * total.to(tl.int64) + tokens, float("-inf"), mask=padding < count)
         return
 
-    query_start = tl.load(cu_seqlens_q_ptr + row)
-    queries = tl.minimum(tl.load(cu_seqlens_q_ptr + row + 1), total) - query_start
+    query_start = load_bound(cu_seqlens_q_ptr, row, total)
+    queries = load_bound(cu_seqlens_q_ptr, row + 1, total) - query_start
     if block * BLOCK_M >= queries * GROUP:
         return
 
@@ -195,7 +200,7 @@ def _delayed_attention_kernel(
         first_key = tl.maximum(tl.load(leftpad_ptr + row), 0)
     end_key = seqlen_cache
     if HAS_SEQLENS:
-        end_key = tl.minimum(tl.load(seqlens_ptr + row), seqlen_cache)
+        end_key = tl.maximum(tl.minimum(tl.load(seqlens_ptr + row), seqlen_cache), 0)
     # the loop walks columns, or entries of the key index
     loop_start = first_key
     loop_end = end_key
@@ -311,14 +316,16 @@ def _merge_splits_kernel(
     # [SPLITS, BLOCK_M]
     lse_ptrs = partial_lse_ptr + (offs_s * rows)[:, None] + offs_lse[None, :]
     lse = tl.load(lse_ptrs, mask=valid, other=float("-inf"))
-    queries = tl.load(cu_seqlens_q_ptr + batch)
+    # the first bound and the last in one load: of two, one would wait
+    ends = tl.load(cu_seqlens_q_ptr + tl.arange(0, 2) * batch)
 
     max_lse = tl.max(lse, 0)
     pivot = tl.where(max_lse == float("-inf"), 0.0, max_lse)
     weights = tl.exp2((lse - pivot[None, :]) * LOG2_E)
     weight_sum = tl.sum(weights, 0)
-    # no valid key; or a padding query behind the last row, for which nothing was written: what was read is garbage
-    empty = (weight_sum == 0.0) | (tokens >= queries)
+    # no valid key; or a padding query, for which nothing was written: what was read is garbage
+    first, last = tl.sum(tl.where(tl.arange(0, 2) == 0, ends, 0)), tl.sum(tl.where(tl.arange(0, 2) == 1, ends, 0))
+    empty = (weight_sum == 0.0) | (tokens < first) | (tokens >= last)
     weight_sum = tl.where(empty, 1.0, weight_sum)
     # [BLOCK_M, HEADDIM]
     out = tl.sum(partial * weights[:, :, None], 0) / weight_sum[:, None]
@@ -352,7 +359,7 @@ def _launch(
     if total == 0:
         return (out, lse) if return_softmax_lse else out
 
-    max_rows = (total if max_seqlen_q is None else max_seqlen_q) * group
+    max_rows = (total if max_seqlen_q is None else min(max_seqlen_q, total)) * group
     max_keys = seqlen_cache if key_index is None else key_index.shape[1]
     launch = attention_launch(q.device, q.dtype, max_rows)
     # one block at least: it clears the padding queries where no row has a query
@@ -515,8 +522,8 @@ def delayed_attention(
             packed by batch row; the last dim contiguous. headdim is 16, 32, 64 or 128.
         k_cache, v_cache: (batch, seqlen_cache, nheads_k, headdim), the dtype of q, any strides with the last dim
             contiguous. nheads is a multiple of nheads_k: query head h reads K/V head h // (nheads / nheads_k).
-        cu_seqlens_q: (batch + 1,) int32, from 0. The queries of row b are cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1; a
-            row may have none. Queries from cu_seqlens_q[-1] on are padding: they get zeros and lse -inf.
+        cu_seqlens_q: (batch + 1,) int32, rising. The queries of row b are cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1,
+            as far as there are so many; a row may have none. Those of no row are padding: they get zeros and lse -inf.
         max_seqlen_q: an upper bound, known on the host, of the number of queries of any row. None: total. Of a row with
             more, queries may get NaN.
         cache_leftpad, cache_seqlens: (batch,) int32. The valid columns of row b are cache_leftpad[b] ..

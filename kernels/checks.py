@@ -123,6 +123,16 @@ def check_last_dim_contiguous(**tensors):
             )
 
 
+def check_not_expanded(**tensors):
+    """Of tensors that are written to: no two elements of a dim may lie in the same place."""
+    for name, tensor in tensors.items():
+        if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise ValueError(
+                f"{name} is written in place and must not be expanded, got strides {tensor.stride()} for shape "
+                f"{tuple(tensor.shape)}; call .clone() on it and keep that."
+            )
+
+
 def check_headdim(headdim):
     if headdim not in HEADDIMS:
         raise NotImplementedError(f"headdim must be one of {HEADDIMS}, got {headdim}.")

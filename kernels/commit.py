@@ -20,6 +20,7 @@ import triton.language as tl
 
 from dkv.kernels import checks, reference
 from dkv.kernels.launch import commit_launch
+from dkv.kernels.packing import load_bound
 
 
 @triton.jit
@@ -29,7 +30,7 @@ def _load_scores(scores_ptr, entries, end):
     return tl.where(scores == scores, scores, float("-inf"))
 
 
-@triton.jit(do_not_specialize=["batch", "total"], do_not_specialize_on_alignment=["limits_ptr"])
+@triton.jit(do_not_specialize=["batch", "total", "seqlen"], do_not_specialize_on_alignment=["limits_ptr"])
 def _commit_tokens_kernel(
     # pointers
     x_ptr,
@@ -43,6 +44,7 @@ def _commit_tokens_kernel(
     # sizes
     batch,
     total,
+    seqlen,
     # scalars
     limit,
     # constants
@@ -52,22 +54,33 @@ def _commit_tokens_kernel(
 ):
     row = tl.program_id(0)
     block = tl.program_id(1)
-    start = tl.load(cu_seqlens_ptr + row)
 
-    # the programs of row `batch` clear the padding entries behind the last row
+    # the programs of row `batch` clear the padding entries, in front of the first row and behind the last one
     if row == batch:
-        for first in range(start + block * BLOCK_N, total, tl.num_programs(1) * BLOCK_N):
+        in_front = load_bound(cu_seqlens_ptr, 0, total)
+        end = load_bound(cu_seqlens_ptr, batch, total)
+        count = in_front + total - end
+        for first in range(block * BLOCK_N, count, tl.num_programs(1) * BLOCK_N):
             padding = first + tl.arange(0, BLOCK_N)
-            tl.store(chosen_ptr + padding, tl.zeros([BLOCK_N], dtype=tl.int1), mask=padding < total)
+            places = tl.where(padding < in_front, padding, padding - in_front + end)
+            tl.store(chosen_ptr + places, tl.zeros([BLOCK_N], dtype=tl.int1), mask=padding < count)
         return
 
-    end = tl.minimum(tl.load(cu_seqlens_ptr + row + 1), total)
+    start = load_bound(cu_seqlens_ptr, row, total)
+    row_end = load_bound(cu_seqlens_ptr, row + 1, total)
+    # what a row has beyond its columns is padding too
+    end = tl.minimum(row_end, start + seqlen)
+    if block == 0:
+        for first in range(end, row_end, BLOCK_N):
+            padding = first + tl.arange(0, BLOCK_N)
+            tl.store(chosen_ptr + padding, tl.zeros([BLOCK_N], dtype=tl.int1), mask=padding < row_end)
     if start + block * BLOCK_M >= end:
         return
 
     # [BLOCK_M]
     entries = start + block * BLOCK_M + tl.arange(0, BLOCK_M)
     in_row = entries < end
+    slots = tl.load(slots_ptr + entries, mask=in_row, other=-1)
     scores = _load_scores(scores_ptr, entries, end)
     # [BLOCK_M, BLOCK_N]
     ahead = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.int32)
@@ -90,10 +103,9 @@ def _commit_tokens_kernel(
             # scores fall and limits rise with the rank, so whoever passes has only such before it that pass
             least = 1.0 - tl.div_rn(least, (rank + 2).to(tl.float32))
         chosen = (scores >= least) | (rank == 0)
+    chosen &= (slots >= 0) & (slots < batch.to(tl.int64) * seqlen)
     tl.store(chosen_ptr + entries, chosen, mask=in_row)
-    written = chosen & in_row
-    slots = tl.load(slots_ptr + entries, mask=written, other=0)
-    tl.store(x_ptr + slots, tl.load(tokens_ptr + entries, mask=written, other=0), mask=written)
+    tl.store(x_ptr + slots, tl.load(tokens_ptr + entries, mask=chosen, other=0), mask=chosen)
 
 
 def _launch(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=None, factor=None):
@@ -109,7 +121,7 @@ def _launch(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=None, fac
         rule, value = "factor", factor
     limit, limits = checks.float_and_tensor(value)
     launch = commit_launch(x.device)
-    # slots are distinct, so no row has more entries than columns; one block at least, for the padding
+    # one block at least, for the padding; slots are distinct, so no row has more entries than columns
     blocks = max(triton.cdiv(min(total, seqlen), launch.block_m), 1)
     with checks.device_guard(x):
         _commit_tokens_kernel[(batch + 1, blocks)](
@@ -123,6 +135,7 @@ def _launch(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=None, fac
             chosen_ptr=chosen,
             batch=batch,
             total=total,
+            seqlen=seqlen,
             limit=limit,
             RULE=rule,
             BLOCK_M=launch.block_m,
@@ -176,9 +189,10 @@ def commit_tokens(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=Non
         tokens: (total,) int64: what each entry would write.
         scores: (total,) float32 (float64: impl "reference" only): higher is committed first, of equal ones the earlier
             entry; NaN counts as -inf. With threshold or factor these are probabilities.
-        slots: (total,) int64: row * seqlen + column of each entry, distinct.
-        cu_seqlens: (batch + 1,) int32, from 0. The entries of row b are cu_seqlens[b] .. cu_seqlens[b + 1] - 1, as far
-            as there are so many; a row may have none. Entries from cu_seqlens[-1] on are padding, never chosen.
+        slots: (total,) int64: row * seqlen + column of each entry, distinct. An entry with a slot that x does not have,
+            as -1, is ranked like the others and never chosen.
+        cu_seqlens: (batch + 1,) int32, rising. The entries of row b are cu_seqlens[b] .. cu_seqlens[b + 1] - 1, as far
+            as there are so many and as x has columns; a row may have none. Those of no row are padding, never chosen.
         counts: (batch,) int32 or int64: how many entries of each row are committed; all of a row that has fewer. May be
             None with threshold or factor, which take its place.
         threshold: a float, or (batch,) float32 (float64 too for float64 scores), one for each row: commits every entry

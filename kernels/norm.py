@@ -116,7 +116,7 @@ def add_rms_norm(x, residual, weight, eps, *, impl="auto"):
 
     Args:
         x: (rows, size), float16, bfloat16 or float32 (float64: impl "reference" only), any strides.
-        residual: like x, in memory of its own, or None.
+        residual: like x, in memory of its own and not expanded, or None.
         weight: (size,), the dtype of x, contiguous.
         eps: added to the mean of the squares.
         impl: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "reference".
@@ -145,6 +145,7 @@ def add_rms_norm(x, residual, weight, eps, *, impl="auto"):
     if residual is not None:
         checks.check_shape("residual", residual, tuple(x.shape), "(rows, size)")
         checks.check_same("x", x, residual=residual)
+        checks.check_not_expanded(residual=residual)
     impl = checks.resolve_impl(impl, _add_rms_norm_kernel, x)
     if residual is None:
         return checks.pick(torch.ops.dkv.rms_norm, _rms_norm)(x, weight, eps, impl)

@@ -21,6 +21,12 @@ from dkv.kernels.rows import COUNTERS, FIRST_COLUMN, REQUEST, SEED, SIZE_CANDIDA
 
 
 @triton.jit
+def load_bound(cu_seqlens_ptr, row, total):
+    """Where a row begins, an element of cu_seqlens, among `total` entries: whatever it is, between 0 and total."""
+    return tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + row), 0), total)
+
+
+@triton.jit
 def _rows_before(counts_ptr, stride, row, flag_rows, BLOCK: tl.constexpr):
     """The sum of the counts of all rows before this one, and [BLOCK] the largest ones.
 
@@ -38,7 +44,7 @@ def _rows_before(counts_ptr, stride, row, flag_rows, BLOCK: tl.constexpr):
 
 @triton.jit
 def _fill(list_ptr, start, end, value, BLOCK: tl.constexpr):
-    for first in range(start, end, BLOCK):
+    for first in range(tl.maximum(start, 0), end, BLOCK):
         places = first + tl.arange(0, BLOCK)
         tl.store(list_ptr + places, tl.full([BLOCK], value, dtype=tl.int64), mask=places < end)
 
@@ -105,6 +111,9 @@ def _pack_positions_kernel(
                 tl.store(excess_ptr, tl.maximum(tl.load(excess_ptr), excess))
         return
 
+    # whatever the counts are, nothing is written in front of the lists; and behind them all places are the same
+    place = tl.minimum(tl.maximum(place, 0), capacity)
+    candidate_place = tl.minimum(tl.maximum(candidate_place, 0), candidate_capacity)
     row64, flag_row = row.to(tl.int64), (row % flag_rows).to(tl.int64)
     first_column = 0
     if ids_ptr is not None:
@@ -137,7 +146,7 @@ def _pack_positions_kernel(
                 tl.store(keys_ptr + candidate_places, keys.to(tl.int64), mask=written)
             if SHIFTED:
                 # a mask in the first column is predicted by its own output
-                before = (columns != first_column).to(tl.int32)
+                before = (columns > tl.maximum(first_column, 0)).to(tl.int32)
                 places -= active * before
                 slots -= before
             # a predictor is always active; what found no room has no place

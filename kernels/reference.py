@@ -5,6 +5,7 @@ oracle. They read small index tensors on the host, so on a GPU they synchronise;
 """
 
 import itertools
+import operator
 from typing import NamedTuple
 
 import torch
@@ -35,15 +36,35 @@ def rotate_half_split(x, cos, sin):
 
 def rope_cache_update(q, k, v, cos, sin, positions, slots, k_cache, v_cache, *, k_descale=None, v_descale=None):
     """Twin of `dkv.kernels.rope_cache_update`."""
-    count = int((slots >= 0).sum())
-    if count < slots.shape[0]:
+    num_slots = k_cache.shape[0] * k_cache.shape[1]
+    least, most = _extremes(slots)
+    if least >= 0 and most < num_slots:
+        return _rope_cache_update(q, k, v, cos, sin, positions, slots, k_cache, v_cache)
+    q_rotated = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    written = slots >= 0
+    if most >= num_slots:
+        written &= slots < num_slots
+    count = int(written.sum())
+    if count > 0:
         # padding, mostly behind the others
-        written = slice(count) if bool((slots[:count] >= 0).all()) else slots >= 0
-        q_rotated = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-        q_rotated[written] = rope_cache_update(
+        written = slice(count) if bool(written[:count].all()) else written
+        q_rotated[written] = _rope_cache_update(
             q[written], k[written], v[written], cos, sin, positions[written], slots[written], k_cache, v_cache
         )
-        return q_rotated
+    return q_rotated
+
+
+def _extremes(indices):
+    """The least and the largest one, in one pass, where comparisons of all take several; 0 and -1 of none."""
+    if indices.shape[0] == 0:
+        return 0, -1
+    least, most = indices.aminmax()
+    return least.item(), most.item()
+
+
+def _rope_cache_update(q, k, v, cos, sin, positions, slots, k_cache, v_cache):
+    """The same for slots that are all there."""
+    positions = positions.clamp(0, cos.shape[0] - 1)
     cos, sin = cos.index_select(0, positions)[:, None], sin.index_select(0, positions)[:, None]
     k_rotated = rotate_half_split(k, cos, sin)
     if k_cache.shape[0] == 1:
@@ -210,17 +231,18 @@ def pack_step(
             found = torch.maximum(ends[-1] - places, ends.diff().max() - per_row)
             torch.maximum(excess, found, out=excess)
     at = slots.clamp(min=0)
-    rows = at // active.shape[1]
     keys = None
+    if noisy or shifted:
+        rows = at // active.shape[1]
+        columns, first_column = at - rows * active.shape[1], counters[rows, Counter.FIRST_COLUMN]
     if noisy:
         row = counters[rows]
-        columns = at - rows * active.shape[1]
         keys = noise.noise_key(
-            row[:, Counter.SEED], row[:, Counter.REQUEST], row[:, Counter.STEP], columns - row[:, Counter.FIRST_COLUMN]
+            row[:, Counter.SEED], row[:, Counter.REQUEST], row[:, Counter.STEP], columns - first_column
         )
     if shifted:
         # a mask in the first column is predicted by its own output
-        at = torch.maximum(at - 1, rows * active.shape[1] + counters[rows, Counter.FIRST_COLUMN])
+        at = at - (columns > first_column.clamp(min=0)).long()
     places = (active.flatten().cumsum(0)[at] - 1).clamp(0, max(capacity - 1, 0))
     return packed, Packed(slots, cu_seqlens, positions.flatten()[at], places=places, keys=keys)
 
@@ -245,7 +267,8 @@ def recomputed(decoded_step, counters, rule, *, shifted, candidates=None, rank=N
             active = decoded_step > limit
         elif rule.stable == "next":
             # the last column has no next: it takes the first one's
-            first = decoded_step.gather(1, counters[:, Counter.FIRST_COLUMN, None])
+            first_column = counters[:, Counter.FIRST_COLUMN, None].clamp(0, decoded_step.shape[1] - 1)
+            first = decoded_step.gather(1, first_column)
             active = torch.cat((decoded_step[:, 1:], first), dim=1) > limit
         else:
             active = torch.maximum(decoded_step, following) > limit
@@ -310,8 +333,8 @@ def predictors(candidates, first_column, *, shifted):
         return candidates
     columns = torch.arange(candidates.shape[1], device=candidates.device)
     # a mask in the first column is predicted by its own output
-    first = candidates & (columns == first_column)
-    # nothing rolls over the edge: what is in column 0 is first or padding
+    first = candidates & (columns <= first_column.clamp(min=0))
+    # nothing rolls over the edge: column 0 is among the first
     return (candidates & ~first).roll(-1, dims=1) | first
 
 
@@ -396,7 +419,8 @@ def advance_rows(
     """
     columns = torch.arange(x.shape[1], device=x.device)
     step, block_step, old_block = (counters[:, c, None] for c in (Counter.STEP, Counter.BLOCK_STEP, Counter.BLOCK))
-    first_generated, block_length = counters[:, Counter.FIRST_GENERATED, None], counters[:, Counter.BLOCK_LENGTH, None]
+    first_generated = counters[:, Counter.FIRST_GENERATED, None]
+    block_length = counters[:, Counter.BLOCK_LENGTH, None].clamp(min=1)
     was_masked = decoded_step == MASKED
     masked = was_masked & (x == mask_id)
     if end_ids is not None:
@@ -422,20 +446,31 @@ def advance_rows(
     candidates.copy_(in_block if due is None else in_block & (due <= block_step))
     if commits is not None:
         _, blocks, block_steps = commits.shape
-        place = block.clamp(0, blocks - 1) * block_steps + block_step.clamp(max=block_steps - 1)
+        place = block.clamp(0, blocks - 1) * block_steps + block_step.clamp(0, block_steps - 1)
         counts.copy_(commits.flatten(1).gather(1, place)[:, 0])
 
 
 def commit_tokens(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=None, factor=None):
     """Twin of `dkv.kernels.commit_tokens`."""
     total = tokens.shape[0]
-    lengths = cu_seqlens.clamp(max=total).diff()
-    columns = torch.arange(max(lengths.tolist(), default=0), device=x.device)
+    ends = cu_seqlens.tolist()
+    if ends[0] < 0 or ends[-1] > total or ends != sorted(ends):
+        # rows of falling bounds are empty
+        cu_seqlens = cu_seqlens.clamp(0, total).cummax(0).values
+        ends = cu_seqlens.tolist()
+    first, last, (rows, seqlen) = ends[0], ends[-1], x.shape
+    columns = torch.arange(max(map(operator.sub, ends[1:], ends), default=0), device=x.device)
     # one line per row, the entries first
-    in_row = columns < lengths[:, None]
-    padded = torch.full(in_row.shape, float("-inf"), dtype=scores.dtype, device=x.device)
-    scores = padded.masked_scatter_(in_row, scores)
-    scores.nan_to_num_(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+    in_row = None
+    if last - first == rows * columns.shape[0]:
+        scores = scores[first:last].view(rows, columns.shape[0])
+    else:
+        in_row = columns < cu_seqlens.diff().unsqueeze(1)
+        padded = torch.full(in_row.shape, float("-inf"), dtype=scores.dtype, device=x.device)
+        scores = padded.masked_scatter_(in_row, scores[first:] if first else scores)
+    scores = scores.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+    if columns.shape[0] > seqlen:
+        scores[:, seqlen:] = float("-inf")
     order = scores.argsort(dim=1, descending=True, stable=True)
     ranks = torch.empty_like(order).scatter_(1, order, columns.expand_as(order))
     threshold, factor = (v[:, None] if isinstance(v, torch.Tensor) else v for v in (threshold, factor))
@@ -446,11 +481,22 @@ def commit_tokens(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=Non
         limits = 1 - torch.zeros_like(scores).add_(factor) / (ranks + 2)
         chosen = (scores >= limits) | (ranks == 0)
     else:
-        chosen = ranks < counts[:, None]
-    chosen = chosen.masked_select(in_row)
-    chosen = F.pad(chosen, (0, total - chosen.shape[0]))
-    entries = chosen.nonzero()[:, 0]
-    x.view(-1).index_copy_(0, slots.index_select(0, entries), tokens.index_select(0, entries))
+        chosen = ranks < counts.unsqueeze(1)
+    if columns.shape[0] > seqlen:
+        chosen[:, seqlen:] = False
+    lines, chosen = chosen, torch.zeros(total, dtype=torch.bool, device=x.device)
+    if in_row is None:
+        chosen[first:last] = lines.flatten()
+    else:
+        torch.masked_select(lines, in_row, out=chosen[first:last])
+    entries = chosen.nonzero().squeeze(1)
+    places = slots.index_select(0, entries)
+    least, most = _extremes(places)
+    if least < 0 or most >= x.numel():
+        chosen &= (slots >= 0) & (slots < x.numel())
+        entries = chosen.nonzero().squeeze(1)
+        places = slots.index_select(0, entries)
+    x.view(-1).index_copy_(0, places, tokens.index_select(0, entries))
     return chosen
 
 

@@ -25,7 +25,7 @@ def _rotate(x_ptrs, valid, cos, sin, HALF: tl.constexpr):
     return x1 * cos - x2 * sin, x2 * cos + x1 * sin
 
 
-@triton.jit(do_not_specialize=["total", "seqlen_cache"])
+@triton.jit(do_not_specialize=["total", "seqlen_cache", "num_slots", "max_position"])
 def _rope_cache_kernel(
     # pointers
     q_ptr,
@@ -55,6 +55,8 @@ def _rope_cache_kernel(
     # sizes
     total,
     seqlen_cache,
+    num_slots,
+    max_position,
     # constants
     NHEADS: tl.constexpr,
     NHEADS_K: tl.constexpr,
@@ -70,9 +72,12 @@ def _rope_cache_kernel(
     in_range = tokens < total
 
     # padding entries have no position, and nothing of them reaches the cache
-    slots = tl.load(slots_ptr + tokens, mask=in_range, other=-1).to(tl.int32)
-    written = slots >= 0
-    positions = tl.load(positions_ptr + tokens, mask=written, other=0).to(tl.int64)
+    slots = tl.load(slots_ptr + tokens, mask=in_range, other=-1)
+    written = (slots >= 0) & (slots < num_slots)
+    # narrow enough to divide fast, and only now
+    slots = slots.to(num_slots.dtype)
+    positions = tl.load(positions_ptr + tokens, mask=written, other=0)
+    positions = tl.minimum(tl.maximum(positions, 0), max_position - 1).to(tl.int64)
     # [BLOCK_T, 1, HALF]
     cos = tl.load(cos_ptr + positions * stride_angle + offs_d)
     sin = tl.load(sin_ptr + positions * stride_angle + offs_d)
@@ -136,7 +141,10 @@ def _launch(q, k, v, cos, sin, positions, slots, k_cache, v_cache):
             stride_v_cache_column=v_cache.stride(1),
             stride_v_cache_head=v_cache.stride(2),
             total=total,
-            seqlen_cache=k_cache.shape[1],
+            # nothing is written where there is no column, but the kernel divides by their number
+            seqlen_cache=max(k_cache.shape[1], 1),
+            num_slots=k_cache.shape[0] * k_cache.shape[1],
+            max_position=cos.shape[0],
             NHEADS=nheads,
             NHEADS_K=nheads_k,
             HALF=headdim // 2,
@@ -184,11 +192,11 @@ def rope_cache_update(
         k, v: (total, nheads_k, headdim), the dtype of q. nheads is a multiple of nheads_k. One of them may be 0: then
             only keys and values are written, or only queries rotated.
         cos, sin: (max_position, headdim // 2) float32, of the half-split RoPE.
-        positions: (total,) int32 or int64, 0 .. max_position - 1: the RoPE position of each token.
-        slots: (total,) int32 or int64: row * seqlen_cache + column of each token's K/V; -1: a padding entry, of which
-            nothing is written and whose rotated query is zero.
+        positions: (total,) int32 or int64: the RoPE position of each token, clamped to 0 .. max_position - 1.
+        slots: (total,) int32 or int64: row * seqlen_cache + column of each token's K/V; -1, or any other that the cache
+            does not have: a padding entry, of which nothing is written and whose rotated query is zero.
         k_cache, v_cache: (batch, seqlen_cache, nheads_k, headdim), the dtype of q, any strides with the last dim
-            contiguous.
+            contiguous, not expanded.
         k_descale, v_descale: reserved for 8-bit caches; must be None.
         impl: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "reference".
 
@@ -226,6 +234,9 @@ def rope_cache_update(
     checks.check_index("positions", positions, q, (total,), "(total,)", torch.int32, torch.int64)
     checks.check_index("slots", slots, q, (total,), "(total,)", torch.int32, torch.int64)
     checks.check_last_dim_contiguous(q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
+    checks.check_not_expanded(k_cache=k_cache, v_cache=v_cache)
+    if cos.shape[0] == 0:
+        raise ValueError("cos and sin must have a row for each position, one at least, got none.")
     if cos.stride(0) != sin.stride(0):
         raise ValueError(f"cos and sin must have the same strides, got {cos.stride()} and {sin.stride()}.")
     impl = checks.resolve_impl(impl, _rope_cache_kernel, q)
