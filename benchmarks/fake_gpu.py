@@ -27,6 +27,7 @@ from dkv import guard, linear, run  # noqa: E402
 from dkv.decoder import find_decoder  # noqa: E402
 from dkv.kernels import checks, lm_head  # noqa: E402
 from dkv.kernels import launch as tables  # noqa: E402
+from dkv.kernels.rows import Size  # noqa: E402
 from dkv.sampling import Sampler  # noqa: E402
 from dkv.schedule import Schedule  # noqa: E402
 
@@ -222,7 +223,8 @@ class NothingLater:
     """In place of `LateSizes`: nothing is known but the bounds."""
 
     def __init__(self, like):
-        self.rows = [[2**30] * like.shape[1]] * like.shape[0]
+        row = [-1 if size == Size.NAN_STEP else 2**30 for size in Size]
+        self.rows = [row] * like.shape[0]
 
     def post(self, sizes):
         pass

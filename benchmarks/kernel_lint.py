@@ -187,7 +187,8 @@ def _call_commit(empty, *, rule="counts", limits=False):
     counts = empty(batch, dtype=torch.int64) if rule == "counts" else None
     limit = empty(batch) if limits else 0.9
     x, cu_seqlens = empty(batch, seqlen, dtype=torch.int64), empty(batch + 1, dtype=torch.int32)
-    commit._launch(x, tokens, empty(total), slots, cu_seqlens, counts, **({} if rule == "counts" else {rule: limit}))
+    options = {"counters": empty(batch, len(Counter), dtype=torch.int64)} | ({} if rule == "counts" else {rule: limit})
+    commit._launch(x, tokens, empty(total), slots, cu_seqlens, counts, **options)
 
 
 def _call_packing(empty, *, step=False, noisy=False):

@@ -10,7 +10,7 @@ from dkv.engine import rule_of, write_active
 from dkv.forward import Forward
 from dkv.graphs import StepGraphs
 from dkv.kernels.product import fast_rows
-from dkv.kernels.rows import Size
+from dkv.kernels.rows import Counter, Size
 from dkv.memory import memory_of
 from dkv.policy import Policy
 from dkv.rooms import LateSizes, Room, Rooms
@@ -203,7 +203,7 @@ class Run:
             self.commits.copy_(self.schedule.commits(prompt_masks))
         self.bounds = None if forecasts is None else [self._bound(forecast) for forecast in forecasts]
         self.rooms = self._rooms(max(prompt_masks))
-        self.steps, self.sizes_read = 0, None
+        self.steps, self.sizes_read, self.masks_left = 0, None, [float("inf")] * plan.batch
         self.totals.zero_()
         self.excess.zero_()
         self.began = (self.graphs.captured, self.graphs.capture_seconds) if self.graphs else (0, 0.0)
@@ -230,13 +230,15 @@ class Run:
     def finish(self):
         """The `GenerateOutput`, which shares no memory with the run."""
         sequences = self.trimmed(self.state.x)
-        recomputed, positions = self.totals.sum(0).tolist()
-        excess = int(self.excess)
+        nan_steps = self.state.counters[:, Counter.NAN_STEP]
+        numbers = torch.cat((self.totals.sum(0), self.excess[None], nan_steps)).tolist()
+        recomputed, positions, excess, *nan_steps = numbers
         if excess > 0:
             raise RuntimeError(
                 f"{self.plan.policy!r}.max_active promised fewer positions of a row than were active: {excess} were "
                 "left out. It must be an upper bound, predictors included."
             )
+        check_answers(nan_steps)
         stats = GenerateStats(
             steps=self.steps,
             forward_passes=self.steps * self.copies,
@@ -268,8 +270,32 @@ class Run:
         """What the next step needs, as a `Room`, and the masks that are left."""
         if self.sizes_read is None:
             rows = self.sizes.tolist()
-            self.sizes_read = needed(rows), sum(row[Size.MASKS] for row in rows)
+            check_answers([row[Size.NAN_STEP] for row in rows])
+            masks = [row[Size.MASKS] for row in rows]
+            if self.forecasts is None:
+                self._check_progress(masks)
+            self.sizes_read = needed(rows), sum(masks)
         return self.sizes_read
+
+    def _check_progress(self, masks):
+        """Raises RuntimeError where a run that lasts until no mask is left might never end.
+
+        masks: a list of ints, those that are left of each row.
+        """
+        if self.sampler.by_probability:
+            must = "decode a mask of each unfinished row"
+            stuck = [row for row, left in enumerate(masks) if left and left >= self.masks_left[row]]
+            self.masks_left = masks
+        else:
+            # a step of a schedule may decode none, but the last one leaves none
+            must = "be the last one of the schedule"
+            is_over = self.steps >= max(self.plan.steps, len(self.schedule.lengths))
+            stuck = [row for row, left in enumerate(masks) if left and is_over]
+        if stuck:
+            raise RuntimeError(
+                f"step {self.steps - 1} must {must}, but {[masks[row] for row in stuck]} masks are left in rows "
+                f"{stuck}. A policy must not change the state that it is given, got {self.plan.policy!r}."
+            )
 
     def next_room(self):
         """The `Room` of the next step."""
@@ -282,7 +308,9 @@ class Run:
             return self.rooms.of(need._replace(per_row=need.per_row + self.shifted))
         need = self.bounds[self.steps]
         if self.late and self.steps and self.forecasts[self.steps].block == self.forecasts[self.steps - 1].block:
-            late = needed(self.late.take(), Size.LATER)
+            rows = self.late.take()
+            check_answers([row[Size.NAN_STEP] for row in rows])
+            late = needed(rows, Size.LATER)
             need = Room(min(need.positions, late.positions), min(need.per_row, late.per_row), need.candidates)
         return self.rooms.of(need)
 
@@ -328,6 +356,7 @@ class Run:
             state.counts,
             threshold=options.threshold,
             factor=options.factor,
+            counters=state.counters,
         )
         self._decide()
 
@@ -378,6 +407,18 @@ def needed(rows, size=Size.ACTIVE):
     """The `Room` that a step needs by `Run.sizes`, as lists."""
     active = [row[size] for row in rows]
     return Room(sum(active), max(active), sum(row[Size.CANDIDATES] for row in rows))
+
+
+def check_answers(nan_steps):
+    """Raises RuntimeError where candidates had no answer; nan_steps: a list, `Counter.NAN_STEP` of each row."""
+    first = min((step for step in nan_steps if step >= 0), default=None)
+    if first is not None:
+        rows = [row for row, step in enumerate(nan_steps) if step == first]
+        raise RuntimeError(
+            f"the logits must hold an answer, got NaN or +inf, or nothing above -inf, at step {first} in rows {rows}. "
+            "Look at the model's own logits for these inputs: its weights may hold NaN, or float16 overflow, where "
+            "bfloat16 and float32 do not."
+        )
 
 
 def capacity_for(seqlen):

@@ -80,7 +80,8 @@ class Sampler:
             cu_seqlens: (batch + 1,) int32; rows from cu_seqlens[-1] on are padding; None: there is none.
 
         Returns:
-            token (rows,) int64, score (rows,) float32 or float64.
+            token (rows,) int64, score (rows,) float32 or float64: NaN where the logits hold no answer, as
+            `lm_head_confidence` says.
         """
         logit_scale, noise_scale = self.scales if scales is None else scales
         keys = keys if self.temperature else None
@@ -112,17 +113,21 @@ class Sampler:
         for excluded in self.excluded_ids:
             z[:, excluded] = float("-inf")
         z = filter_top_k(filter_top_p(z, self.top_p), self.top_k)
-        found = reference.confidence_of_logits(z, noise_scale=noise_scale, noise_key=keys)
+        found = reference.confidence_of_logits(
+            z, noise_scale=noise_scale, noise_key=keys, exclude_ids=self.excluded_ids
+        )
         if not self.unconfident_ids:
             return found.token, self._score(found)
-        token, unconfident = found.token, torch.zeros_like(found.token, dtype=torch.bool)
+        token, unanswered = found.token, found.log_prob.isnan()
+        unconfident = torch.zeros_like(unanswered)
         for i in self.unconfident_ids:
             unconfident |= token == i
             z[:, i] = float("-inf")
         found = reference.confidence_of_logits(z)
         best = z.gather(1, found.token[:, None])[:, 0]
         found = found._replace(log_prob=found.log_prob + (z.gather(1, token[:, None])[:, 0] - best))
-        return token, self._score(found).masked_fill(unconfident, float("-inf"))
+        score = self._score(found).masked_fill(unconfident, float("-inf"))
+        return token, score.masked_fill(unanswered, float("nan"))
 
     def _score(self, found):
         if self.remasking == "entropy":

@@ -24,10 +24,12 @@ from dkv.kernels.rows import (
     COUNTERS,
     FIRST_COLUMN,
     MASKS,
+    NAN_STEP,
     SIZE_ACTIVE,
     SIZE_CANDIDATES,
     SIZE_LATER,
     SIZE_MASKS,
+    SIZE_NAN_STEP,
     SIZES,
     STEP,
 )
@@ -125,6 +127,7 @@ def _active_positions_kernel(
     block_step = tl.load(counters_ptr + BLOCK_STEP)
     masks = tl.load(counters_ptr + MASKS)
     first_column = tl.load(counters_ptr + FIRST_COLUMN)
+    nan_step = tl.load(counters_ptr + NAN_STEP)
 
     needed = candidates
     if SHIFTED:
@@ -200,6 +203,7 @@ def _active_positions_kernel(
     tl.store(sizes_ptr + SIZE_CANDIDATES, tl.sum(candidates.to(tl.int32), 0))
     tl.store(sizes_ptr + SIZE_MASKS, masks.to(tl.int32))
     tl.store(sizes_ptr + SIZE_LATER, tl.sum(((later | needed) & computable).to(tl.int32), 0))
+    tl.store(sizes_ptr + SIZE_NAN_STEP, nan_step.to(tl.int32))
     if totals_ptr is not None:
         totals_ptr += 2 * row
         tl.store(totals_ptr, tl.load(totals_ptr) + count)

@@ -21,12 +21,18 @@ import triton.language as tl
 from dkv.kernels import checks, reference
 from dkv.kernels.launch import commit_launch
 from dkv.kernels.packing import load_bound
+from dkv.kernels.rows import COUNTERS, NAN_STEP, STEP
 
 
 @triton.jit
 def _load_scores(scores_ptr, entries, end):
-    """NaN and what lies behind the row count as -inf."""
-    scores = tl.load(scores_ptr + entries, mask=entries < end, other=float("-inf"))
+    """What lies behind the row counts as -inf."""
+    return tl.load(scores_ptr + entries, mask=entries < end, other=float("-inf"))
+
+
+@triton.jit
+def _without_nan(scores):
+    """NaN counts as -inf."""
     return tl.where(scores == scores, scores, float("-inf"))
 
 
@@ -41,6 +47,7 @@ def _commit_tokens_kernel(
     counts_ptr,
     limits_ptr,
     chosen_ptr,
+    counters_ptr,
     # sizes
     batch,
     total,
@@ -82,11 +89,17 @@ def _commit_tokens_kernel(
     in_row = entries < end
     slots = tl.load(slots_ptr + entries, mask=in_row, other=-1)
     scores = _load_scores(scores_ptr, entries, end)
+    if counters_ptr is not None:
+        # whichever programs of the row find one, they write the same
+        counters_ptr += row.to(tl.int64) * COUNTERS
+        is_first = (tl.load(counters_ptr + NAN_STEP) < 0) & (tl.max((scores != scores).to(tl.int32), 0) > 0)
+        tl.store(counters_ptr + NAN_STEP, tl.load(counters_ptr + STEP), mask=is_first)
+    scores = _without_nan(scores)
     # [BLOCK_M, BLOCK_N]
     ahead = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.int32)
     for first in range(start, end, BLOCK_N):
         others = first + tl.arange(0, BLOCK_N)
-        other_scores = _load_scores(scores_ptr, others, end)[None, :]
+        other_scores = _without_nan(_load_scores(scores_ptr, others, end))[None, :]
         # what lies behind the row has no higher score than any entry, nor an earlier place
         earlier = others[None, :] < entries[:, None]
         ahead += ((other_scores > scores[:, None]) | ((other_scores == scores[:, None]) & earlier)).to(tl.int32)
@@ -108,7 +121,7 @@ def _commit_tokens_kernel(
     tl.store(x_ptr + slots, tl.load(tokens_ptr + entries, mask=chosen, other=0), mask=chosen)
 
 
-def _launch(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=None, factor=None):
+def _launch(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=None, factor=None, counters=None):
     batch, seqlen = x.shape
     (total,) = tokens.shape
     chosen = torch.empty((total,), dtype=torch.bool, device=x.device)
@@ -133,6 +146,7 @@ def _launch(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=None, fac
             counts_ptr=counts if rule == "counts" else None,
             limits_ptr=limits,
             chosen_ptr=chosen,
+            counters_ptr=counters,
             batch=batch,
             total=total,
             seqlen=seqlen,

@@ -113,12 +113,15 @@ def _add_tile(
         for i in range(num_excluded):
             allowed = allowed & (ids != tl.load(exclude_ids_ptr + i))
         ids = tl.expand_dims(ids, 1 - AXIS)
-        z = tl.where(tl.expand_dims(allowed, 1 - AXIS), z, LOWEST)
+        # at least LOWEST, and NaN stays
+        z = tl.maximum(tl.where(tl.expand_dims(allowed, 1 - AXIS), z, LOWEST), LOWEST, tl.PropagateNan.ALL)
         statistics, best_noisy = state
         statistics = _merge(statistics, _reduce(z, ids, 0.0, 0.0, LOWEST, AXIS))
         if HAS_NOISE:
             noise = gumbel_of(draw(keys, ids.to(tl.uint32)))
-            noisy, noisy_id, noisy_z = _reduce_noisy(z + noise_scale * noise, ids, z, AXIS)
+            # a 64th of it, which no scale of the noise makes infinite
+            noisy = tl.where(z > LOWEST, z * 0.015625 + (noise_scale * 0.015625) * noise, float("-inf"))
+            noisy, noisy_id, noisy_z = _reduce_noisy(noisy, ids, z, AXIS)
             higher = noisy > best_noisy[0]
             best_noisy = (
                 tl.where(higher, noisy, best_noisy[0]),
@@ -222,7 +225,7 @@ def _lm_head_kernel(
     zeros = tl.zeros([BLOCK_R], dtype=tl.float32)
     no_id = tl.full([BLOCK_R], NO_ID, dtype=tl.int32)
     # the statistics of z; the largest noisy value, its id and its z
-    state = ((lowest, no_id, zeros, zeros, lowest), (lowest, no_id, lowest))
+    state = ((lowest, no_id, zeros, zeros, lowest), (zeros + float("-inf"), no_id, lowest))
     keys = 0
     if HAS_NOISE:
         keys = tl.expand_dims(tl.load(noise_key_ptr + offs_r).to(tl.uint32), AXIS)
@@ -283,7 +286,9 @@ def _lm_head_kernel(
         tl.store(ids_ptrs + field, noisy_id)
 
 
-@triton.jit(do_not_specialize=["batch", "rows", "programs"], do_not_specialize_on_alignment=["cu_seqlens_ptr"])
+@triton.jit(
+    do_not_specialize=["batch", "rows", "programs", "first_id"], do_not_specialize_on_alignment=["cu_seqlens_ptr"]
+)
 def _merge_confidence_kernel(
     # pointers
     cu_seqlens_ptr,
@@ -298,6 +303,8 @@ def _merge_confidence_kernel(
     rows,
     vocab,
     programs,
+    # scalars
+    first_id,
     # constants
     HAS_NOISE: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -326,20 +333,24 @@ def _merge_confidence_kernel(
         tl.load(partial_values_ptr + 3 * field + offs, mask=written, other=LOWEST),
         AXIS=1,
     )
+    # a NaN among its z makes `others` NaN, whatever a maximum makes of it
+    answered = (tl.abs(best) < -LOWEST) & (others == others)
     token = best_id
     token_z = best
     if HAS_NOISE:
-        _, token, token_z = _reduce_noisy(
-            tl.load(partial_values_ptr + 4 * field + offs, mask=written, other=LOWEST),
+        noisy, token, token_z = _reduce_noisy(
+            tl.load(partial_values_ptr + 4 * field + offs, mask=written, other=float("-inf")),
             tl.load(partial_ids_ptr + field + offs, mask=written, other=NO_ID),
             tl.load(partial_values_ptr + 5 * field + offs, mask=written, other=LOWEST),
             AXIS=1,
         )
+        # of a row whose own scale is NaN none is found
+        answered &= noisy > float("-inf")
 
+    others = tl.where(answered, others, float("nan"))
     log_sum = log1p(others)
     top_prob = 1.0 / (1.0 + others)
-    # a row of NaN has no largest id; its token must not lead anyone out of the vocabulary
-    token = tl.where(real, tl.minimum(token, vocab - 1), 0)
+    token = tl.where(real, tl.where(answered, token, first_id), 0)
     log_prob = tl.where(real, (token_z - best) - log_sum, float("-inf"))
     margin = tl.where(real, (1.0 - tl.exp2((second - best) * LOG2_E)) * top_prob, 0.0)
     entropy = tl.where(real, log_sum - weighted * top_prob, 0.0)
@@ -446,6 +457,7 @@ def _launch(
             margin_ptr=margin,
             entropy_ptr=entropy,
             programs=programs,
+            first_id=reference.first_allowed(exclude_ids),
             BLOCK_M=merge.block_m,
             num_warps=merge.num_warps,
         )
@@ -526,6 +538,10 @@ def lm_head_confidence(
         softmax(z), log_prob of the token, margin between the two largest probabilities, and entropy in nats, float32
         (float64 for float64). log_prob keeps the order of very confident rows, where a plain softmax ties at 1. Padding
         has token 0, log_prob -inf, margin 0 and entropy 0.
+
+        A z of -1e30 or less counts as -inf, one of 1e30 or more as +inf. A row that has NaN or +inf among its z, or
+        nothing above -inf, has no answer: its token is the lowest id that is not excluded, and its log_prob, margin and
+        entropy are NaN.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or strides that do not fit together, scales or ids out of range.

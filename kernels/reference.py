@@ -380,7 +380,8 @@ def active_positions(
             later = (recomputed(decoded_step, next_counters, rule, shifted=shifted) | needed) & computable
     torch.logical_and(chosen | needed | (counters[:, Counter.STEP, None] == 0), computable, out=active)
     count = active.sum(1)
-    sizes.copy_(torch.stack((count, candidates.sum(1), masks[:, 0], later.sum(1)), dim=1))
+    nan_step = counters[:, Counter.NAN_STEP]
+    sizes.copy_(torch.stack((count, candidates.sum(1), masks[:, 0], later.sum(1), nan_step), dim=1))
     if totals is not None:
         totals[:, 0] += count
         totals[:, 1] += computable.sum(1)
@@ -450,8 +451,8 @@ def advance_rows(
         counts.copy_(commits.flatten(1).gather(1, place)[:, 0])
 
 
-def commit_tokens(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=None, factor=None):
-    """Twin of `dkv.kernels.commit_tokens`."""
+def commit_tokens(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=None, factor=None, counters=None):
+    """Twin of `dkv.kernels.commit_tokens`; counters, (batch, len(Counter)) int64, get the step of a first NaN."""
     total = tokens.shape[0]
     ends = cu_seqlens.tolist()
     if ends[0] < 0 or ends[-1] > total or ends != sorted(ends):
@@ -468,6 +469,9 @@ def commit_tokens(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=Non
         in_row = columns < cu_seqlens.diff().unsqueeze(1)
         padded = torch.full(in_row.shape, float("-inf"), dtype=scores.dtype, device=x.device)
         scores = padded.masked_scatter_(in_row, scores[first:] if first else scores)
+    if counters is not None and scores.isnan().any():
+        step, nan_step = counters[:, Counter.STEP], counters[:, Counter.NAN_STEP]
+        nan_step.copy_(torch.where(scores.isnan().any(1) & (nan_step < 0), step, nan_step))
     scores = scores.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
     if columns.shape[0] > seqlen:
         scores[:, seqlen:] = float("-inf")
@@ -549,6 +553,11 @@ NOISE_AT_A_TIME = 2**20  # its integers are twice as large, and several
 LOWEST = -1e30  # stands for -inf, without the NaN of inf - inf
 
 
+def first_allowed(exclude_ids):
+    """The lowest id that is not among exclude_ids, a sequence of ints or None."""
+    return next(i for i in itertools.count() if i not in (exclude_ids or ()))
+
+
 def lm_head_confidence(
     hidden,
     weight,
@@ -574,7 +583,7 @@ def lm_head_confidence(
             z.mul_(z_scale)
         for excluded in exclude_ids or ():
             z[:, excluded] = LOWEST
-        parts.append(_confidence(z, *noise_part))
+        parts.append(_confidence(z.clamp_(min=LOWEST), *noise_part, first_allowed(exclude_ids)))
     found = map(torch.cat, zip(*parts, strict=True))
     if real < rows:
         of_padding = Confidence(0, float("-inf"), 0.0, 0.0)
@@ -599,29 +608,33 @@ def _logits(hidden, weight, rounded):
     return z
 
 
-def confidence_of_logits(z, *, noise_scale=0.0, noise_key=None):
-    """What `lm_head_confidence` returns, from its z: (rows, vocab), any float dtype, -inf for excluded ids."""
-    return _confidence(z.to(torch.promote_types(z.dtype, torch.float32)).clamp(min=LOWEST), noise_scale, noise_key)
+def confidence_of_logits(z, *, noise_scale=0.0, noise_key=None, exclude_ids=None):
+    """What `lm_head_confidence` returns, from its z: (rows, vocab), any float dtype, -inf for the excluded ids."""
+    z = z.to(torch.promote_types(z.dtype, torch.float32)).clamp(min=LOWEST)
+    return _confidence(z, noise_scale, noise_key, first_allowed(exclude_ids))
 
 
-def _confidence(z, noise_scale, noise_key):
-    """The same for finite z of float32 or float64, which it overwrites."""
+def _confidence(z, noise_scale, noise_key, first_id):
+    """The same for z of float32 or float64, LOWEST at least, which it overwrites; nothing is read by the host."""
     top, best = _largest(z)
-    best = best[:, None]
+    answered = top.abs() < -LOWEST
+    best = token = best[:, None]
+    if isinstance(noise_scale, torch.Tensor) or noise_scale > 0:
+        noisy, token = _noisiest(z, noise_scale, noise_key)
+        # of a row whose own scale is NaN none is found
+        answered &= noisy > float("-inf")
     shifted = z.sub_(top[:, None])
-    has_noise = isinstance(noise_scale, torch.Tensor) or noise_scale > 0
-    token = _noisy_token(shifted, noise_scale, noise_key) if has_noise else best
     # the largest term is left out: it is exactly 1, and beside it others that are tiny would be lost
     weights = shifted.exp().scatter_(1, best, 0.0)
-    others, second = weights.sum(-1), weights.amax(-1)
+    others, second = torch.where(answered, weights.sum(-1), float("nan")), weights.amax(-1)
     log_sum, top_prob = others.log1p(), 1 / (1 + others)
     log_prob = shifted.gather(1, token)[:, 0] - log_sum
     entropy = log_sum - weights.mul_(shifted).sum(-1) * top_prob
-    return Confidence(token[:, 0], log_prob, (1 - second) * top_prob, entropy)
+    return Confidence(torch.where(answered, token[:, 0], first_id), log_prob, (1 - second) * top_prob, entropy)
 
 
-def _noisy_token(z, noise_scale, noise_key):
-    """(rows, 1): the argmax of z with noise."""
+def _noisiest(z, noise_scale, noise_key):
+    """The largest z with noise of each row (rows,), and its id (rows, 1); what is LOWEST gets none."""
     ids = torch.arange(z.shape[1], device=z.device)
     rows = max(1, NOISE_AT_A_TIME // z.shape[1])
     parts = []
@@ -629,8 +642,9 @@ def _noisy_token(z, noise_scale, noise_key):
     of_rows = (_parts(value, z.shape[0], rows) for value in (scales, noise_key[:, None]))
     for z_part, scale_part, key_part in zip(z.split(rows), *of_rows, strict=False):
         noisy = noise.gumbel(noise.noise_key(key_part, ids)).mul_(scale_part).add_(z_part)
-        parts.append(_largest(noisy)[1][:, None])
-    return torch.cat(parts)
+        parts.append(_largest(noisy.masked_fill_(z_part <= LOWEST, float("-inf"))))
+    noisy, token = map(torch.cat, zip(*parts, strict=True))
+    return noisy, token[:, None]
 
 
 def _largest(z):

@@ -24,6 +24,7 @@ class Counter(IntEnum):
         FIRST_COLUMN: the first column that is not padding; FIRST_GENERATED: where blocks are counted from.
         GENERATED, BLOCK_LENGTH: columns to generate, and columns of a block.
         SEED, REQUEST: what the noise of the row is drawn from, besides step and position.
+        NAN_STEP: the first step with a candidate whose score is NaN, for want of an answer; -1: there was none.
     """
 
     STEP = 0
@@ -38,6 +39,7 @@ class Counter(IntEnum):
     BLOCK_LENGTH = auto()
     SEED = auto()
     REQUEST = auto()
+    NAN_STEP = auto()
 
 
 class Size(IntEnum):
@@ -46,12 +48,14 @@ class Size(IntEnum):
     Attributes:
         ACTIVE: positions that are recomputed. CANDIDATES: masks that may become tokens. MASKS: masks that are left.
         LATER: at most so many are recomputed at the step after it, if that is in the same block.
+        NAN_STEP: the counter of this name.
     """
 
     ACTIVE = 0
     CANDIDATES = auto()
     MASKS = auto()
     LATER = auto()
+    NAN_STEP = auto()
 
 
 # the columns, for kernels
@@ -62,6 +66,7 @@ BLOCK_START, BLOCK_END = tl.constexpr(int(Counter.BLOCK_START)), tl.constexpr(in
 MASKS, FIRST_COLUMN = tl.constexpr(int(Counter.MASKS)), tl.constexpr(int(Counter.FIRST_COLUMN))
 FIRST_GENERATED, GENERATED = tl.constexpr(int(Counter.FIRST_GENERATED)), tl.constexpr(int(Counter.GENERATED))
 SEED, REQUEST = tl.constexpr(int(Counter.SEED)), tl.constexpr(int(Counter.REQUEST))
+NAN_STEP, SIZE_NAN_STEP = tl.constexpr(int(Counter.NAN_STEP)), tl.constexpr(int(Size.NAN_STEP))
 SIZE_ACTIVE, SIZE_CANDIDATES = tl.constexpr(int(Size.ACTIVE)), tl.constexpr(int(Size.CANDIDATES))
 SIZE_MASKS, SIZE_LATER = tl.constexpr(int(Size.MASKS)), tl.constexpr(int(Size.LATER))
 
