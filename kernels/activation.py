@@ -8,10 +8,9 @@ it is memory-bound, at 3 * rows * size elements.
 """
 
 import torch
-import triton
-import triton.language as tl
 
 from dkv.kernels import checks, reference
+from dkv.kernels.language import tl, triton
 from dkv.kernels.launch import swiglu_launch
 
 

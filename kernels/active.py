@@ -11,10 +11,8 @@ registers; it is bound by latency, at some 8 bytes a column. (The rules are thos
 2505.15781, and Wu et al., Fast-dLLM, arXiv 2505.22618.)
 """
 
-import triton
-import triton.language as tl
-
 from dkv.kernels import checks, rows
+from dkv.kernels.language import tl, triton
 from dkv.kernels.launch import row_launch
 from dkv.kernels.rows import (
     BLOCK,

@@ -12,10 +12,8 @@ program holds one row in registers; it is bound by latency, at some 17 bytes a c
 blocks are those of Nie et al., LLaDA, arXiv 2502.09992.)
 """
 
-import triton
-import triton.language as tl
-
 from dkv.kernels import checks, rows
+from dkv.kernels.language import tl, triton
 from dkv.kernels.launch import row_launch
 from dkv.kernels.rows import (
     BLOCK,

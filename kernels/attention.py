@@ -12,10 +12,9 @@ log-sum-exp (Dao et al., "Flash-Decoding for long-context inference", 2023).
 """
 
 import torch
-import triton
-import triton.language as tl
 
 from dkv.kernels import checks, reference
+from dkv.kernels.language import tl, triton
 from dkv.kernels.launch import MAX_SPLITS, attention_launch, merge_launch, num_splits_heuristic, processors
 from dkv.kernels.packing import load_bound
 

@@ -3,7 +3,8 @@
 import contextlib
 
 import torch
-from triton.runtime.interpreter import InterpretedFunction
+
+from dkv.kernels.language import InterpretedFunction, check_installed
 
 IMPLS = ("auto", "triton", "reference")
 HEADDIMS = (16, 32, 64, 128)
@@ -15,13 +16,14 @@ def resolve_impl(impl, kernel, tensor):
 
     Raises:
         ValueError: an unknown name.
-        NotImplementedError: "triton" was asked for and cannot run these tensors here.
+        NotImplementedError: Triton is needed and cannot run these tensors here.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}.")
     if impl == "auto":
-        return "triton" if tensor.is_cuda and tensor.dtype != torch.float64 else "reference"
+        impl = "triton" if tensor.is_cuda and tensor.dtype != torch.float64 else "reference"
     if impl == "triton":
+        check_installed()
         if tensor.dtype == torch.float64:
             raise NotImplementedError("impl='triton' has no float64 kernels; use impl='reference' for float64.")
         if not tensor.is_cuda:

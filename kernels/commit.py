@@ -15,10 +15,9 @@ by n^2 comparisons in rows of n = thousands of entries.
 """
 
 import torch
-import triton
-import triton.language as tl
 
 from dkv.kernels import checks, reference
+from dkv.kernels.language import tl, triton
 from dkv.kernels.launch import commit_launch
 from dkv.kernels.packing import load_bound
 from dkv.kernels.rows import COUNTERS, NAN_STEP, STEP

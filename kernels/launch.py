@@ -9,7 +9,8 @@ import functools
 from dataclasses import dataclass
 
 import torch
-import triton
+
+from dkv.kernels.language import triton
 
 
 @dataclass(frozen=True)

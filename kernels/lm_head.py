@@ -20,10 +20,9 @@ matrix product, for many rows the rows are.
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 
 from dkv.kernels import checks, reference
+from dkv.kernels.language import tl, triton
 from dkv.kernels.launch import head_launch, head_merge_launch, processors
 from dkv.kernels.noise import draw, gumbel_of, log1p
 from dkv.kernels.reference import Confidence

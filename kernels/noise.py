@@ -10,8 +10,8 @@ the `triton.jit` functions compute the same hash in uint32, and the variate in f
 """
 
 import torch
-import triton
-import triton.language as tl
+
+from dkv.kernels.language import tl, triton
 
 MIX_1 = tl.constexpr(0x85EBCA6B)
 MIX_2 = tl.constexpr(0xC2B2AE35)

@@ -10,10 +10,9 @@ once; it is memory-bound, at 4 * rows * size elements.
 """
 
 import torch
-import triton
-import triton.language as tl
 
 from dkv.kernels import checks, reference
+from dkv.kernels.language import tl, triton
 from dkv.kernels.launch import norm_launch
 
 

@@ -10,10 +10,9 @@ their applications", 1990); it is bound by latency.
 """
 
 import torch
-import triton
-import triton.language as tl
 
 from dkv.kernels import checks, reference
+from dkv.kernels.language import tl, triton
 from dkv.kernels.launch import PACK
 from dkv.kernels.noise import key_of
 from dkv.kernels.reference import Packed

@@ -10,10 +10,9 @@ dim contiguous. Each program handles a few heads of one token; it is memory-boun
 """
 
 import torch
-import triton
-import triton.language as tl
 
 from dkv.kernels import checks, reference
+from dkv.kernels.language import tl, triton
 from dkv.kernels.launch import rope_launch
 
 

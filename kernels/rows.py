@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import IntEnum, auto
 from typing import Literal
 
-import triton.language as tl
+from dkv.kernels.language import tl
 
 PROMPT = -(2**30)  # decoded_step of positions that were decoded before the first step
 MASKED = 2**30  # decoded_step of positions that are still masked
