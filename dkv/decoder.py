@@ -77,8 +77,9 @@ class Decoder:
 
     Attributes:
         head: None where the embedding's weight is the head (tied).
+        vocab_size: rows of the embedding; the head may have fewer, see `predictable`.
         max_positions: the length the model was made for.
-        mask_id, eos_token_id, pad_token_id: token ids below vocab_size.
+        mask_id, eos_ids, pad_token_id: token ids below vocab_size.
         make_output: logits -> what the model's own forward returns.
         honours_attention_mask: whether the model's own forward does (the first revision of LLaDA's file ignores it).
     """
@@ -95,11 +96,21 @@ class Decoder:
     vocab_size: int
     max_positions: int
     mask_id: int
-    eos_token_id: int
+    eos_ids: tuple[int, ...]
     pad_token_id: int
     make_output: Callable
     honours_attention_mask: bool = True
     _tables: dict = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def eos_token_id(self):
+        """The first token that ends a text."""
+        return self.eos_ids[0]
+
+    def predictable(self, ids):
+        """Those of some ids that the head has a row for; rows can be added to LLaDA's embedding alone."""
+        rows = getattr(self.head, "out_features", self.vocab_size)
+        return tuple(i for i in ids if i < rows)
 
     @property
     def called(self):

@@ -158,7 +158,7 @@ def prepare(
     family = decoder.family
     mask_id = token_id("mask_id", decoder.mask_id if mask_id is None else mask_id, decoder)
     eos_ids = eos_ids_of(eos_token_id, decoder)
-    end_of_text = [decoder.eos_token_id] if eos_token_id is None else eos_ids
+    end_of_text = decoder.eos_ids if eos_token_id is None else eos_ids
     gen_length = count("gen_length", gen_length)
     block_length = min(count("block_length", gen_length if block_length is None else block_length), gen_length)
     if (threshold is not None or factor is not None) and steps is not None:
@@ -189,8 +189,8 @@ def prepare(
         alg_temp=alg_temp,
         threshold=threshold,
         factor=factor,
-        excluded_ids=(mask_id, *(end_of_text if logits_eos_inf else ())),
-        unconfident_ids=tuple(eos_ids) if confidence_eos_eot_inf else (),
+        excluded_ids=decoder.predictable((mask_id, *(end_of_text if logits_eos_inf else ()))),
+        unconfident_ids=decoder.predictable(eos_ids) if confidence_eos_eot_inf else (),
     )
     policy = Decode() if policy is None else policy
     if not isinstance(policy, Policy):

@@ -72,7 +72,7 @@ def checked_order(order, sampler, input_ids, gen_length, has_prompt_masks):
 def eos_ids_of(eos_token_id, decoder):
     """The list of ids that end a text; None: the family's end of text and end of turn."""
     if eos_token_id is None:
-        return [i for i in (decoder.eos_token_id, decoder.family.end_of_turn_id) if i < decoder.vocab_size]
+        return [i for i in (*decoder.eos_ids, decoder.family.end_of_turn_id) if i < decoder.vocab_size]
     ids = eos_token_id if isinstance(eos_token_id, list | tuple) else [eos_token_id]
     if not ids:
         raise ValueError("eos_token_id must be an int or a list of at least one, got an empty list; None: the model's.")

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from reprlib import repr as shown
 from types import SimpleNamespace
 
 import torch
@@ -9,8 +10,9 @@ import torch
 from dkv.decoder import FAMILIES, find_decoder
 from dkv.kernels.checks import FLOAT_DTYPES
 from dkv.models.dream import Dream
+from dkv.models.folder import read_config
 from dkv.models.llada import LLaDA
-from dkv.models.native import NativeModel, read_config
+from dkv.models.native import NativeModel
 
 __all__ = ["Dream", "LLaDA", "NativeModel", "find_decoder", "from_config", "from_pretrained"]
 
@@ -21,8 +23,9 @@ FAMILIES[:] = [native.find for native in _NATIVE]
 def from_pretrained(path_or_repo, *, dtype=None, device=None):
     """Loads a LLaDA or Dream of the official checkpoint layout, without remote code and without transformers.
 
-    Reads config.json and the safetensors, one tensor at a time straight to its device and dtype: the weights are never
-    held twice.
+    Reads config.json (what it lacks of the end, pad and mask tokens: generation_config.json) and the safetensors, one
+    tensor at a time straight to its device and dtype: the weights are never held twice. The configs and the headers
+    are checked before anything is built from them.
 
     Args:
         path_or_repo: a folder, or a repository of the Hugging Face hub such as "GSAI-ML/LLaDA-8B-Instruct".
@@ -34,7 +37,8 @@ def from_pretrained(path_or_repo, *, dtype=None, device=None):
         require grad, so that it can be trained.
 
     Raises:
-        ValueError: no such folder, a model that is not supported, weights that do not fit the config.
+        ValueError: no such folder, a file in it that is not what it should be, a model that is not supported, weights
+            that do not fit the config, a dtype or device that cannot be.
 
     Example:
         >>> model = dkv.from_pretrained("GSAI-ML/LLaDA-8B-Instruct", dtype="bfloat16")
@@ -42,11 +46,12 @@ def from_pretrained(path_or_repo, *, dtype=None, device=None):
         >>> model.save_pretrained("copy")
     """
     folder = _folder(path_or_repo)
-    config = read_config(folder)
-    native = _native_class(config, folder)
-    if dtype is None:
-        dtype = getattr(config, "torch_dtype", None) or getattr(config, "dtype", None)
-    return native.load(folder, config, dtype=_dtype(dtype), device=_device(device))
+    config, owner = read_config(folder)
+    native = _native_class(config, owner)
+    dtype = _dtype("dtype", dtype)
+    for field in ("torch_dtype", "dtype"):
+        dtype = dtype or _dtype(f"{owner}: {field}", getattr(config, field, None))
+    return native.load(folder, config, owner, dtype=dtype, device=_device(device))
 
 
 def from_config(config, *, seed=0, dtype=torch.float32, device=None):
@@ -56,10 +61,17 @@ def from_config(config, *, seed=0, dtype=torch.float32, device=None):
         config: a dict or namespace with the fields of an official config.json.
         seed: of the weights, which are normal with standard deviation 0.02; norms are 1, biases 0.
         dtype, device: as in `from_pretrained`.
+
+    Raises:
+        ValueError: a model that is not supported, a field that is missing or no such value, a dtype or device that
+            cannot be.
     """
-    config = SimpleNamespace(**(config if isinstance(config, dict) else vars(config)))
+    fields = config if isinstance(config, dict) else getattr(config, "__dict__", None)
+    if fields is None or not all(isinstance(name, str) for name in fields):
+        raise ValueError(f"config must be a dict or namespace of the fields of a config.json, got {shown(config)}.")
+    config = SimpleNamespace(**fields)
     native = _native_class(config, "config")
-    return native.random(config, seed=seed, dtype=_dtype(dtype), device=_device(device))
+    return native.random(config, seed=seed, dtype=_dtype("dtype", dtype), device=_device(device))
 
 
 def _folder(path_or_repo):
@@ -70,31 +82,39 @@ def _folder(path_or_repo):
         raise ValueError(f"{str(path_or_repo)!r} is neither a folder nor a repository of the hub, 'owner/name'.")
     from huggingface_hub import snapshot_download
 
-    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+    patterns = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
     return Path(snapshot_download(str(path_or_repo), allow_patterns=patterns))
 
 
-def _native_class(config, where):
+def _native_class(config, owner):
+    model_type, names = (getattr(config, name, None) for name in ("model_type", "architectures"))
+    if not isinstance(model_type, str | None):
+        raise ValueError(f"{owner}: model_type must be a string, got {shown(model_type)}.")
+    if names is not None and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"{owner}: architectures must be a list of strings, got {shown(names)}.")
     for native in _NATIVE:
         if native.describes(config):
             return native
-    names = getattr(config, "architectures", None) or [f"model_type {getattr(config, 'model_type', None)!r}"]
+    names = names or [f"model_type {model_type!r}"]
     raise ValueError(
-        f"{where}: {', '.join(names)} is not supported: dkv loads LLaDA (LLaDA-8B, LLaDA-1.5) and Dream (Dream-v0, "
+        f"{owner}: {', '.join(names)} is not supported: dkv loads LLaDA (LLaDA-8B, LLaDA-1.5) and Dream (Dream-v0, "
         "Dream-Coder, DiffuCoder) and finetunes of the same module structure."
     )
 
 
-def _dtype(dtype):
-    if dtype is None:
-        return None
-    given = dtype
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype.removeprefix("torch."), None)
-    if dtype not in FLOAT_DTYPES:
-        raise ValueError(f"dtype must be one of {FLOAT_DTYPES} or its name, got {given!r}.")
+def _dtype(name, value):
+    """The floating dtype that is meant; None for None."""
+    dtype = vars(torch).get(value.removeprefix("torch.")) if isinstance(value, str) else value
+    if value is not None and dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{name} must be one of {FLOAT_DTYPES} or its name, got {shown(value)}.")
     return dtype
 
 
 def _device(device):
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+    try:
+        probe = torch.tensor([0], device=device)
+        probe.cpu()  # fails where there is no memory, as of "meta"
+    except Exception as error:  # of a kind that differs by device
+        raise ValueError(f"device must be one that PyTorch can use here, got {device!r}: {error}") from None
+    return probe.device

@@ -1,5 +1,7 @@
 """Dream: Dream-v0 Base and Instruct, Dream-Coder, DiffuCoder, and models of the same structure."""
 
+from reprlib import repr as shown
+
 import torch
 
 from dkv.decoder import Family
@@ -32,34 +34,40 @@ LAYOUT = Layout(
         "up": "mlp.up_proj",
         "down": "mlp.down_proj",
     },
+    layers_field="num_hidden_layers",
+    tied_field="tie_word_embeddings",
 )
 
 
-def read_settings(config, owner):
-    """The `Settings` of a config; ValueError naming the owner for what is missing or not supported."""
+def read_settings(config, owner, rows=None):
+    """The `Settings` of a config; ValueError naming the owner for what is missing or not supported.
+
+    rows: those of the embedding, where there is one: a config need not follow when it is resized.
+    """
     fields = Fields(config, owner)
     fields.must_be("hidden_act", "silu", default="silu")
     fields.must_be("use_sliding_window", False, default=False)
     fields.must_be("use_mrope", False, default=False)
     # transformers 5 keeps the parameters of the plain RoPE in a dict, under either name
-    rope = fields.get("rope_parameters", None) or fields.get("rope_scaling", None) or {}
+    name = "rope_scaling" if fields.get("rope_parameters", None) is None else "rope_parameters"
+    rope = fields.get(name, None)
+    rope = {} if rope is None else rope
     is_plain = isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values())
     if not is_plain or rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise ValueError(f"{owner}: dkv supports the default RoPE only, got rope_scaling={rope!r}.")
+        raise ValueError(f"{owner}: dkv supports the default RoPE only, got {name}={shown(rope)}.")
     rope_theta = fields.get("rope_theta", None)
     rope_theta = fields.check_positive("rope_theta", rope.get("rope_theta", 1e4) if rope_theta is None else rope_theta)
-    hidden_size, nheads = fields.count("hidden_size"), fields.count("num_attention_heads")
-    vocab_size = fields.count("vocab_size")
+    rows = rows or fields.count("vocab_size")
     return Settings(
-        **fields.heads(hidden_size, nheads, fields.get("num_key_value_heads", None) or nheads),
-        **fields.token_ids(vocab_size),
+        **fields.heads("hidden_size", "num_attention_heads", "num_key_value_heads"),
+        **fields.token_ids(rows),
         mlp_size=fields.count("intermediate_size"),
         layers=fields.count("num_hidden_layers"),
         rope_theta=rope_theta,
         eps=fields.positive("rms_norm_eps", 1e-6),
-        vocab_size=vocab_size,
+        vocab_size=rows,
         max_positions=fields.count("max_position_embeddings", 32768),
-        tied=fields.get("tie_word_embeddings", False),
+        tied=fields.switch("tie_word_embeddings", False),
         biased=("q", "k", "v"),
     )
 
@@ -74,12 +82,13 @@ def describes(config):
 
 def find(model):
     """The `Decoder` of a Dream, native or of Hugging Face's remote code; None for any other model."""
-    if module_at(model, LAYOUT.embed) is None or not describes(getattr(model, "config", None)):
+    embed = module_at(model, LAYOUT.embed)
+    if embed is None or not describes(getattr(model, "config", None)):
         return None
     return read_decoder(
         model,
         LAYOUT,
-        read_settings(model.config, type(model).__name__),
+        read_settings(model.config, type(model).__name__, rows=len(embed.weight)),
         family=FAMILY,
         make_output=Output if isinstance(model, Dream) else _hugging_face_output,
     )

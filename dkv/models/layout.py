@@ -1,6 +1,8 @@
 """Finding the parts of a model by structure: what its config says, where its modules lie, and whether both fit."""
 
+import sys
 from dataclasses import dataclass
+from reprlib import repr as shown
 
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from dkv.decoder import Decoder, Layer
 from dkv.memory import memory_of
 
 _REQUIRED = object()
+_TOO_MANY = 2**30  # for a size: the bytes of a matrix of two smaller ones can still be counted in 64 bits
 NORMS = ("attn_norm", "mlp_norm")  # of the roles of `dkv.decoder.Layer`; the others are linear
 
 
@@ -19,6 +22,7 @@ class Layout:
     Attributes:
         embed, layers, final_norm, head: paths from the model; `layers` is a list of modules.
         layer: `Layer` role -> path from one of the layers.
+        layers_field, tied_field: the config's names of `Settings.layers` and `Settings.tied`.
     """
 
     embed: str
@@ -26,6 +30,8 @@ class Layout:
     final_norm: str
     head: str
     layer: dict[str, str]
+    layers_field: str
+    tied_field: str
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class Settings:
 
     Attributes:
         vocab_size: rows of the embedding.
+        eos_ids: the tokens that end a text, one at least.
         tied: whether the embedding's weight is the head.
         biased: the `Layer` roles that have a bias.
     """
@@ -48,7 +55,7 @@ class Settings:
     vocab_size: int
     max_positions: int
     mask_id: int
-    eos_token_id: int
+    eos_ids: tuple[int, ...]
     pad_token_id: int
     tied: bool
     biased: tuple[str, ...] = ()
@@ -56,6 +63,10 @@ class Settings:
     @property
     def headdim(self):
         return self.hidden_size // self.nheads
+
+    @property
+    def eos_token_id(self):
+        return self.eos_ids[0]
 
     def features(self, role):
         """(in_features, out_features) of a linear role of a layer."""
@@ -70,7 +81,10 @@ class Settings:
 
 
 class Fields:
-    """Reads the fields of a config; its errors name the owner, a model's class or a file."""
+    """Reads the fields of a config; its errors name the owner, a model's class or a file, and the field.
+
+    A default is what a missing field means to the official code, and a legal value whatever its kind.
+    """
 
     def __init__(self, config, owner):
         self.config, self.owner = config, owner
@@ -83,43 +97,61 @@ class Fields:
 
     def count(self, name, default=_REQUIRED):
         value = self.get(name, default)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{self.owner}: {name} must be a positive int, got {value!r}.")
+        return value if value is default else self.check_count(name, value)
+
+    def check_count(self, name, value):
+        if type(value) is not int or not 0 < value < _TOO_MANY:
+            raise ValueError(f"{self.owner}: {name} must be a positive int, below {_TOO_MANY}, got {shown(value)}.")
         return value
 
     def positive(self, name, default):
         return self.check_positive(name, self.get(name, default))
 
     def check_positive(self, name, value):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise ValueError(f"{self.owner}: {name} must be a positive number, got {value!r}.")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+            raise ValueError(f"{self.owner}: {name} must be a positive number, got {shown(value)}.")
         return float(value)
 
-    def must_be(self, name, supported, default=_REQUIRED):
-        """`default`: what a missing field means to the official code."""
+    def switch(self, name, default):
         value = self.get(name, default)
-        if value != supported:
-            raise ValueError(f"{self.owner}: dkv supports {name}={supported!r} only, got {value!r}.")
+        if value is not default and type(value) is not bool:
+            raise ValueError(f"{self.owner}: {name} must be true or false, got {shown(value)}.")
+        return value
 
-    def heads(self, hidden_size, nheads, nheads_k):
-        if hidden_size % (2 * nheads) or nheads % nheads_k:
+    def must_be(self, name, supported, default=_REQUIRED):
+        value = self.get(name, default)
+        # True is no 1; a str may be an enum's
+        same_kind = isinstance(value, type(supported)) and isinstance(value, bool) == isinstance(supported, bool)
+        if not same_kind or value != supported:
+            raise ValueError(f"{self.owner}: dkv supports {name}={supported!r} only, got {shown(value)}.")
+
+    def heads(self, hidden_size, nheads, nheads_k, default=None):
+        """hidden_size, nheads and nheads_k from the fields of these names; without the last, `default` or nheads."""
+        sizes = [self.count(hidden_size), self.count(nheads)]
+        sizes.append(self.count(nheads_k, None) or default or sizes[1])
+        if sizes[0] % (2 * sizes[1]) or sizes[1] % sizes[2]:
             raise ValueError(
-                f"{self.owner}: the hidden size must be an even multiple of the number of heads, and that one a "
-                f"multiple of the number of key/value heads, got {hidden_size}, {nheads} and {nheads_k}."
+                f"{self.owner}: {hidden_size} must be an even multiple of {nheads}, and that one a multiple of "
+                f"{nheads_k}, got {', '.join(map(str, sizes))}."
             )
-        return {"hidden_size": hidden_size, "nheads": nheads, "nheads_k": nheads_k}
+        return dict(zip(("hidden_size", "nheads", "nheads_k"), sizes, strict=True))
 
     def token_ids(self, vocab_size):
-        """mask_id, eos_token_id and pad_token_id; without a pad token, the end of text pads."""
-        eos = self.get("eos_token_id")
+        """mask_id, eos_ids and pad_token_id; without a pad token, null or -1, the first end of text pads."""
+        (mask_id,) = self._ids("mask_token_id", vocab_size)
+        eos_ids = self._ids("eos_token_id", vocab_size, several=True)
         pad = self.get("pad_token_id", None)
-        ids = {"mask_token_id": self.get("mask_token_id"), "eos_token_id": eos}
-        ids["pad_token_id"] = eos if pad is None else pad
-        for name, value in ids.items():
-            if not isinstance(value, int) or not 0 <= value < vocab_size:
-                raise ValueError(f"{self.owner}: {name} must be an int in 0 .. {vocab_size - 1}, got {value!r}.")
-        ids["mask_id"] = ids.pop("mask_token_id")
-        return ids
+        has_pad = pad is not None and not (type(pad) is int and pad == -1)
+        (pad,) = self._ids("pad_token_id", vocab_size) if has_pad else eos_ids[:1]
+        return {"mask_id": mask_id, "eos_ids": eos_ids, "pad_token_id": pad}
+
+    def _ids(self, name, vocab_size, several=False):
+        value = self.get(name)
+        ids = value if several and isinstance(value, list | tuple) else (value,)
+        if not ids or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+            kind = "an int or a list of ints" if several else "an int"
+            raise ValueError(f"{self.owner}: {name} must be {kind} in 0 .. {vocab_size - 1}, got {shown(value)}.")
+        return tuple(ids)
 
 
 def module_at(root, path):
@@ -153,6 +185,11 @@ def read_decoder(model, layout, settings, **what_differs):
     if isinstance(getattr(head, "bias", None), torch.Tensor):
         raise ValueError(f"{owner}: {layout.head} has a bias, which dkv does not support.")
     _check_norm(owner, layout.final_norm, final_norm)
+    rows, predicted = len(embed.weight), getattr(head, "out_features", 0)
+    if predicted > rows:
+        raise ValueError(
+            f"{owner}: {layout.head} predicts {predicted} ids, but {layout.embed} has {rows} rows; resize both."
+        )
     layers = []
     for index in range(len(find(layout.layers))):
         prefix = f"{layout.layers}.{index}."
@@ -183,10 +220,10 @@ def read_decoder(model, layout, settings, **what_differs):
         nheads_k=settings.nheads_k,
         headdim=settings.headdim,
         rope_theta=settings.rope_theta,
-        vocab_size=embed.weight.shape[0],
+        vocab_size=rows,
         max_positions=settings.max_positions,
         mask_id=settings.mask_id,
-        eos_token_id=settings.eos_token_id,
+        eos_ids=settings.eos_ids,
         pad_token_id=settings.pad_token_id,
         # a `Decoder` is read anew at each call, its tables are kept
         _tables=memory_of(model).rope_tables.setdefault((settings.headdim, settings.rope_theta), {}),

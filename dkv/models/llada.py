@@ -32,11 +32,16 @@ LAYOUT = Layout(
         "up": "up_proj",
         "down": "ff_out",
     },
+    layers_field="n_layers",
+    tied_field="weight_tying",
 )
 
 
-def read_settings(config, owner):
-    """The `Settings` of a config; ValueError naming the owner for what is missing or not supported."""
+def read_settings(config, owner, rows=None):
+    """The `Settings` of a config; ValueError naming the owner for what is missing or not supported.
+
+    rows: those of the embedding, where there is one: a config need not follow when it is resized.
+    """
     fields = Fields(config, owner)
     fields.must_be("block_type", "llama", default="sequential")
     fields.must_be("block_group_size", 1, default=1)
@@ -52,26 +57,31 @@ def read_settings(config, owner):
     fields.must_be("input_emb_norm", False, default=False)
     fields.must_be("scale_logits", False, default=False)
     fields.must_be("clip_qkv", None, default=None)
-    hidden_size, nheads = fields.count("d_model"), fields.count("n_heads")
-    nheads_k = fields.get("n_kv_heads", None) or (1 if fields.get("multi_query_attention", None) else nheads)
-    vocab_size = fields.get("embedding_size", None) or fields.count("vocab_size")
+    nheads_k = 1 if fields.switch("multi_query_attention", None) else None
+    heads = fields.heads("d_model", "n_heads", "n_kv_heads", default=nheads_k)
+    vocab_size = fields.count("vocab_size", None)
+    rows = rows or fields.count("embedding_size", None) or vocab_size or fields.count("vocab_size")
+    mlp_size = fields.count("mlp_hidden_size", None)
+    if mlp_size is None:
+        mlp_size = fields.check_count("mlp_ratio * d_model", fields.count("mlp_ratio", 4) * heads["hidden_size"])
     return Settings(
-        **fields.heads(hidden_size, nheads, nheads_k),
-        **fields.token_ids(vocab_size),
-        mlp_size=fields.get("mlp_hidden_size", None) or fields.count("mlp_ratio", 4) * hidden_size,
+        **heads,
+        **fields.token_ids(rows),
+        mlp_size=mlp_size,
         layers=fields.count("n_layers"),
         rope_theta=fields.positive("rope_theta", 10000.0),
         eps=fields.positive("rms_norm_eps", 1e-5),
-        vocab_size=vocab_size,
+        vocab_size=rows,
         max_positions=fields.count("max_sequence_length", 1024),
-        tied=fields.get("weight_tying", True),
-        biased=("q", "k", "v") if fields.get("include_qkv_bias", False) else (),
+        tied=fields.switch("weight_tying", True),
+        biased=("q", "k", "v") if fields.switch("include_qkv_bias", False) else (),
     )
 
 
 def find(model):
     """The `Decoder` of a LLaDA, native or of Hugging Face's remote code; None for a model of another structure."""
-    if module_at(model, LAYOUT.embed) is None:
+    embed = module_at(model, LAYOUT.embed)
+    if embed is None:
         return None
     inner = model.model
     # the first revision of the official file builds a mask and leaves it unused; its methods tell the two apart
@@ -79,7 +89,7 @@ def find(model):
     return read_decoder(
         model,
         LAYOUT,
-        read_settings(getattr(model, "config", None), type(model).__name__),
+        read_settings(getattr(model, "config", None), type(model).__name__, rows=len(embed.weight)),
         family=FAMILY,
         make_output=Output if isinstance(model, LLaDA) else _hugging_face_output,
         honours_attention_mask=not ignores_mask,

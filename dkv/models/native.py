@@ -1,21 +1,19 @@
 """Native models: a module tree made from a family's layout, loaded from and saved to the official checkpoint layout."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from dkv.kernels.checks import FLOAT_DTYPES
+from dkv.models.folder import CONFIG, INDEX, WEIGHTS, read_tensors, some
 from dkv.models.layout import NORMS
-
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 
 def _rotate(x, cos, sin):
@@ -144,19 +142,31 @@ class NativeModel(nn.Module):
         return model.eval()
 
     @classmethod
-    def load(cls, folder, config, *, dtype, device):
-        """Reads every tensor once, straight to its device and dtype; dtype None: that of the first tensor."""
-        model = cls(config, owner=str(folder / CONFIG))
-        files = _weight_files(folder)
-        # of a tied model some files also hold the head
-        unused = {f"{cls.layout.head}.weight"} if model.settings.tied else set()
-        _check_tensors(folder, files, {name: tuple(p.shape) for name, p in model.named_parameters()}, unused)
-        for file in files:
-            with safe_open(file, framework="pt", device=str(device)) as tensors:
+    def load(cls, folder, config, owner, *, dtype, device):
+        """Reads every tensor once, straight to its device and dtype; dtype None: that of the first tensor.
+
+        Args:
+            folder: a Path; config, owner: of its `dkv.models.folder.read_config`.
+        """
+        layout, settings = cls.layout, cls.read_settings(config, owner)
+        stored = read_tensors(folder)
+        if settings.layers > len(stored):  # building that many could take for ever
+            raise ValueError(
+                f"{owner}: {layout.layers_field} is {settings.layers}, but the weights have {len(stored)} tensors only."
+            )
+        model = cls(config, owner)
+        embedding, head = f"{layout.embed}.weight", f"{layout.head}.weight"
+        # of a tied model some files hold the head too
+        unused = {head} & stored.keys() if settings.tied else set()
+        _check_tensors(folder, stored, {name: tuple(p.shape) for name, p in model.named_parameters()}, unused)
+        if unused and not _are_equal(stored, embedding, head):
+            raise ValueError(
+                f"{owner}: {layout.tied_field} is true, but {head} in {stored[head].file.name} is not the embedding."
+            )
+        for file in sorted({tensor.file for tensor in stored.values()}):
+            with _opened(file, str(device)) as tensors:
                 for name in sorted(set(tensors.keys()) - unused):
                     tensor = tensors.get_tensor(name)
-                    if tensor.dtype not in FLOAT_DTYPES:
-                        raise ValueError(f"{file}: {name} is {tensor.dtype}; quantised weights are not supported.")
                     dtype = dtype or tensor.dtype
                     model._set_parameter(name, tensor.to(dtype))
         return model.eval()
@@ -216,49 +226,43 @@ def _attention(q, k, v, attn_mask):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask | empty).masked_fill(empty, 0)
 
 
-def read_config(folder):
-    """config.json of a folder as a namespace."""
-    path = folder / CONFIG
-    if not path.is_file():
-        raise ValueError(f"{folder} has no {CONFIG}; give the folder of a checkpoint.")
-    return SimpleNamespace(**json.loads(path.read_text()))
-
-
 def _write_json(path, content):
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _weight_files(folder):
-    if (folder / INDEX).is_file():
-        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    else:
-        names = [WEIGHTS]
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(f"{folder} lacks {_some(missing)}; the weights must be safetensors, whole or in shards.")
-    return [folder / name for name in names]
-
-
-def _check_tensors(folder, files, expected, unused):
+def _check_tensors(folder, stored, expected, unused):
     """The files must hold exactly the expected tensors, and may hold the unused ones; expected: name -> shape."""
-    found = {}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
     problems = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - expected.keys() - unused),
+        "missing": sorted(expected.keys() - stored.keys()),
+        "unexpected": sorted(stored.keys() - expected.keys() - unused),
         "wrongly shaped": [
-            f"{name} {found[name]} instead of {shape}"
+            f"{name} {stored[name].shape} instead of {shape}"
             for name, shape in expected.items()
-            if found.get(name, shape) != shape
+            if name in stored and stored[name].shape != shape
         ],
     }
     if any(problems.values()):
-        listed = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
+        listed = "; ".join(f"{kind}: {some(names)}" for kind, names in problems.items() if names)
         raise ValueError(f"the weights in {folder} do not fit its {CONFIG}; {listed}.")
 
 
-def _some(names):
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + rest
+@contextlib.contextmanager
+def _opened(file, device="cpu"):
+    """safe_open, which names no file in its errors."""
+    try:
+        with safe_open(file, framework="pt", device=device) as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"{file}: {error}.") from error
+
+
+def _are_equal(stored, *names):
+    """Whether two stored tensors (rows, columns) are equal; reads them in pieces of 64 MiB."""
+    first, second = (stored[name] for name in names)
+    if first.shape != second.shape:
+        return False
+    with _opened(first.file) as a, _opened(second.file) as b:
+        a, b = (file.get_slice(name) for file, name in zip((a, b), names, strict=True))
+        rows, columns = first.shape
+        step = max(1, 2**26 // (8 * columns))
+        return all(torch.equal(a[i : i + step].double(), b[i : i + step].double()) for i in range(0, rows, step))

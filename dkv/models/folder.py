@@ -1,0 +1,152 @@
+"""What lies in a checkpoint's folder: its configs, its index and the headers of its weights, checked without the data.
+
+Whatever a folder holds, it is either what the formats allow or a ValueError that names the file. Only JSON is parsed,
+and only files of the folder itself are opened; links are followed, as the hub's cache is made of them.
+
+Source: https://huggingface.co/docs/safetensors (the layout of a file).
+"""
+
+import json
+import math
+import os
+from pathlib import Path, PureWindowsPath
+from reprlib import repr as shown
+from types import SimpleNamespace
+from typing import NamedTuple
+
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MOST_JSON = 10_000_000  # bytes; a header of 8 billion parameters has 40,000
+_ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies, and its shape."""
+
+    file: Path
+    shape: tuple[int, ...]
+
+
+def read_config(folder: Path) -> tuple[SimpleNamespace, str]:
+    """The fields of config.json, and what its errors are to name.
+
+    Token ids that it lacks are those of generation_config.json, where there is one.
+    """
+    path, beside = folder / CONFIG, folder / GENERATION_CONFIG
+    if not os.path.isfile(path):
+        raise ValueError(f"{folder} has no {CONFIG}; give the folder of a checkpoint.")
+    config, owner = _read_object(path), str(path)
+    generation = _read_object(beside) if os.path.isfile(beside) else {}
+    for name in ("eos_token_id", "pad_token_id", "mask_token_id"):
+        value = generation.get(name)
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if not ids or not all(type(i) is int for i in ids):
+            raise ValueError(f"{beside}: {name} must be an int or a list of ints, got {shown(value)}.")
+        if config.get(name) is None:
+            config[name], owner = value, f"{path} with {GENERATION_CONFIG}"
+    return SimpleNamespace(**config), owner
+
+
+def read_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the folder's safetensors, by its name."""
+    index, weight_map = folder / INDEX, None
+    if os.path.isfile(index):
+        weight_map = _read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index}: weight_map must be an object, tensor: file, got {shown(weight_map)}.")
+        for name in weight_map.values():
+            # by the rules of Windows, which knows the other separators too
+            if not isinstance(name, str) or PureWindowsPath(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"{index}: weight_map must name safetensors of this folder, got {shown(name)}.")
+    files = [WEIGHTS] if weight_map is None else sorted(set(weight_map.values()))
+    missing = [name for name in files if not os.path.isfile(folder / name)]
+    if missing:
+        raise ValueError(f"{folder} lacks {some(missing)}; the weights must be safetensors, whole or in shards.")
+    tensors = {}
+    for file in (folder / name for name in files):
+        for name, shape in _read_header(file).items():
+            if name in tensors:
+                raise ValueError(f"{file}: {name} is in {tensors[name].file.name} too; it must be in one file.")
+            tensors[name] = Stored(file, shape)
+    if weight_map is not None:
+        found = {name: stored.file.name for name, stored in tensors.items()}
+        wrong = sorted(name for name, _ in weight_map.items() ^ found.items())
+        if wrong:
+            raise ValueError(f"{index}: weight_map must say where each tensor is, but does not for {some(wrong)}.")
+    return tensors
+
+
+def _read_header(file):
+    """name -> shape of the tensors of a safetensors file, which must cover its data without gaps or overlaps."""
+    size = os.path.getsize(file)
+    with open(file, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        text = f.read(length) if 8 + length <= size and length <= MOST_JSON else b""
+    if not text.startswith(b"{"):
+        raise ValueError(f"{file} is no safetensors file, or cut short: no header of {length} bytes; get it anew.")
+    header, spans = _parse_object(file, text), []
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{file}: __metadata__ must be an object of strings, got {shown(metadata)}.")
+    for name, entry in header.items():
+        match entry:
+            # with eight dimensions at most, so that their product is quickly known
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, end]} if len(shape) <= 8 and all(
+                type(n) is int and n >= 0 for n in (*shape, start, end)
+            ):
+                pass
+            case _:
+                raise ValueError(
+                    f"{file}: {name} must have a dtype, a shape and two data_offsets in the header, got {shown(entry)}."
+                )
+        if dtype not in _ITEMSIZE:
+            raise ValueError(
+                f"{file}: {name} is {shown(dtype)}; it must be one of {', '.join(_ITEMSIZE)}, "
+                "quantised weights are not supported."
+            )
+        if end - start != math.prod(shape) * _ITEMSIZE[dtype]:
+            raise ValueError(f"{file}: data_offsets of {name} do not fit its shape and dtype, {shown(entry)}.")
+        spans.append((start, end, name))
+        header[name] = tuple(shape)
+    position = 0
+    for start, end, name in sorted(spans):
+        if start != position:
+            raise ValueError(f"{file}: {name} must begin at byte {position} of the data, but data_offsets say {start}.")
+        position = end
+    if 8 + length + position != size:
+        raise ValueError(f"{file} must have {8 + length + position} bytes by its header, got {size}; get it anew.")
+    return header
+
+
+def _read_object(path):
+    if os.path.getsize(path) > MOST_JSON:
+        raise ValueError(f"{path} must have at most {MOST_JSON} bytes, got {os.path.getsize(path)}.")
+    return _parse_object(path, path.read_bytes())
+
+
+def _parse_object(path, text):
+    """The JSON object in UTF-8 text of a file."""
+    try:
+        content = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_named_once)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must hold JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, {{...}}, got {shown(content)}.")
+    return content
+
+
+def _named_once(pairs):
+    content = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"{shown(name)} is there twice")
+        content[name] = value
+    return content
+
+
+def some(names: list[str]) -> str:
+    """The first three names, and how many more there are."""
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest
