@@ -95,7 +95,7 @@ def _native_class(config, owner):
     for native in _NATIVE:
         if native.describes(config):
             return native
-    names = names or [f"model_type {model_type!r}"]
+    names = [f"model_type {model_type!r}", *(names or [])]
     raise ValueError(
         f"{owner}: {', '.join(names)} is not supported: dkv loads LLaDA (LLaDA-8B, LLaDA-1.5) and Dream (Dream-v0, "
         "Dream-Coder, DiffuCoder) and finetunes of the same module structure."

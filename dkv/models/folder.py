@@ -6,6 +6,7 @@ and only files of the folder itself are opened; links are followed, as the hub's
 Source: https://huggingface.co/docs/safetensors (the layout of a file).
 """
 
+import codecs
 import json
 import math
 import os
@@ -127,9 +128,9 @@ def _read_object(path):
 
 
 def _parse_object(path, text):
-    """The JSON object in UTF-8 text of a file."""
+    """The JSON object in UTF-8 text of a file, with or without a byte order mark."""
     try:
-        content = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_named_once)
+        content = json.loads(text.removeprefix(codecs.BOM_UTF8).decode(), object_pairs_hook=_named_once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must hold JSON: {error}.") from None
     if not isinstance(content, dict):
