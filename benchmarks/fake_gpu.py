@@ -25,10 +25,10 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 import dkv.models  # noqa: E402
 from dkv import guard, linear, run  # noqa: E402
 from dkv.decoder import find_decoder  # noqa: E402
+from dkv.generate import plan_of, resolved  # noqa: E402
 from dkv.kernels import checks, lm_head  # noqa: E402
 from dkv.kernels import launch as tables  # noqa: E402
 from dkv.kernels.rows import Size  # noqa: E402
-from dkv.sampling import Sampler  # noqa: E402
 from dkv.schedule import Schedule  # noqa: E402
 
 # operators that allocate, and launch nothing
@@ -277,35 +277,19 @@ def fake_model(config, dtype=torch.bfloat16, device="cuda"):
     return model
 
 
-def fake_run(model, policy, *, batch, prompt, gen_length, block_length=None, steps=None, sampler=None, **plan):
+def fake_run(model, policy, *, batch, prompt, gen_length, cuda_graphs=False, **options):
     """A `Run` of ours on the fake GPU, at its first step: `dkv.generate.prepare` without what reads from the prompt.
 
     Args:
         model: of `fake_model`.
         batch, prompt: ints, rows and their length.
-        sampler: a dict of fields of `Sampler`; plan: further fields of `dkv.run.Plan`.
+        gen_length, cuda_graphs, options: of `dkv.GenerateConfig`.
     """
     decoder = find_decoder(model)
-    family, block_length = decoder.family, block_length or gen_length
-    options = dict(temperature=0.0, top_p=None, top_k=None, alg_temp=0.0, threshold=None, factor=None)
-    options |= dict(remasking="random" if policy.needs_order else family.remasking, unconfident_ids=())
-    options |= dict(divides_logits=family.divides_logits, excluded_ids=(decoder.mask_id,))
-    defaults = dict(eps=1e-3, mask_id=decoder.mask_id, pad_id=decoder.pad_token_id, eos_ids=(), cfg_scale=0.0)
-    defaults |= dict(impl="auto", cuda_graphs=False, has_forecasts=True)
-    current = run.take_run(
-        model,
-        run.Plan(
-            batch=batch,
-            capacity=run.capacity_for(prompt + gen_length),
-            policy=policy,
-            sampler=Sampler(**options | (sampler or {})),
-            gen_length=gen_length,
-            block_length=block_length,
-            steps=steps or gen_length,
-            **defaults | plan,
-        ),
-        decoder,
-    )
+    options = {"remasking": "random" if policy.needs_order else None} | options
+    config = dkv.GenerateConfig(policy=policy, gen_length=gen_length, cuda_graphs=cuda_graphs, **options)
+    plan = plan_of(resolved(config, decoder), decoder, batch=batch, seqlen=prompt + gen_length, has_prompt_masks=False)
+    current = run.take_run(model, plan, decoder)
     x = torch.empty(batch, prompt + gen_length, dtype=torch.int64, device="cuda")
     lengths = [prompt + gen_length] * batch
     current.start(
@@ -313,7 +297,7 @@ def fake_run(model, policy, *, batch, prompt, gen_length, block_length=None, ste
         torch.empty_like(x, dtype=torch.bool),
         lengths=lengths,
         prompt_masks=[0] * batch,
-        forecasts=current.schedule.forecasts(max(lengths), family.shifted) if current.plan.has_forecasts else None,
+        forecasts=current.schedule.forecasts(max(lengths), current.shifted) if plan.has_forecasts else None,
         first_generated=prompt,
         seed=0,
         order=None,

@@ -1,5 +1,6 @@
 """Diffusion language models (LLaDA, Dream), fast: the delayed KV cache in fused Triton kernels."""
 
+from dkv.config import GenerateConfig
 from dkv.generate import GenerateOutput, GenerateStats, generate
 from dkv.models import from_pretrained
 from dkv.patch import replace_attention, reset, restore_attention
@@ -9,6 +10,7 @@ from dkv.policy import Decode, DualCache, Greedy, NoCache, Policy, Prefill, Pref
 __all__ = [
     "Decode",
     "DualCache",
+    "GenerateConfig",
     "GenerateOutput",
     "GenerateStats",
     "Greedy",

@@ -1,6 +1,12 @@
 """Checks of what `dkv.generate` is given: each error says what must hold, and what was got."""
 
+import math
+import operator
+import warnings
+
 import torch
+
+LARGE = 1e20  # times any logit still far below the 1e30 that stands for infinity in the kernels
 
 
 def left_padded(input_ids, attention_mask, decoder):
@@ -8,14 +14,24 @@ def left_padded(input_ids, attention_mask, decoder):
     if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
         got = getattr(input_ids, "dtype", type(input_ids).__name__)
         raise TypeError(f"input_ids must be an int64 tensor, got {got}.")
-    if input_ids.dim() != 2 or 0 in input_ids.shape:
-        raise ValueError(f"input_ids must have shape (batch, prompt_length), not empty, got {tuple(input_ids.shape)}.")
+    if input_ids.dim() != 2 or input_ids.shape[0] == 0:
+        raise ValueError(
+            f"input_ids must have shape (batch, prompt_length), batch not 0, got {tuple(input_ids.shape)}."
+        )
     if input_ids.device != decoder.weight.device:
         raise ValueError(f"input_ids must be on the model's device, {decoder.weight.device}, got {input_ids.device}.")
-    lowest, highest = int(input_ids.min()), int(input_ids.max())
-    if lowest < 0 or highest >= decoder.vocab_size:
-        raise ValueError(f"input_ids must be in 0 .. {decoder.vocab_size - 1}, got {lowest} .. {highest}.")
     input_ids = input_ids.long()
+    if input_ids.shape[1] > 0:
+        is_padded = (input_ids[:, :: max(input_ids.shape[1] - 1, 1)] == decoder.pad_token_id).any()
+        lowest, highest, is_padded = torch.stack((input_ids.min(), input_ids.max(), is_padded.long())).tolist()
+        if lowest < 0 or highest >= decoder.vocab_size:
+            raise ValueError(f"input_ids must be in 0 .. {decoder.vocab_size - 1}, got {lowest} .. {highest}.")
+        if is_padded and attention_mask is None:
+            warnings.warn(
+                f"input_ids has rows that begin or end with the pad token, {decoder.pad_token_id}, and no "
+                "attention_mask: they are taken for a part of the prompt. Pass attention_mask, 1 for what is.",
+                stacklevel=2,
+            )
     if attention_mask is None:
         return input_ids, torch.ones_like(input_ids, dtype=torch.bool)
     if not isinstance(attention_mask, torch.Tensor):
@@ -30,6 +46,8 @@ def left_padded(input_ids, attention_mask, decoder):
     real = attention_mask.bool()
     if not torch.equal(real.to(attention_mask.dtype), attention_mask):
         raise ValueError("attention_mask must hold 0 and 1 (or False and True) only.")
+    if input_ids.shape[1] == 0:
+        return input_ids, real
     lengths = real.sum(1)
     if not bool((lengths > 0).all()):
         raise ValueError(
@@ -50,12 +68,13 @@ def left_padded(input_ids, attention_mask, decoder):
     return input_ids.gather(1, source), real.gather(1, source)
 
 
-def checked_order(order, sampler, input_ids, gen_length, has_prompt_masks):
+def checked_order(order, config, input_ids, has_prompt_masks):
     """`order` on the device of input_ids, (batch, gen_length) int64, or None."""
     if order is None:
         return None
-    if sampler.remasking != "random":
-        raise ValueError(f"order is for remasking='random', got remasking={sampler.remasking!r}.")
+    if config.remasking != "random":
+        raise ValueError(f"order is for remasking='random', got remasking={config.remasking!r}.")
+    gen_length = config.gen_length
     if not isinstance(order, torch.Tensor) or order.shape != (input_ids.shape[0], gen_length):
         got = tuple(order.shape) if isinstance(order, torch.Tensor) else type(order).__name__
         raise ValueError(
@@ -73,31 +92,90 @@ def eos_ids_of(eos_token_id, decoder):
     """The list of ids that end a text; None: the family's end of text and end of turn."""
     if eos_token_id is None:
         return [i for i in (*decoder.eos_ids, decoder.family.end_of_turn_id) if i < decoder.vocab_size]
-    ids = eos_token_id if isinstance(eos_token_id, list | tuple) else [eos_token_id]
-    if not ids:
-        raise ValueError("eos_token_id must be an int or a list of at least one, got an empty list; None: the model's.")
-    return [token_id("eos_token_id", i, decoder) for i in ids]
+    return [in_vocabulary("eos_token_id", i, decoder) for i in eos_token_id]
 
 
-def token_id(name, value, decoder):
+def in_vocabulary(name, value, decoder):
     """`value`, an id of the vocabulary."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}.")
     if not 0 <= value < decoder.vocab_size:
         raise ValueError(f"{name} must be in the vocabulary, 0 .. {decoder.vocab_size - 1}, got {value}.")
     return value
 
 
-def count(name, value):
-    """`value`, an int of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}.")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}.")
+def whole(name, value, *, least=None, most=None):
+    """`value` as an int, least <= value <= most; a whole scalar of NumPy or PyTorch is one, a bool is none."""
+    try:
+        value = operator.index(None if _is_bool(value) else value)
+    except (TypeError, RuntimeError):
+        raise TypeError(f"{name} must be an int, got {value!r}.") from None
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}.")
     return value
 
 
-def fraction(name, value, closed=True):
-    """Checks 0 < value <= 1; not closed: < 1."""
+def number(name, value):
+    """`value` as a float; any real number is one, a bool or a string is none."""
+    try:
+        return float(None if _is_bool(value) or isinstance(value, str | bytes | bytearray) else value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a number, got {value!r}.") from None
+
+
+def scale(name, value, *, positive=False):
+    """`value` as a factor of what is computed in float32: 0 (unless positive), or in 1 / LARGE .. LARGE."""
+    value = number(name, value)
+    if positive and not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}.")
+    if not value >= 0:
+        raise ValueError(f"{name} must be at least 0, got {value}.")
+    if value != 0 and not 1 / LARGE <= value <= LARGE:
+        raise ValueError(f"{name} must be {'' if positive else '0, or '}in {1 / LARGE} .. {LARGE}, got {value}.")
+    return abs(value)  # no -0.0
+
+
+def fraction(name, value, *, closed=True):
+    """`value` as a float, 0 < value <= 1; not closed: < 1."""
+    value = number(name, value)
     if not 0 < value <= 1 or (not closed and value == 1):
         raise ValueError(f"{name} must be above 0 and {'at most' if closed else 'below'} 1, got {value}.")
+    return value
+
+
+def switch(name, value):
+    """`value` as a bool; a number or a string, of which any but 0 and "" would count as true, is none."""
+    if not _is_bool(value):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
+    return bool(value)
+
+
+def one_of(name, value, allowed):
+    """`value`, one of the strings allowed."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
+    return value
+
+
+def token_id(name, value):
+    """`value` as an int that can be a token's id."""
+    value = whole(name, value)
+    if value < 0:
+        raise ValueError(f"{name} must be in the vocabulary, so at least 0, got {value}.")
+    return value
+
+
+def token_ids(name, value):
+    """One id or a list of them as a tuple."""
+    values = value if isinstance(value, list | tuple) else [value]
+    if not values:
+        raise ValueError(f"{name} must be an int or a list of at least one, got an empty list; None: the model's.")
+    return tuple(token_id(name, v) for v in values)
+
+
+def _is_bool(value):
+    return isinstance(value, bool) or (
+        str(getattr(value, "dtype", "")) in ("bool", "torch.bool") and math.prod(value.shape) == 1
+    )

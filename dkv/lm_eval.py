@@ -8,6 +8,7 @@ is the harness's own command line with this model added; in Python, importing th
 import inspect
 import logging
 import time
+from dataclasses import fields
 from itertools import groupby, islice
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import dkv
-from dkv.inputs import count, eos_ids_of
+from dkv.inputs import eos_ids_of, whole
 from dkv.models import find_decoder
 
 try:
@@ -33,8 +34,7 @@ logger = logging.getLogger("lm_eval.models.dkv")  # among the harness's own, who
 
 _KINDS = (dkv.NoCache, dkv.Decode, dkv.Greedy, dkv.Prefill, dkv.PrefillDecode, dkv.PrefixCache, dkv.DualCache)
 _POLICIES = {kind.__name__: tuple(inspect.signature(kind).parameters) for kind in _KINDS}  # name -> its settings
-_PER_CALL = {"model", "input_ids", "attention_mask", "policy", "order", "generator", "output_history", "show_progress"}
-_GENERATE = set(inspect.signature(dkv.generate).parameters) - _PER_CALL
+_GENERATE = {option.name for option in fields(dkv.GenerateConfig)} - {"policy"}
 
 
 @register_model("dkv")
@@ -100,10 +100,11 @@ class DiffusionLM(TemplateLM):
         self.settings = {"eos_early_stop": True, "steps": steps, "block_length": block_length}
         self.settings |= {name: settings.pop(name) for name in _GENERATE & settings.keys()}
         self.policy = _make_policy(policy, settings)
-        self.gen_length = None if gen_length is None else count("gen_length", gen_length)
+        self.gen_length = None if gen_length is None else whole("gen_length", gen_length, least=1)
+        config = dkv.GenerateConfig(policy=self.policy, **self.settings)
         if not str(batch_size).isdecimal():
             raise ValueError(f"batch_size must be a number, there is no automatic choice; got {batch_size!r}.")
-        self.batch_size, self.mc_num = count("batch_size", int(batch_size)), count("mc_num", mc_num)
+        self.batch_size, self.mc_num = whole("batch_size", int(batch_size), least=1), whole("mc_num", mc_num, least=1)
         self.add_bos_token, self.check_greedy = add_bos_token, check_greedy
 
         if isinstance(pretrained, torch.nn.Module):
@@ -116,8 +117,8 @@ class DiffusionLM(TemplateLM):
             self.model = dkv.from_pretrained(pretrained, dtype=None if dtype == "auto" else dtype, device=device)
         self.decoder = find_decoder(self.model)
         self.policy.check(self.decoder.family.shifted)
-        self.eos_ids = eos_ids_of(self.settings.get("eos_token_id"), self.decoder)
-        self.max_length = self.decoder.max_positions if max_length is None else count("max_length", max_length)
+        self.eos_ids = eos_ids_of(config.eos_token_id, self.decoder)
+        self.max_length = self.decoder.max_positions if max_length is None else whole("max_length", max_length, least=1)
         self.tokenizer = pretrained if tokenizer is None else tokenizer
         if not hasattr(self.tokenizer, "decode"):
             from transformers import AutoTokenizer
@@ -193,10 +194,10 @@ class DiffusionLM(TemplateLM):
             sampled = {name: kwargs[name] for name in ("temperature", "top_p") if kwargs.get(name) is not None}
         prompts = [self._fitting(prompt, gen_length) for prompt in prompts]
         width = max(map(len, prompts))
-        input_ids = torch.full((len(prompts), width), self.decoder.pad_token_id)
+        input_ids = torch.full((len(prompts), width), self.decoder.pad_token_id, device="cpu")
         attention_mask = torch.zeros_like(input_ids)
         for row, prompt in enumerate(prompts):
-            input_ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            input_ids[row, width - len(prompt) :] = torch.tensor(prompt, device="cpu")
             attention_mask[row, width - len(prompt) :] = 1
         output = dkv.generate(
             self.model,
@@ -248,8 +249,8 @@ class DiffusionLM(TemplateLM):
 
     def _samples(self, context, target):
         """(tokens (seqlen,), masked (seqlen,) bool, weight) of each sample of a likelihood."""
-        generator = torch.Generator().manual_seed(torch.initial_seed())
-        tokens = torch.tensor(context + target)
+        generator = torch.Generator("cpu").manual_seed(torch.initial_seed())
+        tokens = torch.tensor(context + target, device="cpu")
         if target:
             masks, weights = sample_masks(len(target), self.mc_num, generator)
             for masked, weight in zip(F.pad(masks, (len(context), 0)), weights.tolist(), strict=True):
@@ -264,13 +265,16 @@ class DiffusionLM(TemplateLM):
         row, column = masked.nonzero(as_tuple=True)
         logits = logits[source[row], (column - int(self.decoder.family.shifted)).clamp(min=0)]
         losses = F.cross_entropy(logits.float(), tokens[row, column].to(self.device), reduction="none")
-        return torch.zeros(len(tokens), dtype=torch.float64).index_add(0, row, -losses.double().cpu()).tolist()
+        sums = torch.zeros(len(tokens), dtype=torch.float64, device="cpu")
+        return sums.index_add_(0, row, -losses.double().cpu()).tolist()
 
     def _is_greedy(self, context, target):
         if not (self.check_greedy and target):
             return False
         prompt = torch.tensor([context], device=self.device)
-        output = dkv.generate(self.model, prompt, gen_length=len(target), policy=dkv.NoCache())
+        # a prompt may begin with the end of text, which is the pad token too
+        mask = torch.ones_like(prompt)
+        output = dkv.generate(self.model, prompt, mask, gen_length=len(target), policy=dkv.NoCache())
         return output.sequences[0, len(context) :].tolist() == target
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
@@ -309,9 +313,11 @@ def sample_masks(length, mc_num, generator):
         masks (samples, length) bool, all different; weights (samples,) float64, so that the sum over the samples of the
         weight times the log-probabilities of the masked tokens estimates the log-likelihood.
     """
-    levels = (torch.arange(mc_num) + torch.rand((), generator=generator, dtype=torch.float64)) / mc_num
+    levels = torch.arange(mc_num, dtype=torch.float64, device="cpu")
+    levels = (levels + torch.rand((), generator=generator, dtype=torch.float64, device="cpu")) / mc_num
     counts = 1 + (levels * length).long().clamp(max=length - 1)
-    ranks = torch.rand((mc_num, length), generator=generator).argsort(1).argsort(1)
+    draws = torch.rand((mc_num, length), generator=generator, dtype=torch.float32, device="cpu")
+    ranks = draws.argsort(1).argsort(1)
     masks, repeats = (ranks < counts[:, None]).unique(dim=0, return_counts=True)
     return masks, repeats.double() / mc_num * length / masks.sum(1)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from dkv.config import GenerateConfig
 from dkv.engine import rule_of, write_active
 from dkv.forward import Forward
 from dkv.graphs import StepGraphs
@@ -14,7 +15,7 @@ from dkv.kernels.rows import Counter, Size
 from dkv.memory import memory_of
 from dkv.policy import Policy
 from dkv.rooms import LateSizes, Room, Rooms
-from dkv.sampling import write_order
+from dkv.sampling import Sampler, write_order
 from dkv.schedule import Schedule
 from dkv.state import State
 
@@ -68,26 +69,21 @@ class Plan:
 
     Attributes:
         capacity: columns of the memory, of which a shorter batch uses the last ones.
+        sampler: with the `GenerateConfig`, whose mask_id and block_length are no None.
+        pad_id: what fills the masks of a row that ended early; eos_ids: by what it ends, () if it does not.
         has_forecasts: whether no count depends on the tokens; else the host reads counts at each step.
-        pad_id: what fills the masks of a row that ended early.
-        The others are arguments of `dkv.generate`.
     """
 
     batch: int
     capacity: int
-    policy: object
-    sampler: object
-    gen_length: int
-    block_length: int
-    steps: int
-    eps: float
-    mask_id: int
+    sampler: Sampler
     pad_id: int
     eos_ids: tuple[int, ...]
-    cfg_scale: float
-    impl: str
-    cuda_graphs: bool
     has_forecasts: bool
+
+    @property
+    def config(self) -> GenerateConfig:
+        return self.sampler.config
 
 
 def take_run(model, plan, decoder):
@@ -126,32 +122,35 @@ class Run:
     @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(self, decoder, plan):
-        device, batch = decoder.weight.device, plan.batch
-        self.decoder, self.plan, self.sampler, self.shifted = decoder, plan, plan.sampler, decoder.family.shifted
+        device, batch, config = decoder.weight.device, plan.batch, plan.config
+        self.decoder, self.plan, self.config, self.sampler = decoder, plan, config, plan.sampler
+        self.shifted = decoder.family.shifted
         self.schedule = Schedule(
-            steps=plan.steps,
-            gen_length=plan.gen_length,
-            block_length=plan.block_length,
+            steps=config.steps,
+            gen_length=config.gen_length,
+            block_length=config.block_length,
             time_steps=decoder.family.time_steps,
-            eps=plan.eps,
+            eps=config.eps,
         )
-        self.copies = 2 if plan.cfg_scale else 1  # rows of the model's batch per sequence
-        self.forward = Forward(decoder, plan.capacity, plan.impl)
+        self.copies = 2 if config.cfg_scale else 1  # rows of the model's batch per sequence
+        self.forward = Forward(decoder, plan.capacity, config.impl)
         self.ops = self.forward.ops
         self.state = State(
             batch,
             plan.capacity,
-            mask_id=plan.mask_id,
+            mask_id=config.mask_id,
             shifted=self.shifted,
             ops=self.ops,
             device=device,
-            ordered=self.sampler.ordered,
+            ordered=config.ordered,
         )
         self.positions = torch.zeros(batch * self.copies, plan.capacity, dtype=torch.int64, device=device)
         self.active = torch.zeros_like(self.state.real)
         self.commits = None
-        if not (self.sampler.by_probability or self.sampler.ordered):
-            self.commits = self.schedule.commits([0] * batch).to(device)
+        if not (config.by_probability or config.ordered):
+            # no row has more masks than columns
+            steps = self.schedule.block_steps or plan.capacity
+            self.commits = torch.zeros(batch, len(self.schedule.lengths), steps, dtype=torch.int64, device=device)
         self.eos_ids = torch.tensor(plan.eos_ids, device=device) if plan.eos_ids else None
         self.options = self.sampler.row_options(batch, decoder.weight)
         leftpad = torch.zeros(batch * self.copies, dtype=torch.int32, device=device)
@@ -161,13 +160,14 @@ class Run:
         self.totals = torch.zeros(batch, 2, dtype=torch.int64, device=device)
         # positions beyond what the policy promised
         self.excess = torch.zeros((), dtype=torch.int64, device=device)
-        rule = rule_of(plan.policy, self.shifted)
+        rule = rule_of(config.policy, self.shifted)
         # of a policy without max_active nothing is known: it may read from the device, or change; a window around what
         # is decoded next does read
-        known = type(plan.policy).max_active is not Policy.max_active and not (rule is None and plan.policy.needs_order)
-        self.graphs = StepGraphs(device) if plan.cuda_graphs and self.forward.can_be_recorded and known else None
+        policy = config.policy
+        known = type(policy).max_active is not Policy.max_active and not (rule is None and policy.needs_order)
+        self.graphs = StepGraphs(device) if config.cuda_graphs and self.forward.can_be_recorded and known else None
         # in a known order the next step's candidates are other ones
-        foreseen = not plan.has_forecasts or rule is None or rule.is_foreseen(self.shifted) or self.sampler.ordered
+        foreseen = not plan.has_forecasts or rule is None or rule.is_foreseen(self.shifted) or config.ordered
         self.late = None if foreseen or reads_sizes(device) else LateSizes(self.sizes)
 
     @torch.no_grad()
@@ -189,21 +189,23 @@ class Run:
             F.pad(x, (self.unused, 0)),
             F.pad(real, (self.unused, 0)),
             first_generated=first_generated + self.unused,
-            block_length=plan.block_length,
-            gen_length=plan.gen_length,
+            block_length=self.config.block_length,
+            gen_length=self.config.gen_length,
             seed=seed,
         )
         positions = (state.columns - state.first_column).clamp(min=0)
         self.positions.copy_(positions.repeat(self.copies, 1))
         self.cache.leftpad.copy_(state.first_column[:, 0].repeat(self.copies))
         state.counts.fill_(plan.capacity)
-        if self.sampler.ordered:
+        if self.config.ordered:
             write_order(self.sampler, self.schedule, state, order, prompt_masks)
         elif self.commits is not None:
-            self.commits.copy_(self.schedule.commits(prompt_masks))
+            commits = self.schedule.commits(prompt_masks)
+            self.commits.copy_(F.pad(commits, (0, self.commits.shape[-1] - commits.shape[-1])))
         self.bounds = None if forecasts is None else [self._bound(forecast) for forecast in forecasts]
         self.rooms = self._rooms(max(prompt_masks))
         self.steps, self.sizes_read, self.masks_left = 0, None, [float("inf")] * plan.batch
+        self.most_steps = int(self.schedule.table(prompt_masks)[0].sum(1).max())
         self.totals.zero_()
         self.excess.zero_()
         self.began = (self.graphs.captured, self.graphs.capture_seconds) if self.graphs else (0, 0.0)
@@ -235,7 +237,7 @@ class Run:
         recomputed, positions, excess, *nan_steps = numbers
         if excess > 0:
             raise RuntimeError(
-                f"{self.plan.policy!r}.max_active promised fewer positions of a row than were active: {excess} were "
+                f"{self.config.policy!r}.max_active promised fewer positions of a row than were active: {excess} were "
                 "left out. It must be an upper bound, predictors included."
             )
         check_answers(nan_steps)
@@ -282,19 +284,18 @@ class Run:
 
         masks: a list of ints, those that are left of each row.
         """
-        if self.sampler.by_probability:
+        if self.config.by_probability:
             must = "decode a mask of each unfinished row"
             stuck = [row for row, left in enumerate(masks) if left and left >= self.masks_left[row]]
             self.masks_left = masks
         else:
             # a step of a schedule may decode none, but the last one leaves none
             must = "be the last one of the schedule"
-            is_over = self.steps >= max(self.plan.steps, len(self.schedule.lengths))
-            stuck = [row for row, left in enumerate(masks) if left and is_over]
+            stuck = [row for row, left in enumerate(masks) if left and self.steps >= self.most_steps]
         if stuck:
             raise RuntimeError(
                 f"step {self.steps - 1} must {must}, but {[masks[row] for row in stuck]} masks are left in rows "
-                f"{stuck}. A policy must not change the state that it is given, got {self.plan.policy!r}."
+                f"{stuck}. A policy must not change the state that it is given, got {self.config.policy!r}."
             )
 
     def next_room(self):
@@ -316,11 +317,11 @@ class Run:
 
     def _bound(self, forecast):
         """A `Room` that a step with this forecast does not need more than; None: the policy does not say."""
-        most = self.plan.policy.max_active(forecast)
+        most = self.config.policy.max_active(forecast)
         if most is None:
             return None
         most = min(most, self.longest) if forecast.step else self.longest
-        candidates = forecast.commits if self.sampler.ordered else forecast.block_masks
+        candidates = forecast.commits if self.config.ordered else forecast.block_masks
         return Room(min(self.plan.batch * most, self.real_positions), most, self.plan.batch * candidates)
 
     def _rooms(self, prompt_masks):
@@ -331,9 +332,9 @@ class Run:
             candidates = max(bound.candidates for bound in self.bounds)
             positions, per_row, _ = zip(*cached, strict=True) if cached else ([0], [0], [0])
             return Rooms(plan.batch, Room(max(positions), max(per_row), candidates), positions, self.copies)
-        masks = (plan.gen_length + prompt_masks) * (1 + self.shifted)
+        masks = (self.config.gen_length + prompt_masks) * (1 + self.shifted)
         per_row = min(masks + self.shifted, self.longest)
-        candidates = min(plan.block_length, plan.gen_length) + prompt_masks
+        candidates = min(self.config.block_length, self.config.gen_length) + prompt_masks
         return Rooms(plan.batch, Room(plan.batch * per_row, per_row, plan.batch * candidates), copies=self.copies)
 
     def compute(self, room):
@@ -341,7 +342,7 @@ class Run:
         state, options = self.state, self.options
         hidden, wanted = self._hidden(room)
         scales = None
-        if self.sampler.temperature:
+        if self.config.temperature:
             # behind the candidates lie those of the unconditional rows, which are not looked at
             scales = options.scales(wanted.slots.clamp(min=0) // self.plan.capacity % self.plan.batch)
         tokens, scores = self.sampler.predict(
@@ -379,7 +380,7 @@ class Run:
             candidate_capacity=room.candidates * self.copies,
             per_row=room.per_row,
             shifted=self.shifted,
-            noisy=self.sampler.noisy,
+            noisy=self.config.noisy,
         )
         hidden = self.forward(packed, self.cache, room.per_row, wanted)
         if self.copies == 1:
@@ -388,7 +389,7 @@ class Run:
         count = room.candidates
         cond, behind = hidden[:count], wanted.cu_seqlens[plan.batch]
         uncond = hidden[(torch.arange(count, device=hidden.device) + behind).clamp(max=2 * count - 1)]
-        guided = (plan.cfg_scale + 1) * cond.float() - plan.cfg_scale * uncond.float()
+        guided = (self.config.cfg_scale + 1) * cond.float() - self.config.cfg_scale * uncond.float()
         keys = None if wanted.keys is None else wanted.keys[:count]
         slots, cu_seqlens = wanted.slots[:count], wanted.cu_seqlens[: plan.batch + 1]
         return guided.to(cond.dtype), wanted._replace(slots=slots, cu_seqlens=cu_seqlens, keys=keys)
@@ -396,7 +397,9 @@ class Run:
     def _decide(self):
         """Takes what was committed, and writes down what the next step recomputes and may commit."""
         self.state.advance(commits=self.commits, end_ids=self.eos_ids, pad_id=self.plan.pad_id)
-        write_active(self.plan.policy, self.state, self.active, self.sizes, self.totals, foresee=self.late is not None)
+        write_active(
+            self.config.policy, self.state, self.active, self.sizes, self.totals, foresee=self.late is not None
+        )
 
     def _post(self):
         if self.late is not None:

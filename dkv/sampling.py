@@ -4,57 +4,36 @@ from dataclasses import dataclass
 
 import torch
 
+from dkv.config import GenerateConfig
 from dkv.kernels import reference
 from dkv.kernels.noise import gumbel, noise_key, uniform
 from dkv.kernels.reference import LOGITS_AT_A_TIME
 from dkv.kernels.rows import Counter
 
-ORDERED = ("random", "origin")  # what a step decodes is known before its outputs
-BY_PROBABILITY = ("low_confidence", "maskgit_plus", "topk_margin")
-RULES = ("low_confidence", "random", "entropy", "topk_margin", "maskgit_plus", "origin")
-
 
 @dataclass(frozen=True)
 class Sampler:
-    """How tokens are chosen and which of them are committed; the arguments of `dkv.generate` of the same names.
+    """How tokens are chosen and which of them are committed.
 
     Attributes:
+        config: with a remasking rule, no None.
         divides_logits: as in `Family`.
         excluded_ids: their logits are -inf.
         unconfident_ids: a token among them has the confidence -inf, and the others are normalised without them.
     """
 
-    remasking: str
-    temperature: float
-    top_p: float | None
-    top_k: int | None
-    alg_temp: float
-    threshold: float | None
-    factor: float | None
+    config: GenerateConfig
     divides_logits: bool
     excluded_ids: tuple[int, ...]
     unconfident_ids: tuple[int, ...]
 
     @property
-    def ordered(self):
-        return self.remasking in ORDERED
-
-    @property
-    def by_probability(self):
-        """Whether confidences, not a count, decide how many tokens are committed."""
-        return self.threshold is not None or self.factor is not None
-
-    @property
-    def noisy(self):
-        """Whether noise keys are needed."""
-        return self.temperature > 0 or self.alg_temp > 0
-
-    @property
     def scales(self):
         """What logits and noise are multiplied by."""
-        if self.temperature == 0:
+        temperature = self.config.temperature
+        if temperature == 0:
             return 1.0, 0.0
-        return (1 / self.temperature, 1.0) if self.divides_logits else (1.0, self.temperature)
+        return (1 / temperature, 1.0) if self.divides_logits else (1.0, temperature)
 
     def row_options(self, batch, weight):
         """`RowOptions` of `batch` rows that all have this sampler's, in the dtype and on the device of weight."""
@@ -63,8 +42,9 @@ class Sampler:
         def of_rows(value):
             return torch.full((batch,), value, dtype=dtype, device=weight.device)
 
-        threshold, factor = (None if value is None else of_rows(value) for value in (self.threshold, self.factor))
-        scales = map(of_rows, self.scales) if self.temperature else (None, None)
+        config = self.config
+        threshold, factor = (None if value is None else of_rows(value) for value in (config.threshold, config.factor))
+        scales = map(of_rows, self.scales) if config.temperature else (None, None)
         return RowOptions(threshold, factor, *scales)
 
     def predict(self, decoder, hidden, keys, ops, scales=None, cu_seqlens=None):
@@ -84,8 +64,9 @@ class Sampler:
             `lm_head_confidence` says.
         """
         logit_scale, noise_scale = self.scales if scales is None else scales
-        keys = keys if self.temperature else None
-        if decoder.head_weight is not None and self.top_p is None and self.top_k is None and not self.unconfident_ids:
+        keys = keys if self.config.temperature else None
+        needs_logits = self.config.top_p is not None or self.config.top_k is not None or self.unconfident_ids
+        if decoder.head_weight is not None and not needs_logits:
             found = ops.lm_head_confidence(
                 hidden,
                 decoder.head_weight,
@@ -112,7 +93,7 @@ class Sampler:
             z = z * (logit_scale[:, None] if isinstance(logit_scale, torch.Tensor) else logit_scale)
         for excluded in self.excluded_ids:
             z[:, excluded] = float("-inf")
-        z = filter_top_k(filter_top_p(z, self.top_p), self.top_k)
+        z = filter_top_k(filter_top_p(z, self.config.top_p), self.config.top_k)
         found = reference.confidence_of_logits(
             z, noise_scale=noise_scale, noise_key=keys, exclude_ids=self.excluded_ids
         )
@@ -130,15 +111,16 @@ class Sampler:
         return token, score.masked_fill(unanswered, float("nan"))
 
     def _score(self, found):
-        if self.remasking == "entropy":
+        if self.config.remasking == "entropy":
             return -found.entropy
-        return found.margin if self.remasking == "topk_margin" else found.log_prob
+        return found.margin if self.config.remasking == "topk_margin" else found.log_prob
 
     def ranking(self, score, keys):
         """What decides the commits: probabilities for threshold and factor, else the score, with noise for alg_temp."""
-        if self.by_probability:
-            return score if self.remasking == "topk_margin" else score.exp()
-        return score / self.alg_temp + gumbel(keys).to(score.dtype) if self.alg_temp > 0 else score
+        config = self.config
+        if config.by_probability:
+            return score if config.remasking == "topk_margin" else score.exp()
+        return score / config.alg_temp + gumbel(keys).to(score.dtype) if config.alg_temp > 0 else score
 
     def priority(self, state, order):
         """(batch, seqlen) float64: positions of higher priority are decoded first, for the ordered rules.
@@ -187,15 +169,15 @@ def write_order(sampler, schedule, state, order, prompt_masks):
     by_priority = priority.argsort(dim=1, descending=True, stable=True)
     in_order = torch.where(masked, block, len(schedule.lengths)).gather(1, by_priority).argsort(dim=1, stable=True)
     place = torch.empty_like(block).scatter_(1, by_priority.gather(1, in_order), state.columns.expand_as(block))
-    commits = schedule.commits(prompt_masks).to(block.device)
+    commits, (_, times) = schedule.commits(prompt_masks).to(block.device), schedule.table(prompt_masks)
     ends = commits.sum(-1).cumsum(-1)
     block.clamp_(max=len(schedule.lengths) - 1)
     state.rank.copy_(place - (ends - commits.sum(-1)).gather(1, block))
     state.due.zero_()
-    decoded, remaining = commits.cumsum(-1), schedule.remaining.to(block.device)
-    for step in range(remaining.shape[1]):
-        if sampler.remasking == "origin":
-            state.due.add_(priority < remaining[:, step][block])
+    decoded, remaining = commits.cumsum(-1), times[..., 1:].to(block.device).expand(commits.shape)
+    for step in range(commits.shape[-1]):
+        if sampler.config.remasking == "origin":
+            state.due.add_(priority < remaining[..., step].gather(1, block))
         else:
             state.due.add_(state.rank >= decoded[..., step].gather(1, block))
 

@@ -48,26 +48,48 @@ class Schedule:
     divide, that is LLaDA's rule. A block of more steps than masks ends when its masks do.
 
     Args:
-        steps, gen_length, block_length: ints; the last block may be shorter.
+        steps: int, or None: as many as gen_length or, where that is 0, as many as a row has masks.
+        gen_length, block_length: ints; the last block may be shorter. A gen_length of 0 makes one block of length 0.
         time_steps: Dream's schedule: of m masks, step i commits m * (1 - t[i + 1] / t[i]), t from 1 to eps. Else
             LLaDA's: as many at each step, and one more at the first ones where that does not divide.
 
     Attributes:
-        remaining: (blocks, steps of a block) float32, the part of a block's masks that Dream's schedule leaves after a
-            step; 0 from its last one on.
+        lengths: a list of ints, of the blocks.
+        block_steps: int, the most steps of a block; None: a row has as many as masks.
     """
 
     def __init__(self, *, steps, gen_length, block_length, time_steps, eps):
-        self.gen_length, self.block_length, self.time_steps = gen_length, block_length, time_steps
-        ends = [min(end, gen_length) for end in range(block_length, gen_length + block_length, block_length)]
-        self.lengths = [end - start for start, end in itertools.pairwise([0, *ends])]
-        others = max(steps - len(ends), 0)
-        dealt = [-(-others * end // gen_length) for end in [0, *ends]]
-        self._steps = torch.tensor([1 + after - before for before, after in itertools.pairwise(dealt)], device="cpu")
-        self._before = torch.zeros(len(ends), int(self._steps.max()) + 1, device="cpu")
-        for block, count in enumerate(self._steps.tolist()):
-            self._before[block, :count] = torch.linspace(1, eps, count + 1, device="cpu")[:-1]
-        self.remaining = self._before[:, 1:]
+        self.gen_length, self.block_length, self.time_steps, self.eps = gen_length, block_length, time_steps, eps
+        columns = max(gen_length, 1)
+        starts = range(0, columns, block_length)
+        self.lengths = [min(block_length, gen_length - start) for start in starts]
+        if steps is None and gen_length == 0:
+            self.block_steps = None
+            return
+        others = max((gen_length if steps is None else steps) - len(starts), 0)
+        dealt = [-(-others * edge // columns) for edge in (*starts, columns)]
+        steps = [1 + after - before for before, after in itertools.pairwise(dealt)]
+        self._table, self.block_steps = self._timed(steps), max(steps)
+
+    def table(self, prompt_masks):
+        """The steps of each block, (rows or 1, blocks) int64, and the times before each of them, on the CPU.
+
+        Times are (rows or 1, blocks, steps of a block + 1) float32; that before step i + 1 is the part of the masks
+        that Dream's schedule leaves after step i: 0 from the last one on.
+        """
+        if self.block_steps is not None:
+            return self._table
+        steps, times = self._timed([max(masks, 1) for masks in prompt_masks])
+        return steps.T, times.transpose(0, 1)
+
+    def _timed(self, steps):
+        """`table` of one row, whose blocks have so many steps."""
+        times = torch.zeros(1, len(steps), max(steps) + 1, dtype=torch.float32, device="cpu")
+        for block, count in enumerate(steps):
+            # in float32 as Dream does, which decides where a number of commits is cut off
+            linear = torch.linspace(1, self.eps, count + 1, dtype=torch.float32, device="cpu")
+            times[0, block, :count] = linear[:-1]
+        return torch.tensor([steps], device="cpu"), times
 
     def commits(self, prompt_masks):
         """How many tokens each step of each block commits, for rows with so many masks inside their prompts.
@@ -80,17 +102,17 @@ class Schedule:
         """
         masks = torch.tensor(self.lengths, device="cpu").repeat(len(prompt_masks), 1)
         masks[:, 0] += torch.tensor(prompt_masks, device="cpu")
-        steps = torch.arange(self.remaining.shape[1], device="cpu")
+        steps_of_block, times = self.table(prompt_masks)
+        steps = torch.arange(times.shape[-1] - 1, device="cpu")
         if not self.time_steps:
-            each, more = masks // self._steps, masks % self._steps
+            each, more = masks // steps_of_block, masks % steps_of_block
             counts = each[..., None] + (steps < more[..., None]).long()
-            return counts.masked_fill_(steps >= self._steps[:, None], 0)
-        # in float32 as Dream does, which decides where the product is cut off
-        shares = 1 - self.remaining / self._before[:, :-1]
+            return counts.masked_fill_(steps >= steps_of_block[..., None], 0)
+        shares = 1 - times[..., 1:] / times[..., :-1]
         counts = torch.zeros(*masks.shape, len(steps), dtype=torch.int64, device="cpu")
         for step in steps.tolist():
             # behind a block's last step both are 0, and no mask is left
-            counts[..., step] = (masks * shares[:, step].nan_to_num()).long()
+            counts[..., step] = (masks * shares[..., step].nan_to_num()).long()
             masks = masks - counts[..., step]
         return counts
 

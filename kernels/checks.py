@@ -1,12 +1,14 @@
 """Argument checks and the choice of implementation, shared by every operator of `dkv.kernels`."""
 
 import contextlib
+from typing import Literal, get_args
 
 import torch
 
 from dkv.kernels.language import InterpretedFunction, check_installed
 
-IMPLS = ("auto", "triton", "reference")
+Impl = Literal["auto", "triton", "reference"]
+IMPLS = get_args(Impl)
 HEADDIMS = (16, 32, 64, 128)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -173,10 +173,11 @@ def test_logits_in_memory(device, remasking, options, dtype):
     is_odd = torch.rand(200, 9, generator=generator) < torch.rand(200, 1, generator=generator) ** 3
     logits[is_odd] = odd[torch.randint(5, (int(is_odd.sum()),), generator=generator)]
     logits, excluded = logits.to(dtype).to(device), (0, 4)
-    off = dict(temperature=0.0, top_p=None, top_k=None, alg_temp=0.0, threshold=None, factor=None)
-    off |= dict(divides_logits=False, unconfident_ids=())
-    sampler = Sampler(remasking, excluded_ids=excluded, **(off | options))
-    keys = torch.arange(200, device=device) if sampler.noisy else None
+    options = dict(divides_logits=False, unconfident_ids=()) | options
+    of_sampler = {name: options.pop(name) for name in ("divides_logits", "unconfident_ids")}
+    config = dkv.GenerateConfig(remasking=remasking, **options)
+    sampler = Sampler(config, excluded_ids=excluded, **of_sampler)
+    keys = torch.arange(200, device=device) if config.noisy else None
     token, score = sampler.predict(Identity(9), logits, keys, reference)
     z = logits.float()
     z[:, excluded] = -INF

@@ -47,7 +47,8 @@ class Books:
         masks = (prompt == MASK).sum(1).tolist()
         if ordered:
             sampler = SimpleNamespace(
-                remasking=ordered, priority=lambda state, order: Sampler.priority(None, state, order)
+                config=SimpleNamespace(remasking=ordered),
+                priority=lambda state, order: Sampler.priority(None, state, order),
             )
             write_order(sampler, self.schedule, self.state, None, masks)
         else:

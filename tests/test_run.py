@@ -7,7 +7,6 @@ to read; and a tape of the operations of a step stands for its CUDA graph.
 import contextlib
 import copy
 import gc
-import inspect
 import sys
 import weakref
 from pathlib import Path
@@ -349,7 +348,8 @@ def test_no_step_synchronises(family, policy, device):
 def fake_tiny_run(family, policy, dtype=torch.bfloat16, **settings):
     """A run of a tiny model on the fake GPU."""
     llm = fake_model(tiny.CONFIGS[family](), dtype)
-    return fake_run(llm, policy, batch=3, prompt=24, gen_length=16, block_length=8, steps=6, **settings)
+    options = {"gen_length": 16, "block_length": 8, "steps": 6} | settings
+    return fake_run(llm, policy, batch=3, prompt=24, **options)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -396,12 +396,12 @@ def test_a_recording_ends(error):
 
 SETTINGS = {
     "plain": {},
-    "noise": {"sampler": {"temperature": 0.7, "alg_temp": 0.3}},
+    "noise": {"temperature": 0.7, "alg_temp": 0.3},
     "guidance": {"cfg_scale": 2.0},
-    "guidance and noise": {"cfg_scale": 2.0, "sampler": {"temperature": 0.7}},
-    "threshold": {"sampler": {"threshold": 0.9}, "has_forecasts": False},
-    "factor and early stop": {"sampler": {"factor": 1.0}, "eos_ids": (EOS,), "has_forecasts": False},
-    "filters": {"sampler": {"top_p": 0.9, "top_k": 20, "unconfident_ids": (EOS,)}},
+    "guidance and noise": {"cfg_scale": 2.0, "temperature": 0.7},
+    "threshold": {"steps": None, "threshold": 0.9},
+    "factor and early stop": {"steps": None, "factor": 1.0, "eos_early_stop": True, "eos_token_id": EOS},
+    "filters": {"top_p": 0.9, "top_k": 20, "confidence_eos_eot_inf": True, "eos_token_id": EOS},
 }
 
 
@@ -461,12 +461,6 @@ def test_two_runs_at_once_on_one_model(device):
         assert not current.running() and torch.equal(current.finish().sequences, want)
 
 
-def test_prepare_takes_what_generate_takes():
-    wanted = dict(inspect.signature(dkv.generate).parameters)
-    assert not wanted.pop("output_history").default and not wanted.pop("show_progress").default
-    assert dict(inspect.signature(prepare).parameters) == wanted
-
-
 def test_a_run_that_fails_or_is_dropped_gives_its_memory_back(device):
     class Failing(dkv.Policy):
         fails = False
@@ -503,8 +497,8 @@ def test_sampling_holds_a_bounded_number_of_logits(temperature):
             return result
 
     hidden, weight = torch.randn(2048, 4), torch.randn(65536, 4)
-    off = dict(top_p=None, top_k=None, alg_temp=0.0, threshold=None, factor=None, divides_logits=True)
-    sampler = Sampler("low_confidence", temperature, excluded_ids=(3,), unconfident_ids=(), **off)
+    config = dkv.GenerateConfig(remasking="low_confidence", temperature=temperature)
+    sampler = Sampler(config, divides_logits=True, excluded_ids=(3,), unconfident_ids=())
     with Largest():
         token, _ = sampler.predict(SimpleNamespace(head_weight=weight), hidden, torch.arange(2048), reference)
     assert token.shape == (2048,) and largest <= LOGITS_AT_A_TIME
