@@ -15,15 +15,36 @@ FAMILIES = []  # functions model -> Decoder or None, filled by `dkv.models`
 
 
 def find_decoder(model):
-    """The `Decoder` of a supported model; ValueError naming its class for any other."""
+    """The `Decoder` of a supported model; ValueError naming its class for any other, and what to pass of a wrapper."""
+    check_not_wrapped(model)
     for find in FAMILIES:
         decoder = find(model)
         if decoder is not None:
+            _check_not_offloaded(model, decoder)
             return decoder
+    name = type(getattr(model, "_orig_mod", model)).__name__
     raise ValueError(
-        f"{type(model).__name__} is not supported: dkv runs LLaDA (LLaDA-8B, LLaDA-1.5) and Dream (Dream-v0, "
+        f"{name} is not supported: dkv runs LLaDA (LLaDA-8B, LLaDA-1.5) and Dream (Dream-v0, "
         "Dream-Coder, DiffuCoder), native or of Hugging Face's remote code, and finetunes of the same module structure."
     )
+
+
+def check_not_wrapped(model):
+    """ValueError for what holds the model and calls it, but for torch.compile's: dkv would pass over what it adds."""
+    for attribute, inner in (("get_base_model", "model.get_base_model()"), ("module", "model.module")):
+        if hasattr(model, attribute):
+            raise ValueError(f"{type(model).__name__} wraps the model that dkv runs: pass {inner}.")
+
+
+def _check_not_offloaded(model, decoder):
+    outer = (decoder.embed, decoder.final_norm, decoder.head)
+    # accelerate's hook that moves a whole model when it is called
+    moved = hasattr(model.__dict__.get("_hf_hook"), "prev_module_hook")
+    if moved or any(p.is_meta for module in outer if module is not None for p in module.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} is offloaded: dkv needs all weights on the one device that it computes on; load "
+            "the model without offloading and without a device_map."
+        )
 
 
 @dataclass(frozen=True)
@@ -137,21 +158,23 @@ class Decoder:
             device=self.weight.device,
         )
 
-    def rope_tables(self, length, device):
-        """cos, sin (at least length, headdim // 2) float32 of the half-split RoPE, kept and grown by doubling.
+    def rope_angles(self, positions):
+        """(..., headdim // 2) float32 of the half-split RoPE at any positions (...).
 
         Frequencies and angles are computed in float32, as both models do.
         """
+        exponents = torch.arange(0, self.headdim, 2, dtype=torch.float32, device=positions.device) / self.headdim
+        return positions.float()[..., None] * (1 / self.rope_theta**exponents)
+
+    def rope_tables(self, length, device):
+        """cos, sin (at least length, headdim // 2) float32 of the angles of columns, kept and grown by doubling."""
         with setting_up():
             known = self._tables.get(device)
             if known is None or known[0].shape[0] < length:
                 # tables made under inference mode could not be used in training later
                 with torch.inference_mode(False), torch.no_grad():
                     length = length if known is None else max(length, 2 * known[0].shape[0])
-                    exponents = torch.arange(0, self.headdim, 2, dtype=torch.float32, device=device) / self.headdim
-                    angles = torch.outer(
-                        torch.arange(length, dtype=torch.float32, device=device), 1 / self.rope_theta**exponents
-                    )
+                    angles = self.rope_angles(torch.arange(length, device=device))
                     known = angles.cos(), angles.sin()
                     finished(known[1])
                 self._tables[device] = known

@@ -2,12 +2,15 @@
 
 import functools
 import inspect
+import sys
 import types
+import warnings
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
-from dkv.decoder import find_decoder
+from dkv.decoder import check_not_wrapped, find_decoder
 from dkv.engine import write_active
 from dkv.forward import Forward
 from dkv.graphs import StepGraphs
@@ -17,22 +20,27 @@ from dkv.kernels.product import fast_rows
 from dkv.kernels.reference import predictors
 from dkv.kernels.rows import Size
 from dkv.memory import memory_of, separate
-from dkv.policy import Decode, Policy
+from dkv.policy import Decode, NoCache, Policy
 from dkv.rooms import Room, Rooms
 from dkv.state import State
 
-# calls with any of these run the model's own forward: they ask for more than logits, or bring what a cache cannot know
-_NEEDS_ORIGINAL = (
-    "inputs_embeds",
-    "labels",
-    "past_key_values",
-    "attention_bias",
-    "use_cache",
-    "output_attentions",
-    "output_hidden_states",
-    "cache_position",
-    "num_logits_to_keep",
-)
+# what a session serves; any other argument asks for more than logits, or brings what a cache cannot know
+_SERVED = ("input_ids", "attention_mask", "position_ids", "return_dict")
+# what an argument that is None takes from the config
+_FROM_CONFIG = ("output_attentions", "output_hidden_states")
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# a score this low has no weight beside any other; the lowest of float32 and bfloat16 and -inf lie below
+_MASKED_SCORE = torch.finfo(torch.float16).min
+# `_serve`, out of torch.compile's sight; made once there is a torch.compile: importing it takes a second
+_UNTRACED = []
+_WHY_UNTRACED = "what replace_attention keeps between calls cannot be traced: compile without fullgraph, or restore it"
+
+
+class Uncached(Exception):
+    """A call that runs the model's own forward; the message is the reason, one of a few."""
+
+    MASK = "attention_mask does more than leave columns out"
+    POSITIONS = "position_ids are no integers in the model's range"
 
 
 def replace_attention(model, policy=None, *, block_length=None, impl="auto"):
@@ -41,9 +49,14 @@ def replace_attention(model, policy=None, *, block_length=None, impl="auto"):
     Mutates `model` in place, on the instance only: `model(x, ...)` keeps its signature and return type. Each call is
     compared with the one before: the same shape and attention mask, and nothing changed but masks that became tokens,
     is a cached step; anything else, a changed weight too, is a full step and a new session. Logits of positions that
-    were not recomputed are NaN. Calls under grad mode or in training mode, and calls that ask for more than logits, run
-    the original forward and end the session. The others run in the model's dtype, under autocast too. Use `NoCache` for
-    likelihoods.
+    were not recomputed are NaN. Steps run in the model's dtype, under autocast too.
+
+    Calls that no cache can serve run the model's own forward and end the session: in training mode; in grad mode; for
+    more than logits; with an attention mask that does more than leave columns out, or positions that the model was not
+    made for. Each reason but training is told once, by a UserWarning. With `NoCache` every call runs the model's own
+    forward: its logits, bit for bit, as likelihoods need them, at its own speed.
+
+    Under torch.compile a patched model runs as it does without; with fullgraph=True that is an error.
 
     Args:
         model: a LLaDA or Dream of `dkv.from_pretrained` or of Hugging Face's remote code, or a finetune of those.
@@ -64,7 +77,7 @@ def replace_attention(model, policy=None, *, block_length=None, impl="auto"):
         >>> out = generate(model, prompt, gen_length=128, block_length=32)  # LLaDA's own generate.py
     """
     if hasattr(model, "_orig_mod"):
-        raise ValueError("the model is compiled: pass the one that torch.compile was given; compile no patched model.")
+        raise ValueError("the model is compiled: pass the one that torch.compile was given, model._orig_mod.")
     decoder = find_decoder(model)
     policy = Decode() if policy is None else policy
     if not isinstance(policy, Policy):
@@ -85,6 +98,7 @@ def replace_attention(model, policy=None, *, block_length=None, impl="auto"):
     model._dkv = Patch(decoder, policy, block_length, impl, before, inspect.signature(model.forward))
     # the model is an argument, so that a copy of the model, or what is unpickled, is a patched model of its own
     model.forward = functools.partial(_forward, model)
+    model.forward.__signature__ = model._dkv.signature
     model.extra_repr = functools.partial(_extra_repr, model)
     return model
 
@@ -93,9 +107,9 @@ def restore_attention(model):
     """Undoes `replace_attention` completely, and gives merged weights memory of their own again. Returns model.
 
     Raises:
-        ValueError: model.forward was replaced since.
+        ValueError: model.forward was replaced since, or the model only wraps a patched one.
     """
-    patch = model.__dict__.get("_dkv")
+    patch = _patch_of(model)
     if patch is not None:
         forward = model.__dict__.get("forward")
         if forward is not None and getattr(forward, "func", None) is not _forward:
@@ -114,7 +128,8 @@ def reset(model):
     Raises:
         ValueError: neither `replace_attention` nor `generate` was used on the model.
     """
-    if not _forget(model) and "_dkv" not in model.__dict__:
+    patch = _patch_of(model)
+    if not _forget(model) and patch is None:
         raise ValueError(
             f"{type(model).__name__} has nothing to reset: use dkv.replace_attention or dkv.generate on it first."
         )
@@ -135,17 +150,100 @@ def _take_session(model):
     return session
 
 
+def _patch_of(model):
+    """The `Patch` of a model, None without."""
+    check_not_wrapped(model)
+    patch = model.__dict__.get("_dkv")
+    if patch is None and hasattr(model, "_dkv"):
+        raise ValueError("the model is compiled: pass the patched one, model._orig_mod.")
+    return patch
+
+
 class Patch:
-    """What `replace_attention` keeps on the model: the settings, and what it covered."""
+    """What `replace_attention` keeps on the model: the settings, and what it covered.
+
+    Attributes:
+        uncached: reason -> calls that ran the model's own forward for it.
+    """
 
     def __init__(self, decoder, policy, block_length, impl, before, signature):
         self.policy, self.block_length, self.impl = policy, block_length, impl
         self.before, self.signature = before, signature
         self.make_output, self.honours_mask = decoder.make_output, decoder.honours_attention_mask
-        self.full_is_no_mask = decoder.family.shifted
+        self.shifted = decoder.family.shifted
+        self.uncached = Counter()
 
     def original_forward(self, model):
         return self.before.get("forward") or types.MethodType(type(model).forward, model)
+
+    def check(self, model, arguments):
+        """Raises `Uncached` for a call whose kind or shapes no session serves; reads nothing from the device."""
+        if torch.is_grad_enabled():
+            raise Uncached("grad mode is on (torch.no_grad() turns it off)")
+        parameters = self.signature.parameters
+        for name, value in arguments.items():
+            if name not in _SERVED and not _is_off(value, parameters[name].default):
+                raise Uncached(f"{name} is passed")
+        for name in _FROM_CONFIG:
+            if name in parameters and arguments.get(name) is None and getattr(model.config, name, False):
+                raise Uncached(f"config.{name} is set")
+        x = arguments.get("input_ids")
+        if not (isinstance(x, torch.Tensor) and x.dim() == 2 and x.numel() and x.dtype in (torch.int32, torch.int64)):
+            raise Uncached("input_ids are no (batch, seqlen) of integers")
+        mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
+        if self.honours_mask and not self._may_be_padding(mask, x):
+            raise Uncached(Uncached.MASK)
+        if positions is not None and not (
+            isinstance(positions, torch.Tensor)
+            and positions.dtype in _INTEGERS
+            and positions.device == x.device
+            and positions.shape in (x.shape, (1, x.shape[1]))
+        ):
+            raise Uncached(Uncached.POSITIONS)
+
+    def _may_be_padding(self, mask, x):
+        if mask is None or (self.shifted and isinstance(mask, str) and mask == "full"):
+            return True
+        if not isinstance(mask, torch.Tensor) or mask.device != x.device:
+            return False
+        # LLaDA's files read zeros and ones of any dtype; Dream's hand the mask to attention, which adds one of floats
+        batch, seqlen = x.shape
+        if mask.dim() == 2:
+            return mask.shape == x.shape and not (self.shifted and mask.is_floating_point())
+        shapes = [(rows, 1, queries, seqlen) for rows in (1, batch) for queries in (1, seqlen)]
+        return self.shifted and mask.shape in shapes and (mask.dtype == torch.bool or mask.is_floating_point())
+
+    def logits(self, model, arguments):
+        """Logits by the session that goes on, or by a new one; `Uncached` where none can."""
+        x, mask, positions = map(arguments.get, ("input_ids", "attention_mask", "position_ids"))
+        mask = mask if isinstance(mask, torch.Tensor) else None
+        session = _take_session(model)
+        if session is None or not session.goes_on(x, mask, positions):
+            decoder = find_decoder(model)
+            check_containers(model, decoder.called, runs_forward=True)
+            beginning = Beginning.read(decoder, x, mask, positions)
+            if session is None or not session.fits(decoder, beginning):
+                del session  # frees its memory before the next one's is allocated
+                session = Session(decoder, self, beginning)
+            session.start(model, beginning)
+        logits = session.logits()
+        # only now: what failed, or is not done yet, is nothing to go on from
+        memory_of(model).session = session
+        return logits
+
+    def output(self, model, arguments, logits):
+        """The logits as the model's own forward returns them."""
+        return_dict = arguments.get("return_dict")
+        if return_dict is None and "return_dict" in self.signature.parameters:
+            config = model.config
+            return_dict = getattr(config, "return_dict", True) and not getattr(config, "torchscript", False)
+        asks_for_tuple = return_dict is not None and not return_dict
+        return self.make_output(logits, return_dict=False) if asks_for_tuple else self.make_output(logits)
+
+
+def _is_off(value, default):
+    """Whether an argument says no more than leaving it out would."""
+    return value is default or (not default and (value is None or (isinstance(value, bool | int) and not value)))
 
 
 def _extra_repr(model):
@@ -156,62 +254,35 @@ def _extra_repr(model):
 
 
 def _forward(model, *args, **kwargs):
+    if "torch._dynamo" in sys.modules and not _UNTRACED:
+        torch._dynamo.graph_break(msg=_WHY_UNTRACED)
+        _UNTRACED.append(torch.compiler.disable(_serve, reason=_WHY_UNTRACED))
+    return (_UNTRACED[0] if _UNTRACED else _serve)(model, *args, **kwargs)
+
+
+def _serve(model, *args, **kwargs):
     patch = model._dkv
-    arguments = patch.signature.bind(*args, **kwargs).arguments
-    logits = None
-    if model.training or torch.is_grad_enabled() or _needs_original(patch, arguments):
+    original = patch.original_forward(model)
+    if model.training or type(patch.policy) is NoCache:
         _take_session(model)
-    else:
+        return original(*args, **kwargs)
+    arguments = patch.signature.bind(*args, **kwargs).arguments
+    try:
+        patch.check(model, arguments)
         with torch.autocast(arguments["input_ids"].device.type, enabled=False):
-            logits = _logits(patch, model, arguments)
-    if logits is None:
-        return patch.original_forward(model)(*args, **kwargs)
-    output = patch.make_output(logits)
-    return (output.logits,) if arguments.get("return_dict") is False else output
-
-
-def _needs_original(patch, arguments):
-    x, mask = arguments.get("input_ids"), arguments.get("attention_mask")
-    wants_more = any(isinstance(v := arguments.get(name), torch.Tensor) or v for name in _NEEDS_ORIGINAL)
-    if wants_more or arguments.get("loss_kwargs") or x is None or x.dim() != 2 or 0 in x.shape:
-        return True
-    if mask is None or not patch.honours_mask:
-        return False
-    if isinstance(mask, torch.Tensor):
-        batch, seqlen = x.shape
-        return mask.shape not in ((batch, seqlen), (batch, 1, seqlen, seqlen), (1, 1, seqlen, seqlen))
-    return not (patch.full_is_no_mask and isinstance(mask, str) and mask == "full")
-
-
-def _logits(patch, model, arguments):
-    """Logits by the session that goes on or a new one; None where the mask is of a kind no cache can serve."""
-    session = _session(patch, model, arguments)
-    if session is None:
-        return None
-    logits = session.logits()
-    # only now: what failed, or is not done yet, is nothing to go on from
-    memory_of(model).session = session
-    return logits
-
-
-def _session(patch, model, arguments):
-    """The session that goes on with this call, a new one, or None where the mask is of a kind no cache can serve."""
-    x, mask = arguments["input_ids"], arguments.get("attention_mask")
-    mask = mask if isinstance(mask, torch.Tensor) else None
-    positions = arguments.get("position_ids")
-    session = _take_session(model)
-    if session is not None and session.goes_on(x, mask, positions):
-        return session
-    decoder = find_decoder(model)
-    check_containers(model, decoder.called, runs_forward=True)
-    beginning = Beginning.read(decoder, x, mask, positions)
-    if beginning is None:
-        return None
-    if session is None or not session.fits(decoder, beginning):
-        del session  # frees its memory before the next one's is allocated
-        session = Session(decoder, patch, beginning)
-    session.start(model, beginning)
-    return session
+            logits = patch.logits(model, arguments)
+        return patch.output(model, arguments, logits)
+    except Uncached as why:
+        reason = str(why)
+    _take_session(model)
+    output = original(*args, **kwargs)
+    patch.uncached[reason] += 1
+    if patch.uncached[reason] == 1:
+        warnings.warn(
+            f"a patched {type(model).__name__} ran its own forward, uncached, and will do so each time that {reason}.",
+            stacklevel=6 if _UNTRACED else 5,  # the caller of model(...)
+        )
+    return output
 
 
 @dataclass
@@ -236,28 +307,49 @@ class Beginning:
 
     @classmethod
     def read(cls, decoder, x, mask, positions):
+        """One host read where a mask or positions are given; `Uncached` for those that no session serves."""
         if not decoder.honours_attention_mask:
             mask = None
         mask = None if mask is None else mask.detach().clone()
         given = None if positions is None else positions.clone()
         positions = torch.arange(x.shape[1], device=x.device) if given is None else given
         positions = positions.expand(x.shape)
+        real, is_padding = torch.ones_like(x, dtype=torch.bool), torch.ones((), dtype=torch.bool, device=x.device)
         if mask is None and given is None:
-            real = torch.ones_like(x, dtype=torch.bool)
             return cls(x, None, None, real, positions, "none", x.numel(), x.shape[1])
-        real, served = torch.ones_like(x, dtype=torch.bool), torch.ones((), dtype=torch.bool, device=x.device)
         if mask is not None:
-            real = mask.bool()
-            if mask.dim() == 4:
-                real = real.diagonal(dim1=-2, dim2=-1)[:, 0].expand(x.shape)
-                served = (mask[:, 0] == real[:, None, :] & real[:, :, None]).all()
+            real, is_padding = _read_mask(mask, x.shape, added=decoder.family.shifted)
         left_padded = (real.int().diff(dim=1) >= 0).all()
-        flags = torch.stack((served & real.any(1).all(), left_padded, real.sum(), positions.max()))
-        served, left_padded, real_count, last = flags.tolist()
-        if not served:
-            return None
+        flags = torch.stack((is_padding, left_padded, real.sum(), positions.min(), positions.max()))
+        is_padding, left_padded, real_count, first, last = flags.tolist()
+        if not is_padding:
+            raise Uncached(Uncached.MASK)
+        if first < 0 or last >= max(x.shape[1], decoder.max_positions):
+            raise Uncached(Uncached.POSITIONS)
         masking = "none" if mask is None else "left" if left_padded else "columns"
         return cls(x, mask, given, real, positions, masking, real_count, max(x.shape[1], last + 1))
+
+
+def _read_mask(mask, shape, *, added):
+    """What a mask leaves, (batch, seqlen) bool, and whether it does no more than that, () bool.
+
+    Queries that are themselves left out may attend to anything: nobody attends to them, and they are not computed.
+
+    Args:
+        mask: (batch, seqlen), or (batch or 1, 1, seqlen or 1, seqlen).
+        added: whether masks of floats are added to the scores, or are zero and one.
+    """
+    if added and mask.is_floating_point():
+        keeps, drops = mask == 0, mask <= _MASKED_SCORE
+    else:
+        keeps, drops = mask == 1, mask == 0
+    real, only_drops = keeps, (keeps | drops).all()
+    if mask.dim() == 4:
+        keeps = keeps[:, 0].expand(-1, shape[1], -1)
+        real = keeps.diagonal(dim1=1, dim2=2)
+        only_drops = only_drops & ((keeps == real[:, None]) | ~real[:, :, None]).all()
+    real = real.expand(shape)
+    return real, only_drops & real.any(1).all()
 
 
 class Session:
@@ -397,9 +489,9 @@ def _first_generated(decoder, beginning):
 
 
 def _and_equal(flag, new, old):
-    """The flag on the device, and `new` equal to `old`; None where their shapes already differ."""
+    """The flag on the device, and `new` equal to `old`; None where their kinds already differ."""
     if new is None or old is None:
         return flag if new is None and old is None else None
-    if flag is None or new.shape != old.shape or new.device != old.device:
+    if flag is None or (new.shape, new.dtype, new.device) != (old.shape, old.dtype, old.device):
         return None
     return flag & (new == old).all()

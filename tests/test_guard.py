@@ -131,7 +131,7 @@ def test_threads(llm):
     """Two loops on one patched model are calls in turn: each is right, by a session of its own or a full step."""
     seeds = range(2)
     expected = [call(llm, seed=seed) for seed in seeds]
-    dkv.replace_attention(llm, dkv.NoCache())
+    dkv.replace_attention(llm, dkv.Decode(1))
     wrong, errors = [], []
 
     def loop(seed):
@@ -231,7 +231,7 @@ def test_quantised_layers_and_head_are_called(llm):
         parent, _, name = path.rpartition(".")
         setattr(llm.get_submodule(parent), name, Quantised(llm.get_submodule(path)))
     expected = [call(llm, filled=filled) for filled in range(3)]
-    dkv.replace_attention(llm, dkv.NoCache())
+    dkv.replace_attention(llm, dkv.Decode(1))
     for filled in range(3):
         assert_close(call(llm, filled=filled), expected[filled])
 
@@ -341,7 +341,7 @@ def test_a_model_loaded_under_inference_mode(device):
     with torch.inference_mode():
         llm = dkv.from_pretrained(oracle.weights_path("llada_mha_s0"), device=device)
         expected = call(llm, filled=1)
-        dkv.replace_attention(llm, dkv.NoCache())
+        dkv.replace_attention(llm, dkv.Decode(1))
         call(llm)
         assert_close(call(llm, filled=1), expected)
 

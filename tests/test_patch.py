@@ -99,7 +99,7 @@ DREAM_RUN = {"gen_length": 16, "steps": 8}
 @pytest.mark.parametrize(
     "policy",
     [
-        dkv.NoCache(),
+        dkv.Decode(1),
         dkv.Decode(3),
         dkv.Decode(None, scope="block"),
         dkv.Prefill(),
@@ -122,7 +122,7 @@ def test_llada_loop_is_generate(model, policy):
 @pytest.mark.parametrize(
     "policy",
     [
-        dkv.NoCache(),
+        dkv.Decode(1),
         dkv.Decode(3),
         dkv.Decode(4, shift="un"),
         dkv.Decode(4, shift="right"),
@@ -139,7 +139,7 @@ def test_dream_loop_recomputes_what_it_reads(model, policy, padded):
     assert not (history[-1] == MASK).any()
     options = {"gen_length": 16, "remasking": "maskgit_plus", "output_history": True, "threshold": 1.0}
     dkv.restore_attention(model)
-    if isinstance(policy, dkv.NoCache):
+    if policy == dkv.Decode(1):
         assert torch.equal(history, dream_loop(model, ids, real, **DREAM_RUN))
     one_at_a_time = dkv.generate(model, ids, real, policy=policy, **options)
     dkv.replace_attention(model, policy)
@@ -148,7 +148,8 @@ def test_dream_loop_recomputes_what_it_reads(model, policy, padded):
 
 
 @each(NAMES)
-def test_no_cache_is_the_model_itself(model):
+@pytest.mark.parametrize("policy", [dkv.NoCache(), dkv.Decode(1)], ids=repr)
+def test_no_cache_is_the_model_itself(model, policy):
     ids, real = prompts(9, 9)[0], None
     loop = (
         functools.partial(dream_loop, **DREAM_RUN)
@@ -156,7 +157,7 @@ def test_no_cache_is_the_model_itself(model):
         else functools.partial(llada_loop, **LLADA_RUN)
     )
     expected = loop(model, ids, real)
-    assert torch.equal(loop(dkv.replace_attention(model, dkv.NoCache()), ids, real), expected)
+    assert torch.equal(loop(dkv.replace_attention(model, policy), ids, real), expected)
 
 
 @each(LLADAS)
@@ -169,12 +170,12 @@ def test_llada_padding_as_the_wrapped_file_has_it(model, cfg_scale):
     with_mask = llada_loop(model, ids, real.long(), **run)
     honoured = not torch.equal(with_mask, llada_loop(model, ids, **run))
     assert honoured == ("llada_v1" not in type(model).__module__) == find_decoder(model).honours_attention_mask
-    dkv.replace_attention(model, dkv.NoCache())
+    dkv.replace_attention(model, dkv.Decode(1))
     assert torch.equal(llada_loop(model, ids, real.long(), **run), with_mask)
     right = torch.flip(real, (1,))
     dkv.restore_attention(model)
     expected = llada_loop(model, ids, right.long(), **run)
-    dkv.replace_attention(model, dkv.NoCache())
+    dkv.replace_attention(model, dkv.Decode(1))
     assert torch.equal(llada_loop(model, ids, right.long(), **run), expected)
     cached_run = llada_loop(dkv.replace_attention(model, dkv.Decode(4), block_length=8), ids, real.long(), **run)
     assert not (cached_run[-1] == MASK).any()
@@ -305,7 +306,7 @@ def test_stale_merged_weights_are_noticed(model, change):
         expected = model(x).logits
     calls.clear()
     torch.manual_seed(0)
-    dkv.replace_attention(model, dkv.NoCache())
+    dkv.replace_attention(model, dkv.Decode(1))
     with torch.no_grad():
         got = model(x).logits
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
@@ -345,7 +346,7 @@ def test_return_type_and_fresh_logits(model):
     x = F.pad(prompts(6)[0], (0, 4), value=MASK)
     with torch.no_grad():
         kind = type(model(x))
-        dkv.replace_attention(model, dkv.NoCache())
+        dkv.replace_attention(model, dkv.Decode(1))
         first = model(x)
         assert type(first) is kind
         logits = first.logits.clone()
@@ -418,7 +419,7 @@ def test_adapted_linears_work():
     assert not torch.equal(adapted, plain)
     generated = dkv.generate(model, ids, policy=dkv.NoCache(), **LLADA_RUN)
     assert torch.equal(generated.sequences, adapted[-1])
-    dkv.replace_attention(model, dkv.NoCache())
+    dkv.replace_attention(model, dkv.Decode(1))
     assert torch.equal(llada_loop(model, ids, **LLADA_RUN), adapted)
 
 

@@ -128,7 +128,13 @@ class Lookalike(nn.Module):
             q, k, v = (heads(project(h)) for project in (layer.q, layer.k, layer.v))
             k, v = (t.repeat_interleave(parts.nheads // parts.nheads_k, dim=1) for t in (rotate(k), v))
             scores = rotate(q) @ k.transpose(-1, -2) / headdim**0.5
-            if isinstance(attention_mask, torch.Tensor):
+            if (
+                isinstance(attention_mask, torch.Tensor)
+                and attention_mask.dim() == 4
+                and attention_mask.is_floating_point()
+            ):
+                scores = scores + attention_mask
+            elif isinstance(attention_mask, torch.Tensor):
                 real = attention_mask.bool()
                 real = real[:, None, None] if real.dim() == 2 else real
                 scores = scores.masked_fill(~real, torch.finfo(scores.dtype).min)

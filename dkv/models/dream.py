@@ -94,10 +94,10 @@ def find(model):
     )
 
 
-def _hugging_face_output(logits):
+def _hugging_face_output(logits, return_dict=True):
     from transformers.modeling_outputs import MaskedLMOutput
 
-    return MaskedLMOutput(logits=logits)
+    return MaskedLMOutput(logits=logits) if return_dict else (logits,)
 
 
 class Dream(NativeModel):
@@ -120,9 +120,10 @@ class Dream(NativeModel):
 
         Args:
             input_ids: (batch, seqlen) int64; or inputs_embeds (batch, seqlen, hidden_size).
-            attention_mask: None or "full", or (batch, 1, seqlen, seqlen) bool, True where the query attends to the key.
-                A query without any key gets zeros.
-            position_ids: (batch or 1, seqlen) int64, the RoPE positions; None: columns.
+            attention_mask: None or "full"; or (batch, seqlen), bool or integers, 0 where a key is padding: no query
+                attends to it; or (batch or 1, 1, seqlen or 1, seqlen): bool, True where the query attends to the key,
+                or floats, which are added to the scores. A query without any key gets zeros.
+            position_ids: (batch or 1, seqlen), the RoPE positions, any numbers; None: columns.
             past_key_values, use_cache: must be None or False.
 
         Returns:
@@ -134,15 +135,23 @@ class Dream(NativeModel):
         if isinstance(attention_mask, str) and attention_mask == "full":
             attention_mask = None
         if attention_mask is not None:
-            shape, dtype = getattr(attention_mask, "shape", None), getattr(attention_mask, "dtype", None)
-            if dtype != torch.bool or shape not in ((batch, 1, seqlen, seqlen), (1, 1, seqlen, seqlen)):
-                got = repr(attention_mask) if shape is None else f"{tuple(shape)} of {dtype}"
-                raise ValueError(
-                    f"attention_mask must be None, 'full' or bool of shape (batch, 1, seqlen, seqlen) = "
-                    f"{(batch, 1, seqlen, seqlen)}, got {got}."
-                )
+            attention_mask = _sdpa_mask(attention_mask, batch, seqlen)
         if position_ids is not None and position_ids.shape not in ((batch, seqlen), (1, seqlen)):
             raise ValueError(
                 f"position_ids must have shape (batch, seqlen) = {(batch, seqlen)}, got {tuple(position_ids.shape)}."
             )
         return self._run(x, position_ids, attention_mask)
+
+
+def _sdpa_mask(mask, batch, seqlen):
+    shape, dtype = getattr(mask, "shape", None), getattr(mask, "dtype", None)
+    if shape == (batch, seqlen) and not (mask.is_floating_point() or mask.is_complex()):
+        return (mask != 0)[:, None, None]
+    shapes = [(rows, 1, queries, seqlen) for rows in (1, batch) for queries in (1, seqlen)]
+    if shape not in shapes or not (dtype == torch.bool or mask.is_floating_point()):
+        got = repr(mask) if shape is None else f"{tuple(shape)} of {dtype}"
+        raise ValueError(
+            f"attention_mask must be None, 'full', bool or integers of shape (batch, seqlen) = {(batch, seqlen)}, or "
+            f"bool or floats of shape (batch, 1, seqlen, seqlen) = {(batch, 1, seqlen, seqlen)}, got {got}."
+        )
+    return mask

@@ -208,7 +208,7 @@ def read_decoder(model, layout, settings, **what_differs):
         if device is not None:
             raise ValueError(
                 f"{owner}: dkv runs a model on one device, but {layout.embed} is on {embed.weight.device} and "
-                f"{prefix}* on {device}; load it without a device_map."
+                f"{prefix}* on {device}; load it without offloading and without a device_map."
             )
         layers.append(Layer(**roles))
     return Decoder(

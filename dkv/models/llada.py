@@ -96,9 +96,11 @@ def find(model):
     )
 
 
-def _hugging_face_output(logits):
+def _hugging_face_output(logits, return_dict=True):
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
+    if not return_dict:
+        return logits, None, None  # neither K/V nor hidden states
     return CausalLMOutputWithPast(logits=logits)
 
 

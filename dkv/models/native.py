@@ -108,11 +108,10 @@ class NativeModel(nn.Module):
         """x (batch, seqlen, hidden_size); positions (batch or 1, seqlen), None: columns; attn_mask: as of SDPA."""
         decoder = self.find(self)
         if positions is None:
-            length = x.shape[1]
-            positions = torch.arange(length, device=x.device)[None]
+            cos, sin = (table[None, : x.shape[1], None] for table in decoder.rope_tables(x.shape[1], x.device))
         else:
-            length = int(positions.max()) + 1
-        cos, sin = (table[positions, None] for table in decoder.rope_tables(length, x.device))
+            angles = decoder.rope_angles(positions)[:, :, None]
+            cos, sin = angles.cos(), angles.sin()
         groups = decoder.nheads // decoder.nheads_k
         for layer in decoder.layers:
             h = layer.attn_norm(x)
