@@ -213,13 +213,13 @@ def check_cached(name, seed, calls):
 @pytest.mark.parametrize("name", NAMES)
 def test_no_cache_is_the_unpatched_model(name):
     """Bit for bit and for any calls in any order, rows without masks included."""
-    check_no_cache(name, 0, 40)
+    check_no_cache(name, 0, 25)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_any_call_is_answered_as_the_unpatched_model_would(name):
-    served, own = check_cached(name, 0, 60)
-    assert served > 20 and (own > 5 or "llada" in name)
+    served, own = check_cached(name, 0, 40)
+    assert served > 15 and (own > 5 or "llada" in name)
 
 
 @pytest.mark.full
@@ -613,35 +613,32 @@ def test_a_compiled_model():
 
 
 def offload(module):
-    """As accelerate's hooks leave a module: no weights, and a forward that fetches them."""
-    for child in module.modules():
-        for name, parameter in list(child.named_parameters(recurse=False)):
-            setattr(child, name, nn.Parameter(parameter.to("meta")))
-            child._hf_hook, child.forward = SimpleNamespace(offload=True), child.forward
+    """As accelerate's hooks leave modules: no weights, and a forward that fetches them."""
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            setattr(part, name, nn.Parameter(parameter.to("meta")))
+            part._hf_hook, part.forward = SimpleNamespace(offload=True), part.forward
 
 
-def moved_when_called(model):
+def move_when_called(model):
     model._hf_hook, model.forward = SimpleNamespace(prev_module_hook=None, execution_device=0), model.forward
 
 
+OFFLOADS = {
+    "all": (offload, "offloaded: dkv needs all weights on the one device"),
+    "head": (lambda model: offload(find_decoder(model).head), "offloaded"),
+    "norm": (lambda model: offload(find_decoder(model).final_norm), "offloaded"),
+    "layer": (lambda model: offload(find_decoder(model).layers[1].q), "one device.* load it without offloading"),
+    "whole, when called": (move_when_called, "offloaded"),
+}
+
+
 @pytest.mark.parametrize("use", USES[:2])
-def test_offloaded_models_are_refused(use, model):
-    decoder = find_decoder(model)
-    last_layer = nn.ModuleList([decoder.layers[-1].q, decoder.layers[-1].down])
-    parts = {
-        moved_when_called: (model, "offloaded: dkv needs all weights on the one device"),
-        offload: (model, "offloaded"),
-    }
-    for part, words in ((last_layer, "one device.* without offloading"), (decoder.final_norm, "offloaded")):
-        holder = copy.deepcopy(model)
-        chosen = find_decoder(holder)
-        offload(chosen.final_norm if part is decoder.final_norm else nn.ModuleList([chosen.layers[-1].q]))
-        with pytest.raises(ValueError, match=words):
-            use(holder)
-    for change, (part, words) in parts.items():
-        change(part)
-        with pytest.raises(ValueError, match=words):
-            use(model)
+@pytest.mark.parametrize("change, words", OFFLOADS.values(), ids=OFFLOADS)
+def test_offloaded_models_are_refused(use, change, words, model):
+    change(model)
+    with pytest.raises(ValueError, match=words):
+        use(model)
 
 
 @pytest.mark.parametrize("use", USES[:2])
