@@ -13,7 +13,10 @@ takes away padding and finished rows. Those here are rules of one kernel; a poli
 
 import dataclasses
 
+from dkv.inputs import whole
 from dkv.kernels.rows import Rule
+
+LARGEST = 2**30  # of a policy's numbers, which kernels take in 32 bits
 
 
 class Policy:
@@ -225,13 +228,7 @@ class DualCache(Policy):
 
 
 def _positive(name, value, *, least=1, optional=False):
-    if value is None and optional:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int{' or None' if optional else ''}, got {value!r}.")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}.")
-    return value
+    return None if value is None and optional else whole(name, value, least=least, most=LARGEST)
 
 
 def _one_of(name, value, allowed):

@@ -241,7 +241,8 @@ def _launch(
             warmup_steps=rule.warmup,
             interval=rule.interval or 0,
             delay=rule.delay,
-            window=rule.window,
+            # what is wider than the row has no more columns
+            window=min(rule.window, 2 * seqlen),
             SHIFTED=shifted,
             STABLE=rule.stable,
             FROZEN_PROMPT=rule.frozen_prompt,

@@ -293,12 +293,13 @@ def recomputed(decoded_step, counters, rule, *, shifted, candidates=None, rank=N
 
 def _window(decoded_step, just_decoded, to_decode, rank, rule):
     """What was just decoded, what is about to be, and the window of the rule around it."""
-    active = just_decoded | to_decode
+    active, seqlen = just_decoded | to_decode, decoded_step.shape[1]
     if rule.contiguous:
-        for offset in range(-((rule.window + 1) // 2), rule.window // 2 + 1):
+        # what is wider than the row has no more columns
+        window = min(rule.window, 2 * seqlen)
+        for offset in range(-((window + 1) // 2), window // 2 + 1):
             active |= _shifted_columns(just_decoded, offset)
         return active
-    seqlen = decoded_step.shape[1]
     columns = torch.arange(seqlen, device=decoded_step.device)
     ranks, centres = torch.where(to_decode, rank, seqlen).sort(dim=1)
     for n in range(int(to_decode.sum(1).max()) if rule.window else 0):

@@ -451,3 +451,16 @@ def test_what_a_call_is_given_stays_as_it_is():
         with pytest.raises(KeyError, match="mine"):
             dkv.generate(model("llada"), ids, real, gen_length=gen_length, policy=Failing())
     assert torch.equal(ids, config.ids) and torch.equal(real, config.real)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "nearest_masked"])
+def test_a_window_wider_than_any_row(kind):
+    """It has the columns that there are, and ends."""
+    llm, ids = tiny.tiny_model("llada"), torch.arange(6)[None]
+    options = {"gen_length": 4, "remasking": "random", "output_history": True}
+    found = []
+    for window in (20, 2**30):
+        generator = torch.Generator().manual_seed(0)
+        policy = dkv.Greedy(3, window, window_kind=kind)
+        found.append(dkv.generate(llm, ids, policy=policy, generator=generator, **options))
+    assert torch.equal(found[0].active, found[1].active) and torch.equal(found[0].sequences, found[1].sequences)

@@ -609,14 +609,16 @@ BAD_INPUT = [
 BAD_POLICIES = [
     (lambda: dkv.Decode(0), ValueError, "refresh_interval must be at least 1, got 0"),
     (lambda: dkv.Decode(-3), ValueError, "refresh_interval must be at least 1, got -3"),
-    (lambda: dkv.Decode(2.5), TypeError, "refresh_interval must be an int or None, got 2.5"),
-    (lambda: dkv.Decode(True), TypeError, "refresh_interval must be an int or None, got True"),
+    (lambda: dkv.Decode(2.5), TypeError, "refresh_interval must be an int, got 2.5"),
+    (lambda: dkv.Decode(True), TypeError, "refresh_interval must be an int, got True"),
     (lambda: dkv.Decode(4, delay=-1), ValueError, "delay must be at least 0, got -1"),
     (lambda: dkv.Decode(4, warmup_steps=0), ValueError, "warmup_steps must be at least 1, got 0"),
     (lambda: dkv.Decode(4, shift="left"), ValueError, "shift must be one of .*got 'left'"),
     (lambda: dkv.Decode(4, scope="row"), ValueError, "scope must be one of .*got 'row'"),
     (lambda: dkv.Greedy(None), TypeError, "refresh_interval must be an int, got None"),
     (lambda: dkv.Greedy(2, -1), ValueError, "window must be at least 0, got -1"),
+    (lambda: dkv.Greedy(2, 2**31), ValueError, "window must be at most 1073741824, got 2147483648"),
+    (lambda: dkv.Decode(2**70), ValueError, "refresh_interval must be at most"),
     (lambda: dkv.Greedy(2, 4, window_kind="nearest"), ValueError, "window_kind must be one of .*got 'nearest'"),
     (lambda: dkv.PrefillDecode(0), ValueError, "refresh_interval must be at least 1, got 0"),
 ]
