@@ -242,7 +242,7 @@ def pack_step(
         )
     if shifted:
         # a mask in the first column is predicted by its own output
-        at = at - (columns > first_column.clamp(min=0)).long()
+        at = at.add(columns > first_column.clamp(min=0), alpha=-1)
     places = (active.flatten().cumsum(0)[at] - 1).clamp(0, max(capacity - 1, 0))
     return packed, Packed(slots, cu_seqlens, positions.flatten()[at], places=places, keys=keys)
 
@@ -336,7 +336,7 @@ def predictors(candidates, first_column, *, shifted):
     # a mask in the first column is predicted by its own output
     first = candidates & (columns <= first_column.clamp(min=0))
     # nothing rolls over the edge: column 0 is among the first
-    return (candidates & ~first).roll(-1, dims=1) | first
+    return (candidates ^ first).roll(-1, dims=1) | first
 
 
 def active_positions(
