@@ -96,6 +96,8 @@ def generate(
 
     Raises:
         ValueError, TypeError: arguments that do not fit, an unsupported model.
+        RuntimeError: logits that hold NaN or +inf, or nothing above -inf, where a token is to be predicted; told when
+            the host next reads, on a GPU with known counts at the end.
 
     Warns:
         UserWarning: rows that begin or end with the pad token, and no attention_mask.
