@@ -205,7 +205,7 @@ class Run:
         self.bounds = None if forecasts is None else [self._bound(forecast) for forecast in forecasts]
         self.rooms = self._rooms(max(prompt_masks))
         self.steps, self.sizes_read, self.masks_left = 0, None, [float("inf")] * plan.batch
-        self.most_steps = int(self.schedule.table(prompt_masks)[0].sum(1).max())
+        self.most_steps = self.schedule.most_steps(prompt_masks)
         self.totals.zero_()
         self.excess.zero_()
         self.began = (self.graphs.captured, self.graphs.capture_seconds) if self.graphs else (0, 0.0)

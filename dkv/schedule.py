@@ -69,7 +69,11 @@ class Schedule:
         others = max((gen_length if steps is None else steps) - len(starts), 0)
         dealt = [-(-others * edge // columns) for edge in (*starts, columns)]
         steps = [1 + after - before for before, after in itertools.pairwise(dealt)]
-        self._table, self.block_steps = self._timed(steps), max(steps)
+        self._table, self.block_steps, self._steps = self._timed(steps), max(steps), sum(steps)
+
+    def most_steps(self, prompt_masks):
+        """How many steps a row takes at most: an int, for a list of ints, masks inside the prompts."""
+        return max(prompt_masks) if self.block_steps is None else self._steps
 
     def table(self, prompt_masks):
         """The steps of each block, (rows or 1, blocks) int64, and the times before each of them, on the CPU.
