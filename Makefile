@@ -7,11 +7,12 @@ STAMP  := .venv/.installed
 
 .PHONY: test test-full test-transformers test-eval bench lint lint-kernels wheel rehearse gpu-report clean
 
-# two processes of one thread each: the kernels' tests run in Triton's interpreter, which is plain Python
+# every behaviour, large grids by a sample in which every pair of values meets; the kernels' tests run in Triton's
+# interpreter, which is plain Python: two processes of one thread each
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
-# full grids and thousands of random inputs, of which `make test` runs a bounded sample
+# the rest of the grids, of which `make test` runs a bounded sample, and thousands of random inputs
 test-full: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m full $(ARGS)
 
@@ -44,7 +45,7 @@ wheel: $(STAMP)
 
 # the stages of gpu-report on a CPU, with little to do
 rehearse: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m rehearsal tests/test_benchmarks.py tests/test_warm.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m rehearsal tests/test_bench_gpu_report.py tests/test_bench_warm.py
 
 # in the environment at hand: installs nothing; STAGE=first, second or third; ARGS="--commit ..." without a repository
 gpu-report:

@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # `pytest` in a bare checkout; an installed dkv is tested as it is installed
 if importlib.util.find_spec("dkv") is None:
     sys.path.insert(0, str(ROOT))
+# its scripts import one another by name
+sys.path.append(str(ROOT / "benchmarks"))
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -28,9 +32,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 torch.set_float32_matmul_precision("highest")
 
 with contextlib.suppress(ImportError):
-    from hypothesis import settings
+    from hypothesis import HealthCheck, settings
 
-    settings.register_profile("dkv", derandomize=True, database=None, deadline=None, max_examples=20)
+    # no verdict depends on how fast the machine is
+    unhurried = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+    settings.register_profile("dkv", derandomize=True, database=None, max_examples=20, **unhurried)
     settings.load_profile("dkv")
 
 
@@ -103,6 +109,21 @@ def unpoisoned(monkeypatch):
         monkeypatch.setattr(owner, name, allocate)
 
 
+@pytest.fixture
+def sized_as_on_a_gpu(monkeypatch):
+    """A function: from its call on, steps have the sizes that are known beforehand, and read none from the device."""
+    return lambda: monkeypatch.setattr("dkv.run.reads_sizes", lambda device: False)
+
+
+@pytest.fixture
+def standing_clock(monkeypatch):
+    """No time passes for the budgets of benchmarks: what they leave out does not depend on the machine."""
+    import common
+
+    monkeypatch.setattr(common.Clock, "spent", 0.0)
+    monkeypatch.setattr(common, "time", SimpleNamespace(monotonic=lambda: 0.0, perf_counter=time.perf_counter))
+
+
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory):
     """A copy of the repository: what builds leave behind does not touch the real one."""
@@ -124,6 +145,6 @@ def wheel(checkout):
     stale.touch()
     # an empty STAMP: with the Python at hand; MAKEFLAGS would bring the options of a make that runs these tests
     env = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"} | {"PIP_NO_INDEX": "1"}
-    subprocess.run(["make", "wheel", f"PY={sys.executable}", "STAMP="], cwd=checkout, env=env, check=True, timeout=120)
+    subprocess.run(["make", "wheel", f"PY={sys.executable}", "STAMP="], cwd=checkout, env=env, check=True, timeout=600)
     (path,) = (checkout / "dist").iterdir()
     return path

@@ -12,8 +12,8 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from test_generate import FAMILIES, MASK, model, prompts
-from test_patch import llada_loop
+from tiny import FAMILIES, llada_loop, model, prompts
+from tiny import MASK_ID as MASK
 
 import dkv
 from dkv.decoder import find_decoder
@@ -136,7 +136,7 @@ def test_threads(llm):
 
     def loop(seed):
         try:
-            for _ in range(30):
+            for _ in range(12):
                 if not torch.allclose(call(llm, seed=seed), expected[seed], atol=1e-4):
                     wrong.append(seed)
         except Exception as error:  # noqa: BLE001

@@ -1,23 +1,18 @@
 """The ahead-of-time lint: what it passes, and that each of its checks can fail. Compiles for GPUs, and needs none."""
 
 import json
-import sys
-from pathlib import Path
 from unittest import mock
 
+import kernel_lint
 import pytest
 import torch
 import triton
 import triton.language as tl
+from fake_gpu import Launch, PointerArgument, on_gpu, recording
+from kernel_lint import Case, matrix_rows, streamed_bytes
 
-from dkv.kernels import attention, launch
+from dkv.kernels import attention, launch, lm_head
 from dkv.kernels.launch import AttentionLaunch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-import kernel_lint  # noqa: E402
-from fake_gpu import Launch, PointerArgument, on_gpu, recording  # noqa: E402
-from kernel_lint import Case, matrix_rows, streamed_bytes  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +88,23 @@ def lint_merge_in_turn(arch):
     return kernel_lint.inspect(launches[0], arch)
 
 
-@pytest.mark.parametrize("arch", kernel_lint.TUNED_ARCHS)
-def test_tuned_cases_pass(compilers, arch):
-    rows = list(compilers.map(kernel_lint.lint_case, kernel_lint.tuned_cases((arch,))))
+def some_tuned_cases():
+    """On Hopper the largest tile of attention, of the head the largest and with noise the smallest, and every other
+    kernel for LLaDA; on Ampere the smallest tile of attention and of the head."""
+    hopper, ampere = (kernel_lint.tuned_cases((arch,)) for arch in (90, 80))
+    attention = [case for case in hopper if case.kernel == "delayed_attention"]
+    head = [case for case in hopper if case.kernel == "lm_head"]
+    others = {case.kernel + str(case.options.get("step")): case for case in hopper[::-1]}
+    others = [case for case in others.values() if case.kernel not in ("delayed_attention", "lm_head")]
+    ampere = [next(case for case in ampere if case.kernel == kernel) for kernel in ("delayed_attention", "lm_head")]
+    return [attention[-1], head[3], head[4], *others, *ampere]
+
+
+@pytest.mark.parametrize(
+    "cases", [some_tuned_cases(), pytest.param(kernel_lint.tuned_cases(), marks=pytest.mark.full)], ids=["some", "all"]
+)
+def test_tuned_cases_pass(compilers, cases):
+    rows = list(compilers.map(kernel_lint.lint_case, cases))
     for row in rows:
         kernel_lint.compare(row, kernel_lint.load_baseline())
     assert not [kernel_lint.format_row(row) for row in rows if row.failures]
@@ -323,6 +332,60 @@ def test_key_mask_and_key_index_leave_the_loop_as_it_is(compilers, arch):
 def test_rope_of_queries_or_keys_alone_compiles(compilers, heads):
     row = compilers.submit(kernel_lint.lint_case, Case("rope_cache", 90, heads=heads)).result()
     assert row.registers > 0 and row.stack == 0
+
+
+def specialisations(calls):
+    """How many different kernels of each name Triton's JIT makes for some calls: the arguments of `empty_head`."""
+    kinds = {}
+    with recording(90) as launches:
+        for call in calls:
+            empty_head(**call)
+    for each in launches:
+        source, _, options = kernel_lint.specialised(each, 90)
+        kinds.setdefault(each.name, set()).add(kernel_lint.key_of(source, options))
+    return {name: len(keys) for name, keys in kinds.items()}
+
+
+def empty_head(rows=32, *, noise=False, scales=False, batch=None, offset=0, **options):
+    """A launch on the fake GPU; tensors of rows begin `offset` elements behind an aligned address."""
+
+    def of_rows(dtype):
+        return torch.empty(rows + offset, dtype=dtype, device="cuda:0").narrow(0, offset, rows)
+
+    hidden, weight = (torch.empty(n, 4096, dtype=torch.bfloat16, device="cuda:0") for n in (rows, 126464))
+    if noise:
+        options |= {"noise_scale": 1.0, "noise_key": of_rows(torch.int64)} | options
+    if scales:
+        options |= {name: of_rows(torch.float32) for name in ("logit_scale", "noise_scale")[: 1 + noise]}
+    if batch is not None:
+        counts = torch.empty(batch + 1 + offset, dtype=torch.int32, device="cuda:0")
+        options["cu_seqlens"] = counts.narrow(0, offset, batch + 1)
+    lm_head._launch(hidden, weight, **options)
+
+
+IDS = ((), (0,), (1,), (16,), (126463,), (1, 2, 3), range(7))
+VALUES = [
+    *({"exclude_ids": tuple(ids)} for ids in IDS),
+    *({"rows": rows} for rows in (17, 18, 31)),
+    *({"batch": batch} for batch in (0, 1, 8, 16)),
+    *({"batch": 3, "offset": offset} for offset in (1, 2)),
+]
+
+
+def test_values_compile_no_head_anew(compilers):
+    """One kernel for all ids, numbers of rows that take the same tile, counts, scales and keys."""
+    groups = [
+        [{}, *VALUES, {"logit_scale": 0.5}, {"logit_scale": 1}, {"exclude_ids": None}],
+        [{"noise": True, **call} for call in ({}, {"noise_scale": 0.5}, *VALUES)],
+        [{"noise": True, "scales": True, **call} for call in ({}, *VALUES)],
+        # one row, which Triton takes for a constant elsewhere; any number of blocks
+        [{"rows": rows} for rows in (1, 2, 16)],
+        [{"rows": rows, "batch": batch} for rows in (65, 128, 129, 4096, 100_000) for batch in (None, 4)],
+        # what is different
+        [{"rows": 16}, {"rows": 32}, {"noise": True}, {"scales": True}],
+    ]
+    counts = list(compilers.map(specialisations, groups))
+    assert counts == [{"lm_head": 1, "merge_confidence": 1}] * 5 + [{"lm_head": 4, "merge_confidence": 3}]
 
 
 def launches_by_name(case):

@@ -213,7 +213,7 @@ def test_command_line(checkpoints, tasks, tmp_path):
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | OFFLINE | {"PYTHONPATH": path, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
-    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
     (results,) = tmp_path.rglob("results*.json")
     results = json.loads(results.read_text())["results"]

@@ -4,8 +4,7 @@ import inspect
 
 import pytest
 import torch
-from test_rope_cache import inputs as rope_inputs
-from utils import AttentionCase
+from utils import AttentionCase, rope_inputs
 
 from dkv.kernels import (
     add_rms_norm,

@@ -10,7 +10,8 @@ import tiny
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from test_generate import MASK, prompts
+from tiny import MASK_ID as MASK
+from tiny import dream_loop, llada_loop, prompts
 
 import dkv
 from dkv.decoder import find_decoder
@@ -46,53 +47,8 @@ cached = functools.cache(load)
 each = functools.partial(pytest.mark.parametrize, "model", indirect=True)
 
 
-@torch.no_grad()
-def llada_loop(model, prompt, attention_mask=None, *, gen_length, block_length, steps, cfg_scale=0.0):
-    """A plain LLaDA loop as users write it; returns the sequence after every step."""
-    x = F.pad(prompt, (0, gen_length), value=MASK)
-    if attention_mask is not None:
-        attention_mask = F.pad(attention_mask, (0, gen_length), value=1)
-    is_prompt, history = x != MASK, []
-    for start in range(prompt.shape[1], x.shape[1], block_length):
-        for _ in range(steps * block_length // gen_length):
-            if cfg_scale:
-                blanked = torch.where(is_prompt, MASK, x)
-                both = None if attention_mask is None else torch.cat((attention_mask, attention_mask))
-                cond, uncond = model(torch.cat((x, blanked)), attention_mask=both).logits.chunk(2)
-                logits = uncond + (cfg_scale + 1) * (cond - uncond)
-            else:
-                logits = model(x, attention_mask=attention_mask).logits
-            confidence, token = logits.softmax(-1).max(-1)
-            confidence[:, start + block_length :] = -1
-            confidence = torch.where(x == MASK, confidence, -1)
-            chosen = confidence.topk(gen_length // steps, dim=1).indices
-            x = x.scatter(1, chosen, token.gather(1, chosen))
-            history.append(x)
-    return torch.stack(history)
-
-
-@torch.no_grad()
-def dream_loop(model, prompt, attention_mask=None, *, gen_length, steps):
-    """A plain Dream loop with the maskgit_plus rule, one token less certain at a time."""
-    x, history = F.pad(prompt, (0, gen_length), value=MASK), []
-    mask, positions = "full", None
-    if attention_mask is not None:
-        real = F.pad(attention_mask.bool(), (0, gen_length), value=True)
-        positions = (real.long().cumsum(1) - 1).masked_fill(~real, 1)
-        mask = real[:, None, None, :] & real[:, None, :, None]
-    for _ in range(steps):
-        logits = model(x, mask, positions).logits
-        logits = torch.cat((logits[:, :1], logits[:, :-1]), dim=1)
-        confidence, token = logits.softmax(-1).max(-1)
-        confidence = torch.where(x == MASK, confidence, -1)
-        chosen = confidence.topk(gen_length // steps, dim=1).indices
-        x = x.scatter(1, chosen, token.gather(1, chosen))
-        history.append(x)
-    return torch.stack(history)
-
-
 LLADA_RUN = {"gen_length": 16, "block_length": 8, "steps": 8}
-DREAM_RUN = {"gen_length": 16, "steps": 8}
+DREAM_RUN = {"gen_length": 12, "steps": 6}
 
 
 @each(LLADAS)
@@ -137,13 +93,13 @@ def test_dream_loop_recomputes_what_it_reads(model, policy, padded):
     dkv.replace_attention(model, policy)
     history = dream_loop(model, ids, real, **DREAM_RUN)
     assert not (history[-1] == MASK).any()
-    options = {"gen_length": 16, "remasking": "maskgit_plus", "output_history": True, "threshold": 1.0}
+    options = {"gen_length": 8, "remasking": "maskgit_plus", "output_history": True, "threshold": 1.0}
     dkv.restore_attention(model)
     if policy == dkv.Decode(1):
         assert torch.equal(history, dream_loop(model, ids, real, **DREAM_RUN))
     one_at_a_time = dkv.generate(model, ids, real, policy=policy, **options)
     dkv.replace_attention(model, policy)
-    loop = dream_loop(model, ids, real, gen_length=16, steps=16)
+    loop = dream_loop(model, ids, real, gen_length=8, steps=8)
     assert torch.equal(loop, one_at_a_time.history)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_generate import generate, model, prompts
+from tiny import generate, model, prompts
 
 import dkv
 from dkv.plot import KINDS, step_map

@@ -5,27 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from utils import DTYPES, assert_within_error_budget
+from utils import rope_inputs as inputs
 
 from dkv.kernels import rope_cache_update
-
-
-def tables(headdim, length=64, device="cpu"):
-    inverse_frequency = 1e4 ** (-torch.arange(0, headdim, 2, dtype=torch.float64) / headdim)
-    angles = torch.outer(torch.arange(length, dtype=torch.float64), inverse_frequency)
-    return angles.cos().float().to(device), angles.sin().float().to(device)
-
-
-def inputs(slots, *, batch=2, seqlen=20, nheads=4, nheads_k=2, headdim=32, dtype=torch.float32, device="cpu"):
-    generator = torch.Generator().manual_seed(seqlen)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator).to(dtype).to(device)
-
-    total = len(slots)
-    q, k, v = normal(total, nheads, headdim), normal(total, nheads_k, headdim), normal(total, nheads_k, headdim)
-    positions = torch.randint(0, 64, (total,), generator=generator).to(device)
-    caches = normal(batch, seqlen, nheads_k, headdim), normal(batch, seqlen, nheads_k, headdim)
-    return [q, k, v, *tables(headdim, device=device), positions, torch.tensor(slots, device=device).int(), *caches]
 
 
 def rotate_by_complex_numbers(x, cos, sin, positions):

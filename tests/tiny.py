@@ -1,82 +1,35 @@
-"""Tiny random models: configs in the official form, and models of the official structure that are not ours."""
+"""Tiny models, ours and not ours, and what the tests run them on: prompts, policies, `generate`, and users' own loops."""
 
 import copy
+import functools
 from types import SimpleNamespace
 
+import checkpoints
+import oracle
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+import dkv
 from dkv.models import find_decoder, from_config
 
 MASK_ID, EOS_ID = 255, 254
 
 
+FAMILIES = ["llada", "dream"]
+SIZES = {"hidden": 64, "mlp": 128, "layers": 3, "heads": 4, "vocabulary": 256, "mask": MASK_ID, "eos": EOS_ID}
+
+
 def llada_config(**changes):
     """config.json of a LLaDA with hidden size 64, 3 layers, 4 heads of 16, and 256 tokens, as a dict."""
-    return {
-        "architectures": ["LLaDAModelLM"],
-        "model_type": "llada",
-        "activation_type": "silu",
-        "alibi": False,
-        "attention_dropout": 0.0,
-        "attention_layer_norm": False,
-        "bias_for_layer_norm": False,
-        "block_group_size": 1,
-        "block_type": "llama",
-        "d_model": 64,
-        "embedding_dropout": 0.0,
-        "embedding_size": 256,
-        "eos_token_id": EOS_ID,
-        "flash_attention": False,
-        "include_bias": False,
-        "include_qkv_bias": False,
-        "init_device": "meta",
-        "input_emb_norm": False,
-        "layer_norm_type": "rms",
-        "mask_token_id": MASK_ID,
-        "max_sequence_length": 512,
-        "mlp_hidden_size": 128,
-        "n_heads": 4,
-        "n_kv_heads": 4,
-        "n_layers": 3,
-        "pad_token_id": EOS_ID,
-        "residual_dropout": 0.0,
-        "rms_norm_eps": 1e-5,
-        "rope": True,
-        "rope_full_precision": True,
-        "rope_theta": 500000.0,
-        "scale_logits": False,
-        "use_cache": False,
-        "vocab_size": 256,
-        "weight_tying": False,
-    } | changes
+    official = {"architectures": ["LLaDAModelLM"], "init_device": "meta", "max_sequence_length": 512}
+    return checkpoints.llada(**SIZES) | official | changes
 
 
 def dream_config(**changes):
     """config.json of a Dream of the same size, with 2 key/value heads, as a dict."""
-    return {
-        "architectures": ["DreamModel"],
-        "model_type": "Dream",
-        "attention_dropout": 0.0,
-        "bos_token_id": EOS_ID,
-        "eos_token_id": EOS_ID,
-        "hidden_act": "silu",
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "mask_token_id": MASK_ID,
-        "max_position_embeddings": 512,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 3,
-        "num_key_value_heads": 2,
-        "pad_token_id": EOS_ID,
-        "rms_norm_eps": 1e-6,
-        "rope_scaling": None,
-        "rope_theta": 1000000.0,
-        "tie_word_embeddings": False,
-        "use_cache": False,
-        "use_sliding_window": False,
-        "vocab_size": 256,
-    } | changes
+    official = {"architectures": ["DreamModel"], "max_position_embeddings": 512}
+    return checkpoints.dream(**SIZES, kv_heads=2) | official | changes
 
 
 CONFIGS = {"llada": llada_config, "dream": dream_config}
@@ -142,3 +95,94 @@ class Lookalike(nn.Module):
             h = layer.mlp_norm(x)
             x = x + layer.down(nn.functional.silu(layer.gate(h)) * layer.up(h))
         return SimpleNamespace(logits=parts.logits(parts.final_norm(x)))
+
+
+@functools.cache
+def model(family, device="cpu"):
+    """The native model of the recorded trajectories."""
+    name = {"llada": "llada_mha_s0", "dream": "dream_gqa_s0"}[family]
+    return dkv.from_pretrained(oracle.weights_path(name), dtype=torch.float32, device=device)
+
+
+def prompts(*lengths, seed=0, device="cpu"):
+    """Left-padded random prompts and their attention mask."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 200, (len(lengths), max(lengths)), generator=generator)
+    real = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
+    return torch.where(real, ids, EOS_ID).to(device), real.to(device)
+
+
+def generate(family, ids, real=None, device="cpu", **options):
+    """`dkv.generate` of `model(family)`, with its history; the same noise every time unless a generator is given."""
+    options = {"generator": torch.Generator().manual_seed(0)} | options
+    return dkv.generate(model(family, device), ids, real, output_history=True, **options)
+
+
+POLICIES = {
+    "NoCache": lambda family: dkv.NoCache(),
+    "Decode": lambda family: dkv.Decode(4),
+    "Decode never": lambda family: dkv.Decode(None),
+    "Decode block": lambda family: dkv.Decode(3, scope="block"),
+    "Decode delay 0": lambda family: dkv.Decode(4, delay=0),
+    "Decode delay 2": lambda family: dkv.Decode(5, delay=2),
+    "Decode un": lambda family: dkv.Decode(4, shift="un" if family == "dream" else None),
+    "Decode right": lambda family: dkv.Decode(4, shift="right" if family == "dream" else None),
+    "Greedy": lambda family: dkv.Greedy(3, 2),
+    "Greedy contiguous": lambda family: dkv.Greedy(4, 3, window_kind="contiguous"),
+    "Prefill": lambda family: dkv.Prefill(),
+    "PrefillDecode": lambda family: dkv.PrefillDecode(4),
+    "PrefixCache": lambda family: dkv.PrefixCache(),
+    "DualCache": lambda family: dkv.DualCache(),
+}
+
+
+class EveryOther(dkv.Policy):
+    """A policy of the user's."""
+
+    def active(self, state):
+        return (state.step % 2 == 0) | state.masked
+
+
+@torch.no_grad()
+def llada_loop(model, prompt, attention_mask=None, *, gen_length, block_length, steps, cfg_scale=0.0):
+    """A plain LLaDA loop as users write it; returns the sequence after every step."""
+    x = F.pad(prompt, (0, gen_length), value=MASK_ID)
+    if attention_mask is not None:
+        attention_mask = F.pad(attention_mask, (0, gen_length), value=1)
+    is_prompt, history = x != MASK_ID, []
+    for start in range(prompt.shape[1], x.shape[1], block_length):
+        for _ in range(steps * block_length // gen_length):
+            if cfg_scale:
+                blanked = torch.where(is_prompt, MASK_ID, x)
+                both = None if attention_mask is None else torch.cat((attention_mask, attention_mask))
+                cond, uncond = model(torch.cat((x, blanked)), attention_mask=both).logits.chunk(2)
+                logits = uncond + (cfg_scale + 1) * (cond - uncond)
+            else:
+                logits = model(x, attention_mask=attention_mask).logits
+            confidence, token = logits.softmax(-1).max(-1)
+            confidence[:, start + block_length :] = -1
+            confidence = torch.where(x == MASK_ID, confidence, -1)
+            chosen = confidence.topk(gen_length // steps, dim=1).indices
+            x = x.scatter(1, chosen, token.gather(1, chosen))
+            history.append(x)
+    return torch.stack(history)
+
+
+@torch.no_grad()
+def dream_loop(model, prompt, attention_mask=None, *, gen_length, steps):
+    """A plain Dream loop with the maskgit_plus rule, one token less certain at a time."""
+    x, history = F.pad(prompt, (0, gen_length), value=MASK_ID), []
+    mask, positions = "full", None
+    if attention_mask is not None:
+        real = F.pad(attention_mask.bool(), (0, gen_length), value=True)
+        positions = (real.long().cumsum(1) - 1).masked_fill(~real, 1)
+        mask = real[:, None, None, :] & real[:, None, :, None]
+    for _ in range(steps):
+        logits = model(x, mask, positions).logits
+        logits = torch.cat((logits[:, :1], logits[:, :-1]), dim=1)
+        confidence, token = logits.softmax(-1).max(-1)
+        confidence = torch.where(x == MASK_ID, confidence, -1)
+        chosen = confidence.topk(gen_length // steps, dim=1).indices
+        x = x.scatter(1, chosen, token.gather(1, chosen))
+        history.append(x)
+    return torch.stack(history)

@@ -1,15 +1,47 @@
-"""Shared by the tests: inputs, and the error budget that decides whether a result is right."""
+"""Shared by the tests: inputs, the error budget that decides whether a result is right, and samples of large grids."""
 
+import collections
+import itertools
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
+ROOT = Path(__file__).resolve().parent.parent
 DTYPES = [
     pytest.param(torch.float32, id="fp32"),
     pytest.param(torch.float16, id="fp16"),
     pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu),
 ]
+
+
+def thinned(cases, features):
+    """Parameters of a test for all cases; the default run takes a few of them, `make test-full` the others.
+
+    Any two features that meet in a case meet in one of the few; features(case) are strings or tuples.
+    """
+    given = [sorted(features(case)) for case in cases]
+    found = [set(itertools.combinations(each, 2)) for each in given]
+    missing, chosen, taken = set().union(*found), set(), collections.Counter()
+    while missing:
+        # of those that have most that is missing the one of the rarest features
+        best = max(range(len(cases)), key=lambda i: (len(found[i] & missing), -sum(taken[f] for f in given[i])))
+        chosen.add(best)
+        missing -= found[best]
+        taken.update(given[best])
+    return [pytest.param(*case, marks=() if index in chosen else pytest.mark.full) for index, case in enumerate(cases)]
+
+
+def pairwise(names, *values, where=lambda *case: True):
+    """Parametrizes a test with all combinations that there are; the default run takes a few, where every pair meets."""
+    cases = [case for case in itertools.product(*map(enumerate, values)) if where(*(value for _, value in case))]
+    few = thinned(cases, lambda case: [(place, index) for place, (index, _) in enumerate(case)])
+    params = [pytest.param(*(value for _, value in param.values), marks=param.marks) for param in few]
+    return pytest.mark.parametrize(names, params)
 
 
 def assert_within_error_budget(result, oracle, same_dtype):
@@ -63,3 +95,31 @@ class AttentionCase:
     def tensors(self, dtype=None):
         dtype = dtype or self.q.dtype
         return self.q.to(dtype), self.k_cache.to(dtype), self.v_cache.to(dtype), self.cu_seqlens_q
+
+
+def rope_tables(headdim, length=64, device="cpu"):
+    inverse_frequency = 1e4 ** (-torch.arange(0, headdim, 2, dtype=torch.float64) / headdim)
+    angles = torch.outer(torch.arange(length, dtype=torch.float64), inverse_frequency)
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+def rope_inputs(slots, *, batch=2, seqlen=20, nheads=4, nheads_k=2, headdim=32, dtype=torch.float32, device="cpu"):
+    """Random arguments of `rope_cache_update` that write into these slots."""
+    generator = torch.Generator().manual_seed(seqlen)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).to(dtype).to(device)
+
+    total = len(slots)
+    q, k, v = normal(total, nheads, headdim), normal(total, nheads_k, headdim), normal(total, nheads_k, headdim)
+    positions = torch.randint(0, 64, (total,), generator=generator).to(device)
+    caches = normal(batch, seqlen, nheads_k, headdim), normal(batch, seqlen, nheads_k, headdim)
+    return [q, k, v, *rope_tables(headdim, device=device), positions, torch.tensor(slots, device=device).int(), *caches]
+
+
+def run_python(*arguments, cwd=ROOT):
+    """Runs Python by itself, without a GPU; returns the finished process and what it printed."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)

@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: counts, checks that can fail, the form of the results, budgets."""
+"""attn_speed measures what it says: counts, checks that can fail, samples, the form of the results, budgets."""
 
 import contextlib
 import csv
@@ -8,40 +8,21 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
+import attn_speed
+import common
+import plots
+import providers
 import pytest
 import torch
+from providers import Canvas, Case, Point
+from utils import run_python
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import attn_speed  # noqa: E402
-import common  # noqa: E402
-import generate_speed  # noqa: E402
-import gpu_report  # noqa: E402
-import plots  # noqa: E402
-import providers  # noqa: E402
-import step_speed  # noqa: E402
-import warm  # noqa: E402
-from providers import Canvas, Case, Point  # noqa: E402
-
-# the steps of each stage, and the files that they leave beside the report
-REHEARSED = {
-    "first": ("environment", "warm", "smoke", "steps", "tests"),
-    "second": ("environment", "warm", "products", "attention", "generation"),
-    "third": ("tests", "memcheck", "racecheck"),
-}
-FILES = {
-    "first": {"triton.tgz", "steps.jsonl", "tests-first.xml"},
-    "second": {
-        "products.json",
-        *(f"{name}_speed_points.{kind}" for name in ("attn", "generate") for kind in ("json", "csv")),
-    },
-    "third": {"tests-third.xml"},
-}
 TINY = "LLaDA-8B:1:48:4,Dream-7B:3:48:5:ragged"
 ROW_KEYS = {"model", "batch", "seqlen", "active", "provider", "ms", "gbps", "tflops", "fraction_of_ceiling"}
 
@@ -57,13 +38,6 @@ def error_of(provider, case):
     error = providers.relative_error(provider.unpack(provider.run(0)), *case.oracle())
     restore()
     return error
-
-
-def run_python(*arguments, cwd=ROOT, timeout=100):
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
 
 
 # ---- counts
@@ -174,9 +148,9 @@ def test_a_broken_provider_fails_the_check(broken):
     assert not error_of(broken(case), case) <= providers.TOLERANCES[torch.float32]
 
 
-def test_a_broken_provider_is_not_timed(monkeypatch, capsys, tmp_path):
+def test_a_broken_provider_is_not_timed(monkeypatch, capsys, tmp_path, standing_clock):
     monkeypatch.setattr(providers, "ours", without_cache_write)
-    arguments = ["--points", TINY, "--no-lint", "--no-plot", "--budget", "20", "--out", str(tmp_path)]
+    arguments = ["--points", TINY, "--no-lint", "--no-plot", "--budget", "1", "--out", str(tmp_path)]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert attn_speed.main(arguments) == 1
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -209,7 +183,7 @@ def test_a_graph_that_fails_takes_no_pool_with_it(monkeypatch):
 # ---- timing
 
 
-def test_an_error_at_one_point_keeps_the_others(monkeypatch, tmp_path):
+def test_an_error_at_one_point_keeps_the_others(monkeypatch, tmp_path, standing_clock):
     rivals = providers.rivals
 
     def broken(case, **options):
@@ -219,7 +193,7 @@ def test_an_error_at_one_point_keeps_the_others(monkeypatch, tmp_path):
 
     monkeypatch.setattr(providers, "rivals", broken)
     points = "LLaDA-8B:1:32:4,LLaDA-8B:1:32:8"
-    arguments = ["--points", points, "--budget", "30", "--no-lint", "--no-plot", "--out", str(tmp_path)]
+    arguments = ["--points", points, "--budget", "1", "--no-lint", "--no-plot", "--out", str(tmp_path)]
     assert attn_speed.main(arguments) == 1
     result = json.loads((tmp_path / "attn_speed_points.json").read_text())
     assert {row["active"] for row in result["rows"]} == {8}
@@ -228,19 +202,28 @@ def test_an_error_at_one_point_keeps_the_others(monkeypatch, tmp_path):
     assert refused["point"] == str(Point("LLaDA-8B", 1, 32, 4, False))
 
 
-def test_interleaved_samples_are_bounded_and_spread():
+def test_interleaved_samples_are_bounded_and_spread(monkeypatch):
+    """And fewer on a machine that turns out slower than expected."""
+    now, passes = 0.0, 0.0
+
     class Timer:
         def __init__(self, name, cost):
             self.name, self.cost = name, cost
 
         def tick(self):
+            nonlocal now
+            now += passes
             order.append(self.name)
 
+    monkeypatch.setattr(common, "time", SimpleNamespace(monotonic=lambda: now))
     order = []
     common.interleave([Timer("fast", 1e-3), Timer("slow", 1.0)], seconds=0.1, least=5, most=20)
     assert order.count("fast") == 20 and order.count("slow") == 5
     first, last = order.index("slow"), len(order) - 1 - order[::-1].index("slow")
     assert first < 8 and last > 15
+    order, passes = [], 1.0
+    common.interleave([Timer("fast", 1e-3), Timer("slow", 1.0)], seconds=0.1, least=5, most=20)
+    assert 2 <= order.count("slow") < 5 and order.count("fast") < 20
 
 
 @pytest.mark.parametrize(
@@ -325,7 +308,7 @@ def check_result(result):
 
 
 def test_a_run_from_elsewhere_writes_everything(tmp_path):
-    options = ("--points", TINY, "--no-lint", "--budget", "20", "--out", tmp_path / "out")
+    options = ("--points", TINY, "--no-lint", "--budget", "1e6", "--out", tmp_path / "out")
     run = run_python(ROOT / "benchmarks" / "attn_speed.py", *options, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     check_result(json.loads(run.stdout.splitlines()[-1]))
@@ -341,18 +324,22 @@ def test_a_run_from_elsewhere_writes_everything(tmp_path):
     assert stem.with_suffix(".png").stat().st_size > 10_000
 
 
-def test_a_run_as_a_module_without_budget_says_what_was_not_run(tmp_path):
-    options = ("--points", TINY, "--no-lint", "--no-plot", "--budget", "0.001", "--out", tmp_path)
-    run = run_python("-m", "benchmarks.attn_speed", *options)
-    result = json.loads(run.stdout.splitlines()[-1])
-    assert run.returncode == 1
+def test_without_budget_it_says_what_was_not_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(common.Clock, "left", -1.0)
+    options = ("--points", TINY, "--no-lint", "--no-plot", "--out", str(tmp_path))
+    assert attn_speed.main(options) == 1
+    output = capsys.readouterr().out
+    result = json.loads(output.splitlines()[-1])
     assert len(result["not_run"]) == 2 and result["rows"] == []
-    assert "the budget was used up" in run.stdout
+    assert "the budget was used up" in output
 
 
 def test_a_stopped_run_keeps_what_it_has(tmp_path):
+    """Started as a module."""
     points = ",".join(["LLaDA-8B:1:48:4", *(f"Dream-7B:1:128:{active}" for active in range(1, 128))])
-    command = [sys.executable, "benchmarks/attn_speed.py", "--no-lint", "--no-plot", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.attn_speed", "--no-lint", "--no-plot", "--budget", "1e6"]
+    command += ["--out", str(tmp_path)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with subprocess.Popen(
         [*command, "--points", points], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -371,7 +358,7 @@ def test_a_stopped_run_keeps_what_it_has(tmp_path):
 def test_a_run_on_the_gpu(tmp_path):
     options = ("--points", "LLaDA-8B:2:256:8,Dream-7B:3:256:5:ragged", "--no-plot", "--out", str(tmp_path))
     command = [sys.executable, "benchmarks/attn_speed.py", *options]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout + run.stderr
     result = json.loads((tmp_path / "attn_speed_points.json").read_text())
     assert result["impl"] == "triton" and not result["refused"]
@@ -388,14 +375,14 @@ def test_bad_points_are_refused(capsys):
         assert "MODEL:BATCH:LENGTH:ACTIVE" in capsys.readouterr().err
 
 
-def test_the_grids_are_what_they_say():
-    points = [point for group in attn_speed.points_of(attn_speed.GPU, providers.MODELS) for point in group]
-    assert {p.batch for p in points} == {1, 4, 8, 32}
-    assert {p.seqlen for p in points} == {512, 1024, 2048, 4096, 8192}
-    assert {1, 8, 32, 64, 128, 256} <= {p.active for p in points}
-    assert any(p.ragged for p in points) and any(p.active == p.seqlen for p in points)
+@pytest.mark.parametrize("plan", [attn_speed.GPU, attn_speed.GPU_QUICK, attn_speed.CPU, attn_speed.CPU_QUICK])
+def test_no_point_of_a_plan_comes_twice(plan):
+    """And the points of FlexAttention are among them: a full step is the first of its group."""
+    groups = list(attn_speed.points_of(plan, providers.MODELS))
+    points = [point for group in groups for point in group]
     assert len(set(points)) == len(points)
-    assert set(attn_speed.GPU.flex) <= {(p.batch, p.seqlen, p.active) for p in points}
+    assert set(plan.flex) <= {(p.batch, p.seqlen, p.active) for p in points}
+    assert all(group[0].active == max(p.active for p in group) for group in groups)
 
 
 def test_without_the_bench_extra_there_are_messages(monkeypatch, capsys, tmp_path):
@@ -407,199 +394,3 @@ def test_without_the_bench_extra_there_are_messages(monkeypatch, capsys, tmp_pat
     captured = capsys.readouterr()
     assert captured.out == "a line\n"
     assert "tqdm is not installed" in captured.err and "matplotlib is not installed" in captured.err
-
-
-# ---- steps
-
-
-@pytest.mark.parametrize(
-    "point, most", [("LLaDA:1:1024:32", 340), ("Dream:8:1024:32", 300), ("LLaDA:8:1024:16", 340)], ids=lambda p: p
-)
-def test_no_row_or_launch_of_a_step_is_wasted(point, most, unpoisoned):
-    ((family, batch, length, active),) = step_speed.parse_points(point)
-    row = step_speed.count_point(family, batch, length, active)
-    assert row["launches"] <= most and row["bookkeeping"] <= 12
-    assert row["rows_needed"] == batch * active and row["rows_computed"] <= 1.1 * row["rows_needed"]
-    assert sum(row["purposes"].values()) == row["launches"]
-
-
-@pytest.mark.parametrize("case", [("LLaDA", 1, 300, "Decode(8)"), ("Dream", 3, 600, "Decode(8)")], ids=str)
-def test_no_row_of_a_run_is_wasted(case):
-    row = step_speed.count_run(*case)
-    assert 0 < row["rows_needed_full"] <= row["rows_computed_full"] <= 1.06 * row["rows_needed_full"]
-    assert 0 < row["rows_needed_cached"] <= row["rows_computed_cached"] <= 1.1 * row["rows_needed_cached"]
-    assert 2 <= row["graphs"] <= 16
-
-
-# ---- report
-
-
-def python(code):
-    return (sys.executable, "-c", code)
-
-
-def test_the_report_keeps_to_its_limits(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu_report, "LEAST_SECONDS", 0.2)
-    monkeypatch.setattr(gpu_report, "GRACE_SECONDS", 0.5)
-    steps = [
-        gpu_report.Step("good", 20, python("print('x' * 1000); print('fine')")),
-        gpu_report.Step("bad", 20, python("raise SystemExit(7)")),
-        gpu_report.Step("known", 20, python("raise SystemExit(5)"), statuses={5: "not run: nothing to do"}),
-        gpu_report.Step("missing", 20, (), unavailable="the tool is not installed"),
-        gpu_report.Step("late", -1000, python("print('never')")),
-        gpu_report.Step("too little", 2000, python("print('never')"), least=3000),
-    ]
-    report = {"stage": "first", "steps": []}
-    gpu_report.run_steps(steps, report, tmp_path)
-    status = {step["step"]: step["status"] for step in report["steps"]}
-    assert status["good"] == "passed"
-    assert status["bad"] == "failed: exit status 7"
-    assert status["known"] == "not run: nothing to do"
-    assert status["missing"] == "not run: the tool is not installed"
-    assert status["late"].startswith("not run: -") and status["too little"].startswith("not run: ")
-    limits = {step["step"]: step["limit_seconds"] for step in report["steps"]}
-    assert limits["good"] == 20 and limits["bad"] > 30, "what is left over is the next one's"
-    output = {step["step"]: step["output"] for step in report["steps"]}
-    assert output["good"].splitlines()[-1] == "fine" and len(output["good"]) < 600
-    assert json.loads((tmp_path / "report-first.json").read_text()) == report
-    log = (tmp_path / "report-first.log").read_text()
-    assert "==== late" in log and "x" * 1000 in log
-    assert "late" in capsys.readouterr().out
-
-
-def test_a_step_that_does_not_end_is_ended(tmp_path, monkeypatch):
-    """With its children; what it wrote is kept."""
-    monkeypatch.setattr(gpu_report, "LEAST_SECONDS", 0)
-    monkeypatch.setattr(gpu_report, "GRACE_SECONDS", 0.5)
-    sleeping = f"import subprocess; open({str(tmp_path / 'began')!r}, 'w'); subprocess.run(['sleep', '600'])"
-    waits, wait = [], subprocess.Popen.wait
-
-    def wait_until_begun(process, timeout=None):
-        while not waits and not (tmp_path / "began").exists():
-            time.sleep(0.01)
-        waits.append(timeout)
-        return wait(process, timeout)
-
-    monkeypatch.setattr(subprocess.Popen, "wait", wait_until_begun)
-    with (tmp_path / "report-first.log").open("w+") as log:
-        record = gpu_report.run_step(gpu_report.Step("endless", 0.3, python(sleeping)), 0.3, log)
-    assert record["status"].startswith("timed out after 0 s") and 0.3 <= record["seconds"]
-
-
-def test_what_a_step_prints_is_written_as_it_comes(tmp_path, monkeypatch):
-    """Before the step ends: the last one may be cut off by whoever runs the report."""
-    reading = f"print('first', flush=True); print('seen' if 'first' in open({str(tmp_path / 'report-first.log')!r}).read() else '')"
-    report = {"stage": "first", "steps": []}
-    gpu_report.run_steps([gpu_report.Step("reader", 60, python(reading))], report, tmp_path)
-    assert report["steps"][0]["output"].splitlines() == ["first", "seen"]
-
-
-@pytest.mark.rehearsal
-@pytest.mark.parametrize("stage, names", REHEARSED.items())
-def test_every_stage_can_be_rehearsed(stage, names, tmp_path):
-    run = run_python(
-        "benchmarks/gpu_report.py", "--stage", stage, "--rehearse", "--commit", "abc", "--out", tmp_path, timeout=300
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    report = json.loads((tmp_path / f"report-{stage}.json").read_text())
-    assert report["rehearsal"] is True and report["stage"] == stage and report["commit"] == "abc"
-    assert [(step["step"], step["status"]) for step in report["steps"]] == [(name, "passed") for name in names]
-    files = {path.name for path in tmp_path.iterdir()}
-    assert files == {f"report-{stage}.json", f"report-{stage}.log", *FILES[stage]} and len(files) <= 8
-
-
-@mock.patch.dict(os.environ)
-def test_the_report_needs_a_gpu_and_a_commit(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu_report.main([]) == 2
-    assert "needs a CUDA GPU" in capsys.readouterr().err
-    monkeypatch.delenv("GIT_COMMIT", raising=False)
-    monkeypatch.setattr(common, "output_of", lambda *command, **options: "unknown")
-    assert gpu_report.main(["--rehearse"]) == 2
-    assert "--commit" in capsys.readouterr().err
-
-
-@mock.patch.dict(os.environ)
-def test_other_peoples_code_in_the_report(tmp_path, monkeypatch, capsys):
-    """The peers reach generate_speed as they were given; a wrong one is noticed before anything runs."""
-    taken = []
-    monkeypatch.setattr(gpu_report, "run_steps", lambda todo, *rest: taken.extend(todo))
-    peers = ["--peer", f"official={tmp_path}", "--peer", f"dkv-cache={tmp_path}", "--peer-python", "official=python3"]
-    stage = ["--rehearse", "--stage", "second", "--out", str(tmp_path / "out")]
-    assert gpu_report.main([*stage, *peers]) == 0
-    (command,) = (step.command for step in taken if step.name == "generation")
-    found = generate_speed.parse_arguments([part for part in command[2:] if part != "{seconds}" and part != "--budget"])
-    folder = str(tmp_path)
-    assert found.peers == [("official", folder, "python3"), ("dkv-cache", folder, sys.executable)]
-    with pytest.raises(SystemExit):
-        gpu_report.main(["--rehearse", "--peer", "official=/nowhere"])
-    assert "--peer must be NAME=FOLDER" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("stage", gpu_report.STAGES)
-def test_the_steps_of_a_gpu(stage, monkeypatch, tmp_path):
-    """They are those that are rehearsed, of files that exist, and their options are understood."""
-    monkeypatch.setattr(gpu_report.shutil, "which", lambda name: None)
-    steps, rehearsed = (gpu_report.steps(stage, tmp_path, rehearse=rehearse) for rehearse in (False, True))
-    assert [step.name for step in steps] == [step.name for step in rehearsed]
-    assert sum(step.seconds for step in steps) <= 340
-    for step in steps:
-        assert bool(step.unavailable) == (step.name in ("memcheck", "racecheck"))
-        # importing PyTorch under a sanitizer alone takes half a minute
-        assert step.least == (step.seconds if step.unavailable else 0) and (not step.unavailable or step.least >= 120)
-        files = [Path(part) for part in step.command if part.endswith(".py")]
-        assert files and all((ROOT / file).exists() for file in files)
-        cpu_only = {
-            "test_benchmarks.py",
-            "test_generation_speed.py",
-            "test_quality.py",
-            "test_models.py",
-            "test_oracle.py",
-        }
-        assert not cpu_only & {file.name for file in files}
-    parsers = {"attn_speed.py": attn_speed.parse_arguments, "generate_speed.py": generate_speed.parse_arguments}
-    parsers |= {"warm.py": warm.parse_arguments}
-    for step in steps:
-        parse = parsers.get(Path(step.command[1]).name)
-        if parse:
-            parse([part.replace("{seconds}", "10") for part in step.command[2:]])
-
-
-def test_what_needs_a_gpu_is_in_a_stage():
-    """But for the test of a benchmark, which the stages run."""
-    by_file = {path.stem.removeprefix("test_"): path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
-    marked = {name for name, text in by_file.items() if "\n@pytest.mark.gpu\n" in text}
-    assert "graphs" in marked and marked - {*gpu_report.KERNEL_TESTS, *gpu_report.ENGINE_TESTS} == {
-        "benchmarks",
-        "models",
-    }
-    file, test = gpu_report.LOADING_TEST.removeprefix("tests/test_").split(".py::")
-    assert by_file[file].count("@pytest.mark.gpu") == 1 and f"@pytest.mark.gpu\ndef {test}(" in by_file[file]
-    sanitized = {name for name, text in by_file.items() if "\n@pytest.mark.sanitizer\n" in text}
-    assert sanitized <= set(gpu_report.KERNEL_TESTS)
-
-
-@pytest.mark.rehearsal
-def test_a_worker_that_met_a_cuda_error_is_replaced(tmp_path):
-    """The tests behind the one that failed run in a process of their own."""
-    (tmp_path / "conftest.py").write_text(
-        "import importlib.util\n"
-        f"spec = importlib.util.spec_from_file_location('ours', {str(ROOT / 'tests' / 'conftest.py')!r})\n"
-        "ours = importlib.util.module_from_spec(spec)\n"
-        "spec.loader.exec_module(ours)\n"
-        "pytest_runtest_logreport = ours.pytest_runtest_logreport\n"
-    )
-    (tmp_path / "test_gpu.py").write_text(
-        "broken = False\n"
-        "def test_error():\n"
-        "    global broken\n"
-        "    broken = True\n"
-        "    raise RuntimeError('CUDA error: an illegal memory access was encountered')\n"
-        "def test_behind():\n"
-        "    assert not broken\n"
-    )
-    run = run_python("-m", "pytest", "-q", "-n", "1", "-p", "no:cacheprovider", "--junitxml=found.xml", cwd=tmp_path)
-    assert "1 passed" in run.stdout and "CUDA error: an illegal memory access" in run.stdout, run.stdout
-    assert "test_error" in (tmp_path / "found.xml").read_text()
-    alone = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", cwd=tmp_path)
-    assert "CUDA is unusable after test_gpu.py::test_error" in alone.stdout and "passed" not in alone.stdout

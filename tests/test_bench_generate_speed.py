@@ -1,37 +1,35 @@
 """generate_speed measures what it says: the plain loop, peers, counts, floors, the order of samples, rows and statuses."""
 
 import csv
-import itertools
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
+import checkpoints
+import common
+import generate_speed
 import hub
+import linear_speed
+import peer
+import plots
 import pytest
+import roofline
+import step_profile
+import study
+import systems
 import tiny
 import torch
+from roofline import Sizes, Step
+from study import Point, Study
+from systems import Job, Ours, PlainLoop
+from utils import run_python
 
 import dkv
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import checkpoints  # noqa: E402
-import common  # noqa: E402
-import generate_speed  # noqa: E402
-import linear_speed  # noqa: E402
-import peer  # noqa: E402
-import plots  # noqa: E402
-import roofline  # noqa: E402
-import step_profile  # noqa: E402
-import study  # noqa: E402
-import systems  # noqa: E402
-from roofline import Sizes, Step  # noqa: E402
-from study import Point, Study  # noqa: E402
-from systems import Job, Ours, PlainLoop  # noqa: E402
 
 CEILINGS = {"bandwidth": 1e9, "flops": 1e10}
 SIZES = Sizes(hidden=8, mlp=16, layers=3, nheads=4, nheads_k=2, headdim=2, vocabulary=32, element_size=4)
@@ -104,13 +102,13 @@ def test_the_plain_loop_is_no_cache(family, block_length, gen_length, steps):
 @pytest.mark.parametrize("family", ["LLaDA", "Dream"])
 @pytest.mark.parametrize("label", study.POLICIES)
 def test_the_work_of_a_run_is_what_it_did(family, label):
-    job = tiny_study(family).job(label, Point(2, 12, 16))
+    job = tiny_study(family).job(label, Point(2, 12, 12))
     system = Ours(tiny_study(family).model)
     outcome = system.run(job)
     output = dkv.generate(
         system.model,
         job.prompt,
-        gen_length=16,
+        gen_length=12,
         block_length=job.block_length,
         policy=job.policy,
         remasking="random" if job.policy.needs_order else None,
@@ -120,12 +118,12 @@ def test_the_work_of_a_run_is_what_it_did(family, label):
     assert outcome.sequences == output.sequences.tolist()
     assert [step.active for step in system.work] == output.active.sum((1, 2)).tolist()
     assert [positions for positions, _ in outcome.steps] == [step.active for step in system.work]
-    committed = 2 * 16 - (output.history == system.model.settings.mask_id).sum((1, 2))
+    committed = 2 * 12 - (output.history == system.model.settings.mask_id).sum((1, 2))
     first_of_step = torch.cat((torch.zeros(1, dtype=torch.int64), committed[:-1]))
     if label == "Greedy":
         assert [step.candidates for step in system.work] == (committed - first_of_step).tolist()
-    elif job.block_length == 16:
-        assert [step.candidates for step in system.work] == (2 * 16 - first_of_step).tolist()
+    elif job.block_length == 12:
+        assert [step.candidates for step in system.work] == (2 * 12 - first_of_step).tolist()
 
 
 def test_peak_memory_is_counted():
@@ -155,9 +153,12 @@ def test_random_weights_depend_on_names_alone():
 MODELING = """
 import sys
 sys.path.insert(0, {root!r})
-import torch, transformers
+import torch
 from types import SimpleNamespace
 from dkv.models import LLaDA
+
+# whose import would take as long as everything else
+sys.modules["transformers"] = SimpleNamespace(__version__="4.57.6")
 
 print("their noise must not reach the answers")
 
@@ -203,19 +204,21 @@ def write_stand_in(folder, files):
 
 
 @pytest.fixture
-def official(tmp_path):
-    """Writes a stand-in of the hub's files; error: added to every token."""
-
-    def write(error=""):
-        modeling = MODELING.format(root=str(ROOT))
-        files = {"llada_v2/modeling_llada.py": modeling, "llada_generate.py": LOOP.format(error=error)}
-        return write_stand_in(tmp_path / "hub", files)
-
-    return write
+def peers(tmp_path):
+    """Arguments that name stand-ins: one of the same tokens, one of other tokens, and one that cannot start."""
+    modeling = MODELING.format(root=str(ROOT))
+    files = {"llada_v2/modeling_llada.py": modeling, "llada_generate.py": LOOP.format(error="")}
+    official = write_stand_in(tmp_path / "hub", files)
+    files = {"models/modeling_llada_dkv_cache_decode.py": modeling}
+    files["generation_utils/llada_dkv_cache_decode.py"] = DECODE_LOOP.format(error="+ 1")
+    authors = write_stand_in(tmp_path / "authors", files)
+    (tmp_path / "empty").mkdir()
+    folders = f"official={official}", f"dkv-cache={authors}", f"fast-dllm={tmp_path / 'empty'}"
+    return [part for folder in folders for part in ("--peer", folder)]
 
 
 @pytest.fixture
-def bench(monkeypatch, capsys, tmp_path):
+def bench(monkeypatch, capsys, tmp_path, standing_clock):
     """Runs generate_speed here, on tiny models; returns (exit status, what it printed, the JSON of its last line)."""
     tiny_models = {family: (f"{family}-tiny", tiny.CONFIGS[family.lower()]()) for family in checkpoints.FAMILIES}
     monkeypatch.setattr(generate_speed, "SCALED_DOWN", tiny_models)
@@ -230,14 +233,18 @@ def bench(monkeypatch, capsys, tmp_path):
     return run
 
 
-POINT = ("--points", "LLaDA:2:16:8", "--policies", "NoCache,Decode", "--budget", "60")
+POINT = ("--points", "LLaDA:2:16:8", "--policies", "NoCache,Decode", "--budget", "1")
 
 
-def test_a_peer_of_the_same_tokens(bench, official):
-    status, output, result = bench(*POINT, "--peer", f"official={official()}")
-    assert status == 0, output
+def test_peers(bench, peers):
+    """Each in a process of its own: one of the same tokens, and one of others, which fails the run."""
+    status, output, result = bench(*POINT, *peers[:4])
+    assert status == 1 and "tokens differ: LLaDA-tiny" in output
+    assert len(result["mismatches"]) == 1 and "Decode: dkv-cache" in result["mismatches"][0]
+    assert not result["not_run"]
     rows = {(row["system"], row["label"]): row for row in result["rows"]}
-    assert rows.keys() == {("dkv", "NoCache"), ("dkv", "Decode"), ("official", "NoCache")}
+    assert rows.keys() == {("dkv", "NoCache"), ("dkv", "Decode"), ("official", "NoCache"), ("dkv-cache", "Decode")}
+    assert all(row["seconds"] for row in result["rows"]), "everything is shown all the same"
     theirs = rows["official", "NoCache"]
     assert theirs["same_tokens"] == 1 and theirs["steps"] == 8 and theirs["samples"] == 3
     assert theirs["peak_bytes"] > 0 and theirs["cache_ratio"] == 0 and theirs["ms_full_step"] > 0
@@ -246,27 +253,22 @@ def test_a_peer_of_the_same_tokens(bench, official):
     assert "as fast as official" in output
 
 
-def test_a_peer_of_other_tokens_fails_the_run(bench, official):
-    status, output, result = bench(*POINT, "--peer", f"official={official('+ 1')}")
-    assert status == 1 and "tokens differ: LLaDA-tiny" in output
-    assert len(result["mismatches"]) == 1 and "official" in result["mismatches"][0]
-    assert all(row["seconds"] for row in result["rows"]), "everything is shown all the same"
-
-
-def test_on_a_gpu_peers_take_turns(bench, official, tmp_path, monkeypatch):
-    modeling = MODELING.format(root=str(ROOT))
-    files = {"models/modeling_llada_dkv_cache_decode.py": modeling}
-    files["generation_utils/llada_dkv_cache_decode.py"] = DECODE_LOOP.format(error="+ 1")
-    authors = write_stand_in(tmp_path / "authors", files)
-    (tmp_path / "empty").mkdir()
-    monkeypatch.setattr(generate_speed, "TRUE_SIZE", generate_speed.SCALED_DOWN)
+def test_on_a_gpu_peers_take_turns(bench, peers, monkeypatch):
+    """One in memory at a time; here they answer in this process."""
     alive = []
 
     class Watched(systems.Peer):
-        def __init__(self, name, *rest, **settings):
-            super().__init__(name, *rest, **settings)
+        def __init__(self, name, folder, *rest, **settings):
+            self.driver = peer.Driver(name, folder)
+            super().__init__(name, folder, *rest, **settings)
             alive.append(name)
             assert alive == [name], "one at a time"
+
+        def _ask(self, request):
+            try:
+                return json.loads(json.dumps(self.driver.answer(request)))
+            except Exception as error:
+                raise systems.Failed(common.described(error)) from None
 
         def close(self):
             super().close()
@@ -277,10 +279,13 @@ def test_on_a_gpu_peers_take_turns(bench, official, tmp_path, monkeypatch):
             super().__init__(arguments)
             self.cuda, self.dtype = True, torch.float32
 
+    monkeypatch.setattr(systems, "subprocess", SimpleNamespace(Popen=mock.Mock(), PIPE=None))
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setattr(generate_speed, "TRUE_SIZE", generate_speed.SCALED_DOWN)
     monkeypatch.setattr(generate_speed, "Peer", Watched)
     monkeypatch.setattr(generate_speed, "Bench", OnGPU)
-    peers = f"official={official()}", f"dkv-cache={authors}", f"fast-dllm={tmp_path / 'empty'}"
-    status, output, result = bench(*POINT, *(part for peer in peers for part in ("--peer", peer)))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    status, output, result = bench(*POINT, *peers)
     assert status == 1 and len(result["mismatches"]) == 1 and "Decode: dkv-cache" in result["mismatches"][0]
     assert len(result["not_run"]) == 1 and "No module named" in result["not_run"][0]
     rows = {(row["system"], row["label"]): row for row in result["rows"]}
@@ -298,14 +303,6 @@ def test_the_official_loops_agree(bench, family):
     status, output, result = bench("--points", f"{family}:2:12:32", "--policies", "NoCache", "--peer", official)
     assert status == 0, output
     assert [row["same_tokens"] for row in result["rows"]] == [None, 1]
-
-
-def test_a_peer_that_cannot_start_is_reported(bench, tmp_path):
-    (tmp_path / "empty").mkdir()
-    status, _, result = bench(*POINT, "--peer", f"dkv-cache={tmp_path / 'empty'}")
-    assert status == 0
-    assert len(result["not_run"]) == 1 and "No module named" in result["not_run"][0]
-    assert {row["system"] for row in result["rows"]} == {"dkv", "plain loop"}
 
 
 def test_a_peer_that_dies_says_so(tmp_path):
@@ -348,7 +345,7 @@ def test_every_policy_and_kind(bench, tmp_path, monkeypatch):
     points = (Point(1, 16, 8, "one"), Point(2, 8, 8, "two"))
     plan = generate_speed.Plan(points=points, grid=(Point(2, 16, 8),), samples=1)
     monkeypatch.setattr(generate_speed, "CPU", plan)
-    status, output, result = bench("--profile", "--budget", "100")
+    status, output, result = bench("--profile", "--budget", "1")
     assert status == 0 and not result["mismatches"] and not result["not_run"], output
     kinds = {kind: [row for row in result["rows"] if row["kind"] == kind] for kind in ("run", "steps", "threshold")}
     assert {row["label"] for row in kinds["run"]} == set(study.LABELS)
@@ -382,10 +379,8 @@ def test_every_policy_and_kind(bench, tmp_path, monkeypatch):
 
 
 def test_a_run_from_elsewhere(tmp_path):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    options = ("--points", "Dream:1:8:8", "--policies", "Decode", "--budget", "0", "--out", str(tmp_path / "out"))
-    command = [sys.executable, str(ROOT / "benchmarks" / "generate_speed.py"), *options]
-    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100)
+    options = ("--points", "Dream:1:8:8", "--policies", "Decode", "--budget", "0", "--no-plot")
+    run = run_python(ROOT / "benchmarks" / "generate_speed.py", *options, "--out", tmp_path / "out", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout.splitlines()[-1])
     assert result["impl"] == "PyTorch implementation" and result["device"].startswith("CPU")
@@ -410,7 +405,7 @@ def test_what_fails_is_a_row_and_the_rest_is_measured(bench, monkeypatch):
         return run(self, job, **options)
 
     monkeypatch.setattr(Ours, "run", failing)
-    _, output, result = bench("--points", "LLaDA:1:8:8", "--policies", "NoCache,Decode,DualCache", "--budget", "60")
+    _, output, result = bench("--points", "LLaDA:1:8:8", "--policies", "NoCache,Decode,DualCache", "--budget", "1")
     failures = {row["label"]: row["failure"] for row in result["rows"] if row["system"] == "dkv"}
     assert failures == {"NoCache": None, "Decode": "RuntimeError: no such kernel", "DualCache": None}
     assert "RuntimeError: no such kernel" in output
@@ -421,7 +416,7 @@ def test_an_error_of_the_benchmark_keeps_what_it_has(bench, monkeypatch):
         raise ZeroDivisionError("nothing was profiled")
 
     monkeypatch.setattr(generate_speed.step_profile, "profile", broken)
-    arguments = ("--points", "LLaDA:1:8:8", "--policies", "NoCache", "--budget", "60", "--profile")
+    arguments = ("--points", "LLaDA:1:8:8", "--policies", "NoCache", "--budget", "1", "--profile")
     status, _, result = bench(*arguments)
     assert status == 1 and result["not_run"] == ["whatever is not above: ZeroDivisionError: nothing was profiled"]
     assert [row["system"] for row in result["rows"] if row["seconds"]] == ["dkv", "plain loop"]
@@ -437,7 +432,7 @@ def test_a_stopped_run_keeps_what_it_has(bench, monkeypatch):
         return run(self, job, **options)
 
     monkeypatch.setattr(Ours, "run", stopped_at_the_fourth)
-    status, output, result = bench("--points", "LLaDA:1:8:8", "--policies", "NoCache,Decode", "--budget", "60")
+    status, output, result = bench("--points", "LLaDA:1:8:8", "--policies", "NoCache,Decode", "--budget", "1")
     assert status == 0 and result["not_run"] == ["whatever is not above: stopped by a signal"]
     assert [(row["system"], row["label"]) for row in result["rows"] if row["seconds"]] == [
         ("dkv", "NoCache"),
@@ -463,13 +458,10 @@ def test_bad_arguments_are_refused(tmp_path, capsys):
     assert [(name, python) for name, _, python in found] == [("official", "some/python"), ("fast-dllm", "other/python")]
 
 
-def test_the_plans_are_what_they_say():
-    for plan in (generate_speed.GPU, generate_speed.CPU):
-        assert len(plan.points) == 4 and all(point.name for point in plan.points)
-        assert {*plan.few, *plan.with_threshold} <= set(study.LABELS)
-    grid = set(itertools.product((1, 4, 8, 32), (128, 512, 1024, 2048, 4096)))
-    fits = {(point.batch, point.prompt) for point in generate_speed.GPU.grid}
-    assert len(fits) == len(generate_speed.GPU.grid) and grid - fits == {(32, 4096)}
+@pytest.mark.parametrize("plan", [generate_speed.GPU, generate_speed.CPU, generate_speed.QUICK])
+def test_a_plan_names_policies_that_there_are(plan):
+    assert {*plan.few, *plan.with_threshold} <= set(study.LABELS)
+    assert len(set(plan.grid)) == len(plan.grid)
 
 
 def test_kernels_of_a_gpu_find_their_group():
