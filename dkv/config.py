@@ -7,19 +7,13 @@ from typing import Literal, get_args
 
 from dkv.inputs import fraction, one_of, scale, switch, token_id, token_ids, whole
 from dkv.kernels.checks import IMPLS, Impl
-from dkv.policy import Decode, Policy
+from dkv.policy import Decode, Policy, checked_policy
 
 Remasking = Literal["low_confidence", "random", "entropy", "topk_margin", "maskgit_plus", "origin"]
 RULES = get_args(Remasking)
 ORDERED = ("random", "origin")  # what a step decodes is known before its outputs
 BY_PROBABILITY = ("low_confidence", "maskgit_plus", "topk_margin")
 MOST_STEPS = 2**24  # more would have equal times in float32, in which Dream's schedule counts
-
-
-def _policy(name, value):
-    if not isinstance(value, Policy):
-        raise TypeError(f"{name} must be a dkv.Policy such as dkv.Decode(8), got {value!r}.")
-    return value
 
 
 def _option(default, check, **limits):
@@ -47,7 +41,7 @@ class GenerateConfig:
     gen_length: int = _option(128, whole, least=0)
     steps: int | None = _option(None, whole, least=1, most=MOST_STEPS)
     block_length: int | None = _option(None, whole, least=1)
-    policy: Policy | None = _option(None, _policy)
+    policy: Policy | None = _option(None, checked_policy)
     remasking: Remasking | None = _option(None, one_of, allowed=RULES)
     temperature: float = _option(0.0, scale)
     top_p: float | None = _option(None, fraction)
@@ -85,8 +79,8 @@ class GenerateConfig:
             raise ValueError(f"threshold and factor need remasking to be one of {BY_PROBABILITY}, got {got!r}.")
         if self.policy.needs_order and not self.ordered:
             raise ValueError(
-                f"{self.policy!r} must know what a step will decode; use remasking='random' (or 'origin' with Dream) "
-                f"or order=, got remasking={self.remasking!r}."
+                f"{self.policy!r} must know what a step will decode; use remasking='random' (order= may fix its "
+                f"order) or 'origin', got remasking={self.remasking!r}."
             )
 
     @property

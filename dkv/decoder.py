@@ -9,7 +9,7 @@ from torch import nn
 
 from dkv.cache import KVCache
 from dkv.linear import is_plain, linear
-from dkv.memory import finished, setting_up
+from dkv.memory import setting_up, wait_for
 
 FAMILIES = []  # functions model -> Decoder or None, filled by `dkv.models`
 
@@ -30,7 +30,7 @@ def find_decoder(model):
 
 
 def check_not_wrapped(model):
-    """ValueError for what holds the model and calls it, but for torch.compile's: dkv would pass over what it adds."""
+    """Raises ValueError for wrappers other than torch.compile's (DataParallel, PEFT): dkv would skip what they add."""
     for attribute, inner in (("get_base_model", "model.get_base_model()"), ("module", "model.module")):
         if hasattr(model, attribute):
             raise ValueError(f"{type(model).__name__} wraps the model that dkv runs: pass {inner}.")
@@ -176,7 +176,7 @@ class Decoder:
                     length = length if known is None else max(length, 2 * known[0].shape[0])
                     angles = self.rope_angles(torch.arange(length, device=device))
                     known = angles.cos(), angles.sin()
-                    finished(known[1])
+                    wait_for(known[1])
                 self._tables[device] = known
         return known
 

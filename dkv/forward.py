@@ -90,7 +90,7 @@ class Forward:
         return norm(x if h is None else x.add_(h)).to(x.dtype)
 
     def is_current(self, decoder):
-        """Whether the decoder, as it is found now, has this one's angles, modules and parameters, where they were."""
+        """Whether `decoder`, read just now, has the modules, parameters and RoPE that this was built from, unmoved."""
         with setting_up():
             same = self._fingerprint.covers(decoder.called) and self._fingerprint.holds()
         return same and (decoder.rope_theta, _kinds(decoder)) == (self.decoder.rope_theta, self._kinds)

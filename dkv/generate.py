@@ -53,11 +53,11 @@ def generate(
 ) -> GenerateOutput:
     """Generates `gen_length` tokens after each prompt by iterative unmasking, over a delayed K/V cache.
 
-    The model computes, saves and moves as before, but the weights of its layers with the same input (Q, K and V; gate
-    and up) come to lie next to each other: the first call moves them, so no other thread may then run the model itself.
-    Threads may share a model after that, and may call this function at any time. The memory of a run is kept for the
-    next one of the same kind, `dkv.reset(model)` frees it. Mask tokens inside a prompt are filled in with the first
-    block, and with gen_length=0 nothing else is. An empty prompt gives unconditional text.
+    The first call moves the weights of layers that share an input (Q, K and V; gate and up) next to each other; no
+    other thread may run the model's own forward meanwhile. Otherwise the model computes, saves and moves as before, and
+    threads may call this function on it at any time. The memory of a run is kept for the next one of the same kind;
+    `dkv.reset(model)` frees it. Masks inside a prompt are filled in with the first block; gen_length=0 fills in only
+    those. An empty prompt gives unconditional text.
 
     Args:
         model: a model of `dkv.from_pretrained`, or Hugging Face's remote-code LLaDA or Dream, in eval mode.
@@ -70,8 +70,9 @@ def generate(
         policy: which positions are recomputed, see `dkv.Policy`. None: `dkv.Decode()`.
         remasking: which predictions are committed: "low_confidence" (LLaDA's default), "entropy" (Dream's), "random",
             "topk_margin", "maskgit_plus" or "origin".
-        temperature: 0 takes the most likely token. LLaDA scales the noise with it, Dream divides the logits by it. As
-            alg_temp, cfg_scale and factor it is 0 or in 1e-20 .. 1e20, which float32 can compute with.
+        temperature: 0 takes the most likely token. LLaDA scales the noise with it, Dream divides the logits by it. Like
+            alg_temp, cfg_scale and factor it is in 1e-20 .. 1e20, the range float32 can compute with; all but factor
+            may be 0.
         top_p, top_k: keep the most likely ids only.
         alg_temp: randomness of the choice of commits, as in Dream.
         eps: the last time of Dream's schedule.

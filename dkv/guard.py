@@ -1,4 +1,4 @@
-"""Tells whether a model is what it was: cached K/V are void once a weight, module or hook is another."""
+"""Detects changes to a model: cached K/V are invalid once a weight, module or hook has changed."""
 
 import weakref
 

@@ -28,9 +28,9 @@ def left_padded(input_ids, attention_mask, decoder):
             raise ValueError(f"input_ids must be in 0 .. {decoder.vocab_size - 1}, got {lowest} .. {highest}.")
         if is_padded and attention_mask is None:
             warnings.warn(
-                f"input_ids has rows that begin or end with the pad token, {decoder.pad_token_id}, and no "
-                "attention_mask: they are taken for a part of the prompt. Pass attention_mask, 1 for what is.",
-                stacklevel=2,
+                f"input_ids begins or ends with the pad token, {decoder.pad_token_id}, in some row and there is no "
+                "attention_mask, so these tokens count as prompt. Pass attention_mask: 0 for padding, 1 for prompt.",
+                stacklevel=6,  # the caller of generate(...)
             )
     if attention_mask is None:
         return input_ids, torch.ones_like(input_ids, dtype=torch.bool)

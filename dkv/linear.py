@@ -60,5 +60,5 @@ class Projection:
 def _alive(merged):
     tensor = merged()
     if tensor is None:
-        raise RuntimeError("the model's weights were moved or replaced while it generated; begin anew.")
+        raise RuntimeError("the model's weights were moved or replaced while it generated; call generate again.")
     return tensor

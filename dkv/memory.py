@@ -2,6 +2,7 @@
 
 import threading
 import weakref
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 
 _MEMORIES = weakref.WeakKeyDictionary()  # model -> `Memory`
 _MERGED = weakref.WeakKeyDictionary()  # storage of a part of a merged tensor -> weak reference to that tensor
-_SETUP = threading.RLock()  # for all models, since they may share modules
+_SETUP = threading.RLock()  # one for all models: they may share modules
 
 
 class Memory:
@@ -24,7 +25,7 @@ class Memory:
         self.run = self.session = None
         self.rope_tables = {}
 
-    def take(self, name: str):
+    def take(self, name: Literal["run", "session"]):
         """The "run" or the "session", which is then nobody else's: no other thread's, nor the next call's; or None."""
         with _SETUP:
             kept = getattr(self, name)
@@ -43,13 +44,13 @@ def setting_up():
     return _SETUP
 
 
-def finished(tensor: Tensor) -> None:
+def wait_for(tensor: Tensor) -> None:
     """Waits for what made a tensor that other streams will read too; done at set-up only."""
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
 
 
-def merge(parameters: list[nn.Parameter]):
+def merge(parameters: list[nn.Parameter]) -> weakref.ref:
     """Gives parameters memory next to each other, as the parts of one tensor.
 
     Names, values and `nn.Parameter` objects stay. Each parameter still has a storage of its own, of its own size: that
@@ -69,13 +70,13 @@ def merge(parameters: list[nn.Parameter]):
             # tensors made under inference mode could not be trained later
             with torch.inference_mode(False), torch.no_grad():
                 merged = torch.cat([parameter.detach() for parameter in parameters])
-                finished(merged)
+                wait_for(merged)
                 parts = merged.split([parameter.shape[0] for parameter in parameters])
                 for parameter, part in zip(parameters, parts, strict=True):
                     parameter.data = with_own_storage(part)
                     _MERGED[parameter.untyped_storage()] = weakref.ref(merged)
             if merged.is_cuda:
-                # the pieces left behind are too small for the next layer: back to the device, or all layers exist twice
+                # the old pieces are too small to be reused: free them, or all layers exist twice
                 torch.cuda.empty_cache()
         return weakref.ref(merged)
 
@@ -110,7 +111,7 @@ def _merged(parameters):
 
 
 def separate(model: nn.Module) -> None:
-    """Gives all parameters of the model that were merged memory of their own again."""
+    """Undoes the merge: every parameter of the model gets its own memory again."""
     with _SETUP, torch.inference_mode(False), torch.no_grad():
         for parameter in model.parameters():
             if storage_of(parameter) in _MERGED:

@@ -2,25 +2,26 @@
 
 import functools
 import inspect
-import sys
 import types
 import warnings
-from collections import Counter
+from collections import Counter as Tally
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from dkv.decoder import check_not_wrapped, find_decoder
 from dkv.engine import write_active
 from dkv.forward import Forward
 from dkv.graphs import StepGraphs
 from dkv.guard import Fingerprint, check_containers
-from dkv.kernels.checks import IMPLS
+from dkv.inputs import one_of, whole
+from dkv.kernels.checks import IMPLS, Impl
 from dkv.kernels.product import fast_rows
 from dkv.kernels.reference import predictors
 from dkv.kernels.rows import Size
 from dkv.memory import memory_of, separate
-from dkv.policy import Decode, NoCache, Policy
+from dkv.policy import Decode, NoCache, Policy, checked_policy
 from dkv.rooms import Room, Rooms
 from dkv.state import State
 
@@ -31,19 +32,18 @@ _FROM_CONFIG = ("output_attentions", "output_hidden_states")
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # a score this low has no weight beside any other; the lowest of float32 and bfloat16 and -inf lie below
 _MASKED_SCORE = torch.finfo(torch.float16).min
-# `_serve`, out of torch.compile's sight; made once there is a torch.compile: importing it takes a second
-_UNTRACED = []
-_WHY_UNTRACED = "what replace_attention keeps between calls cannot be traced: compile without fullgraph, or restore it"
 
 
 class Uncached(Exception):
     """A call that runs the model's own forward; the message is the reason, one of a few."""
 
-    MASK = "attention_mask does more than leave columns out"
-    POSITIONS = "position_ids are no integers in the model's range"
+    MASK = "attention_mask does more than hide columns"
+    POSITIONS = "position_ids are not (batch, seqlen) integers in the model's range"
 
 
-def replace_attention(model, policy=None, *, block_length=None, impl="auto"):
+def replace_attention(
+    model: nn.Module, policy: Policy | None = None, *, block_length: int | None = None, impl: Impl = "auto"
+) -> nn.Module:
     """Puts a delayed K/V cache under the model: its own loop, or yours, runs unchanged and recomputes less.
 
     Mutates `model` in place, on the instance only: `model(x, ...)` keeps its signature and return type. Each call is
@@ -52,7 +52,7 @@ def replace_attention(model, policy=None, *, block_length=None, impl="auto"):
     were not recomputed are NaN. Steps run in the model's dtype, under autocast too.
 
     Calls that no cache can serve run the model's own forward and end the session: in training mode; in grad mode; for
-    more than logits; with an attention mask that does more than leave columns out, or positions that the model was not
+    more than logits; with an attention mask that does more than hide columns, or positions that the model was not
     made for. Each reason but training is told once, by a UserWarning. With `NoCache` every call runs the model's own
     forward: its logits, bit for bit, as likelihoods need them, at its own speed.
 
@@ -79,9 +79,7 @@ def replace_attention(model, policy=None, *, block_length=None, impl="auto"):
     if hasattr(model, "_orig_mod"):
         raise ValueError("the model is compiled: pass the one that torch.compile was given, model._orig_mod.")
     decoder = find_decoder(model)
-    policy = Decode() if policy is None else policy
-    if not isinstance(policy, Policy):
-        raise TypeError(f"policy must be a dkv.Policy such as dkv.Decode(8), got {policy!r}.")
+    policy = Decode() if policy is None else checked_policy("policy", policy)
     policy.check(decoder.family.shifted)
     if policy.needs_order:
         raise ValueError(
@@ -89,10 +87,8 @@ def replace_attention(model, policy=None, *, block_length=None, impl="auto"):
         )
     if policy.needs_blocks and block_length is None:
         raise ValueError(f"{policy!r} is about blocks: pass the block_length of your loop.")
-    if block_length is not None and (not isinstance(block_length, int) or block_length < 1):
-        raise ValueError(f"block_length must be a positive int or None, got {block_length!r}.")
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}.")
+    block_length = None if block_length is None else whole("block_length", block_length, least=1)
+    one_of("impl", impl, IMPLS)
     restore_attention(model)
     before = {name: model.__dict__[name] for name in ("forward", "extra_repr") if name in model.__dict__}
     model._dkv = Patch(decoder, policy, block_length, impl, before, inspect.signature(model.forward))
@@ -103,7 +99,7 @@ def replace_attention(model, policy=None, *, block_length=None, impl="auto"):
     return model
 
 
-def restore_attention(model):
+def restore_attention(model: nn.Module) -> nn.Module:
     """Undoes `replace_attention` completely, and gives merged weights memory of their own again. Returns model.
 
     Raises:
@@ -122,7 +118,7 @@ def restore_attention(model):
     return model
 
 
-def reset(model):
+def reset(model: nn.Module) -> None:
     """Frees the memory that a model's session and its last `generate` keep; if patched, its next call is a full step.
 
     Raises:
@@ -171,7 +167,7 @@ class Patch:
         self.before, self.signature = before, signature
         self.make_output, self.honours_mask = decoder.make_output, decoder.honours_attention_mask
         self.shifted = decoder.family.shifted
-        self.uncached = Counter()
+        self.uncached = Tally()
 
     def original_forward(self, model):
         return self.before.get("forward") or types.MethodType(type(model).forward, model)
@@ -189,7 +185,7 @@ class Patch:
                 raise Uncached(f"config.{name} is set")
         x = arguments.get("input_ids")
         if not (isinstance(x, torch.Tensor) and x.dim() == 2 and x.numel() and x.dtype in (torch.int32, torch.int64)):
-            raise Uncached("input_ids are no (batch, seqlen) of integers")
+            raise Uncached("input_ids is not a non-empty (batch, seqlen) tensor of int32 or int64")
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
         if self.honours_mask and not self._may_be_padding(mask, x):
             raise Uncached(Uncached.MASK)
@@ -243,7 +239,9 @@ class Patch:
 
 def _is_off(value, default):
     """Whether an argument says no more than leaving it out would."""
-    return value is default or (not default and (value is None or (isinstance(value, bool | int) and not value)))
+    if value is None:
+        return not default
+    return value is default or (isinstance(value, bool | int | float | str) and value == (default or 0))
 
 
 def _extra_repr(model):
@@ -253,14 +251,8 @@ def _extra_repr(model):
     return ", ".join(filter(None, (own, f"dkv={patch.policy!r}{blocks}")))
 
 
+@torch._disable_dynamo
 def _forward(model, *args, **kwargs):
-    if "torch._dynamo" in sys.modules and not _UNTRACED:
-        torch._dynamo.graph_break(msg=_WHY_UNTRACED)
-        _UNTRACED.append(torch.compiler.disable(_serve, reason=_WHY_UNTRACED))
-    return (_UNTRACED[0] if _UNTRACED else _serve)(model, *args, **kwargs)
-
-
-def _serve(model, *args, **kwargs):
     patch = model._dkv
     original = patch.original_forward(model)
     if model.training or type(patch.policy) is NoCache:
@@ -279,8 +271,8 @@ def _serve(model, *args, **kwargs):
     patch.uncached[reason] += 1
     if patch.uncached[reason] == 1:
         warnings.warn(
-            f"a patched {type(model).__name__} ran its own forward, uncached, and will do so each time that {reason}.",
-            stacklevel=6 if _UNTRACED else 5,  # the caller of model(...)
+            f"a patched {type(model).__name__} ran its own forward, without the cache, as it will whenever {reason}.",
+            stacklevel=6,  # the caller of model(...)
         )
     return output
 

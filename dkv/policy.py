@@ -227,6 +227,13 @@ class DualCache(Policy):
         return min(forecast.block_length + forecast.shifted, PrefixCache().max_active(forecast))
 
 
+def checked_policy(name, value):
+    """`value`, a `Policy`."""
+    if not isinstance(value, Policy):
+        raise TypeError(f"{name} must be a dkv.Policy such as dkv.Decode(8), got {value!r}.")
+    return value
+
+
 def _positive(name, value, *, least=1, optional=False):
     return None if value is None and optional else whole(name, value, least=least, most=LARGEST)
 

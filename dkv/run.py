@@ -69,7 +69,7 @@ class Plan:
 
     Attributes:
         capacity: columns of the memory, of which a shorter batch uses the last ones.
-        sampler: with the `GenerateConfig`, whose mask_id and block_length are no None.
+        sampler: with the `GenerateConfig`, whose mask_id and block_length are set.
         pad_id: what fills the masks of a row that ended early; eos_ids: by what it ends, () if it does not.
         has_forecasts: whether no count depends on the tokens; else the host reads counts at each step.
     """
@@ -418,9 +418,8 @@ def check_answers(nan_steps):
     if first is not None:
         rows = [row for row, step in enumerate(nan_steps) if step == first]
         raise RuntimeError(
-            f"the logits must hold an answer, got NaN or +inf, or nothing above -inf, at step {first} in rows {rows}. "
-            "Look at the model's own logits for these inputs: its weights may hold NaN, or float16 overflow, where "
-            "bfloat16 and float32 do not."
+            f"step {first}: the logits of rows {rows} give no answer (NaN, +inf, or nothing above -inf). Check the "
+            "model's weights for NaN; if it is float16 it may overflow: try bfloat16 or float32."
         )
 
 

@@ -358,7 +358,7 @@ def _launch(
     if total == 0:
         return (out, lse) if return_softmax_lse else out
 
-    max_rows = (total if max_seqlen_q is None else min(max_seqlen_q, total)) * group
+    max_rows = (total if max_seqlen_q is None else max_seqlen_q) * group
     max_keys = seqlen_cache if key_index is None else key_index.shape[1]
     launch = attention_launch(q.device, q.dtype, max_rows)
     # one block at least: it clears the padding queries where no row has a query
@@ -569,7 +569,8 @@ def delayed_attention(
     checks.check_index("cache_seqlens", cache_seqlens, q, (batch,), "(batch,)")
     checks.check_index("key_index", key_index, q, (batch, None), "(batch, max_keys)")
     checks.check_index("key_mask", key_mask, q, (batch, seqlen_cache), "(batch, seqlen_cache)", torch.bool)
-    max_seqlen_q = total if max_seqlen_q is None else checks.check_count("max_seqlen_q", max_seqlen_q, 0)
+    if max_seqlen_q is None or checks.check_count("max_seqlen_q", max_seqlen_q, 0) > total:
+        max_seqlen_q = total
     if num_splits is not None:
         checks.check_count("num_splits", num_splits, 1)
     impl = checks.resolve_impl(impl, _delayed_attention_kernel, q)

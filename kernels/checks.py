@@ -128,7 +128,7 @@ def check_last_dim_contiguous(**tensors):
 
 
 def check_not_expanded(**tensors):
-    """Of tensors that are written to: no two elements of a dim may lie in the same place."""
+    """Refuses tensors to be written in which elements of a dim share one place."""
     for name, tensor in tensors.items():
         if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
             raise ValueError(

@@ -1,7 +1,8 @@
 """Triton as the kernels write it: `triton` and `tl`, or stand-ins where Triton cannot be imported.
 
 Triton is built for Linux. The stand-ins let the kernels be defined elsewhere too, so that the PyTorch twins run on any
-CPU; what would launch a kernel raises NotImplementedError. `sys.modules` stays as it is: torch asks it about Triton.
+CPU; `check_installed` refuses before anything would be launched. `sys.modules` stays as it is: torch asks it about
+Triton.
 """
 
 try:
@@ -13,32 +14,9 @@ try:
 except ImportError as error:
     from types import SimpleNamespace
 
-    WHY_MISSING = str(error)
-
-    class InterpretedFunction:
-        """A kernel in the interpreter: without Triton there is none."""
-
-    class _Kernel:
-        """What `triton.jit` makes of a function."""
-
-        def __init__(self, function):
-            self.__name__, self.__doc__ = function.__name__, function.__doc__
-
-        def __getitem__(self, grid):
-            check_installed()
-
-    class _Constant:
-        """A `tl.constexpr`."""
-
-        def __init__(self, value):
-            self.value = value
-
-    triton = SimpleNamespace(
-        jit=lambda function=None, **options: _Kernel if function is None else _Kernel(function),
-        cdiv=lambda x, y: -(-x // y),
-        next_power_of_2=lambda n: 1 << (n - 1).bit_length(),
-    )
-    tl = SimpleNamespace(constexpr=_Constant)
+    WHY_MISSING, InterpretedFunction = str(error), ()
+    triton = SimpleNamespace(jit=lambda function=None, **options: function or (lambda kernel: kernel))
+    tl = SimpleNamespace(constexpr=lambda value: SimpleNamespace(value=value))
 
 
 def check_installed():

@@ -462,7 +462,7 @@ def commit_tokens(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=Non
         ends = cu_seqlens.tolist()
     first, last, (rows, seqlen) = ends[0], ends[-1], x.shape
     columns = torch.arange(max(map(operator.sub, ends[1:], ends), default=0), device=x.device)
-    # one line per row, the entries first
+    # one line per row, the entries first; as they are where all rows have the same number
     in_row = None
     if last - first == rows * columns.shape[0]:
         scores = scores[first:last].view(rows, columns.shape[0])
@@ -474,6 +474,7 @@ def commit_tokens(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=Non
         step, nan_step = counters[:, Counter.STEP], counters[:, Counter.NAN_STEP]
         nan_step.copy_(torch.where(scores.isnan().any(1) & (nan_step < 0), step, nan_step))
     scores = scores.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+    # what a row has beyond its columns is padding
     if columns.shape[0] > seqlen:
         scores[:, seqlen:] = float("-inf")
     order = scores.argsort(dim=1, descending=True, stable=True)

@@ -329,7 +329,7 @@ class Random:
         batch, seqlen, copies = self.size(1, 2), self.size(1, 20), self.size(1, 2)
         active = self.flags(batch, seqlen)
         candidates = self.flags(batch, seqlen)
-        sizes = torch.stack((active.sum(1), candidates.sum(1), active.sum(1), active.sum(1)), dim=1).int()
+        sizes = torch.stack((active.sum(1), candidates.sum(1), *[active.sum(1)] * (len(Size) - 2)), dim=1).int()
         # sums of those that are larger overflow: the interpreter refuses that
         lies = self.indices(batch * len(Size), seqlen, torch.int32).view(batch, -1).clamp(-(2**28), 2**28)
         false = self.flip()

@@ -103,7 +103,7 @@ def fields(files, kind):
     return FIELDS[config_of(files)["model_type"].lower()][kind].split()
 
 
-def a_size_that_is_none(files, rng):
+def an_invalid_size(files, rng):
     name = rng.choice(fields(files, "sizes"))
     edit(files, CONFIG, **{name: rng.choice(NO_SIZE)})
     return CONFIG, name
@@ -382,7 +382,7 @@ def tensors_of_another_model(files, rng):
 
 
 KINDS = [
-    a_size_that_is_none,
+    an_invalid_size,
     a_size_of_another_model,
     layers_that_are_not_there,
     a_switch_that_is_none,

@@ -269,7 +269,7 @@ def check_threads(llm, calls, threads=4):
 
 
 def test_threads_that_generate_with_one_model(llm):
-    check_threads(llm, calls=12)
+    check_threads(llm, calls=4)
 
 
 @pytest.mark.full

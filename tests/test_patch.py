@@ -388,8 +388,8 @@ def test_adapted_linears_work():
         (dict(policy=dkv.PrefixCache()), ValueError, "pass the block_length"),
         (dict(policy=dkv.Decode(8, scope="block")), ValueError, "pass the block_length"),
         (dict(policy=dkv.Decode(8, shift="un")), ValueError, "shift is about Dream's"),
-        (dict(block_length=0), ValueError, "block_length must be a positive int or None, got 0"),
-        (dict(block_length=8.0), ValueError, "block_length must be a positive int or None, got 8.0"),
+        (dict(block_length=0), ValueError, "block_length must be at least 1, got 0"),
+        (dict(block_length=8.0), TypeError, "block_length must be an int, got 8.0"),
         (dict(impl="fast"), ValueError, "impl must be one of"),
     ],
 )

@@ -29,7 +29,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._triton import has_triton_package
 
 import dkv, dkv.kernels
-from dkv.kernels import norm
 from dkv.kernels.direct import direct
 from tiny import CONFIGS, tiny_model
 
@@ -50,7 +49,6 @@ for family in CONFIGS:
     errors(dkv.generate, model, prompt, gen_length=8, impl="triton")
 x, weight = torch.ones(2, 16), torch.ones(16)
 errors(dkv.kernels.add_rms_norm, x, None, weight, 1e-5, impl="triton")
-errors(lambda: norm._add_rms_norm_kernel[(1,)])
 with FakeTensorMode():
     x, weight = torch.ones(2, 16, device="cuda"), torch.ones(16, device="cuda")
     errors(dkv.kernels.add_rms_norm, x, None, weight, 1e-5)
@@ -61,7 +59,7 @@ print(json.dumps(found))
 
 def test_without_triton():
     names = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
-    paths = [str(ROOT / "tests"), str(Path(dkv.__path__[0]).parent)]
+    paths = [str(ROOT / "tests"), str(ROOT / "benchmarks"), str(Path(dkv.__path__[0]).parent)]
     code = f"import sys; sys.path[:0] = {paths!r}; NAMES = {names!r}\n{SCRIPT}"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
@@ -74,7 +72,7 @@ def test_without_triton():
         want += [dkv.generate(model, prompt, gen_length=8, **options).sequences.tolist() for options in ({}, sampled)]
     assert found["tokens"] == want
     message = "the kernels need Triton, .*No module named 'triton'.*; install it .*impl='reference'"
-    assert len(found["errors"]) == 6 and all(re.match(message, error) for error in found["errors"])
+    assert len(found["errors"]) == 5 and all(re.match(message, error) for error in found["errors"])
 
 
 def test_triton_is_imported_in_one_place():

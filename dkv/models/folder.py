@@ -86,7 +86,9 @@ def _read_header(file):
         length = int.from_bytes(f.read(8), "little")
         text = f.read(length) if 8 + length <= size and length <= MOST_JSON else b""
     if not text.startswith(b"{"):
-        raise ValueError(f"{file} is no safetensors file, or cut short: no header of {length} bytes; get it anew.")
+        raise ValueError(
+            f"{file} is not a safetensors file, or is truncated: no header of {length} bytes; download it again."
+        )
     header, spans = _parse_object(file, text), []
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -117,7 +119,9 @@ def _read_header(file):
             raise ValueError(f"{file}: {name} must begin at byte {position} of the data, but data_offsets say {start}.")
         position = end
     if 8 + length + position != size:
-        raise ValueError(f"{file} must have {8 + length + position} bytes by its header, got {size}; get it anew.")
+        raise ValueError(
+            f"{file} must have {8 + length + position} bytes by its header, got {size}; download it again."
+        )
     return header
 
 

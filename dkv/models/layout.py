@@ -181,7 +181,7 @@ def read_decoder(model, layout, settings, **what_differs):
         find(layout.head)
     if head is not None and getattr(head, "weight", None) is embed.weight:
         head = None
-    # of a quantised module it may be a method
+    # quantised modules may define `bias` as a method
     if isinstance(getattr(head, "bias", None), torch.Tensor):
         raise ValueError(f"{owner}: {layout.head} has a bias, which dkv does not support.")
     _check_norm(owner, layout.final_norm, final_norm)
@@ -202,7 +202,7 @@ def read_decoder(model, layout, settings, **what_differs):
         attention = prefix + layout.layer["q"].removesuffix("q_proj")
         if module_at(model, attention + "q_norm") is not None or module_at(model, attention + "k_norm") is not None:
             raise ValueError(f"{owner}: {attention}q_norm and k_norm (QK normalisation) are not supported by dkv.")
-        # that of a quantised module may be a method
+        # quantised modules may define `weight` as a method
         weights = [module.weight for module in roles.values() if isinstance(getattr(module, "weight", 0), torch.Tensor)]
         device = next((w.device for w in weights if w.device != embed.weight.device), None)
         if device is not None:
