@@ -123,7 +123,7 @@ def fake_gpu(arch=90):
         launches = stack.enter_context(_recorded_kernels(arch))
         for context in (
             mock.patch.multiple(torch.cuda, empty_cache=mock.DEFAULT, synchronize=mock.DEFAULT),
-            mock.patch.object(guard, "_state", lambda module, values: ([], [])),
+            mock.patch.object(guard, "_read", lambda modules, values: ([], [], [])),
             mock.patch.object(linear, "merge", merged),
             mock.patch.object(run, "LateSizes", NothingLater),
             mock.patch.object(run, "Schedule", RealSchedule),

@@ -90,12 +90,6 @@ def start(model, job, *, cuda_graphs):
     )
 
 
-def forget(model):
-    """Frees what our last run keeps for the next."""
-    with contextlib.suppress(ValueError):  # there was none
-        dkv.reset(model)
-
-
 class Ours:
     """`dkv.generate`. After a run, `work` has a `roofline.Step` for each of its steps."""
 
@@ -111,7 +105,7 @@ class Ours:
 
     def warm_up(self, job):
         """Returns the peak memory in bytes."""
-        forget(self.model)
+        dkv.reset(self.model)
         # graphs are recorded for one number of steps; of large full steps there are none
         records = self.device.type == "cuda" and self.cuda_graphs
         whole = records and (job.label != "NoCache" or job.positions <= LARGEST_GRAPH)
@@ -138,7 +132,7 @@ class Ours:
         return dataclasses.replace(outcome, steps=steps)
 
     def close(self):
-        forget(self.model)
+        dkv.reset(self.model)
 
 
 class PlainLoop:
@@ -153,7 +147,7 @@ class PlainLoop:
         return job.label == "NoCache" and job.threshold is None
 
     def warm_up(self, job):
-        forget(self.model)
+        dkv.reset(self.model)
         return self.run(job.shortened(), with_peak=True).peak_bytes
 
     @memory_failures()

@@ -1,5 +1,7 @@
 """One forward pass of packed active tokens over the cache: the layers of a `Decoder` in fused operators."""
 
+from collections import Counter
+
 import torch
 from torch import nn
 
@@ -7,7 +9,7 @@ from dkv.guard import Fingerprint
 from dkv.kernels.direct import direct
 from dkv.kernels.product import like_products
 from dkv.linear import Projection, is_plain, linear
-from dkv.memory import setting_up
+from dkv.memory import setting_up, storages_of
 
 # norms of this kind: weight * rounded(x / rms(x)); the attribute that holds their eps
 NORM_EPS = {"RMSNorm": "eps", "RMSLayerNorm": "eps", "DreamRMSNorm": "variance_epsilon"}
@@ -26,9 +28,9 @@ class Forward:
         self.decoder, self.impl, self.ops = decoder, impl, direct(impl, decoder.weight)
         self.cos, self.sin = decoder.rope_tables(length, decoder.weight.device)
         with setting_up():
+            shared = _shared(decoder)
             self.layers = [
-                (layer, Projection([layer.q, layer.k, layer.v]), Projection([layer.gate, layer.up]))
-                for layer in decoder.layers
+                (layer, *(Projection(modules, shared) for modules in _of_one_input(layer))) for layer in decoder.layers
             ]
             # values may change: a pass reads them anew
             self._fingerprint, self._kinds = Fingerprint(decoder.called, values=False), _kinds(decoder)
@@ -89,6 +91,11 @@ class Forward:
         # norms in float32 of a model in half precision return float32, which its products take under autocast only
         return norm(x if h is None else x.add_(h)).to(x.dtype)
 
+    def storages(self):
+        """The storages of all weights."""
+        tensors = [p for module in self.decoder.called for p in module.parameters(recurse=False)]
+        return [storage for tensor in tensors for storage in storages_of(tensor)]
+
     def is_current(self, decoder):
         """Whether `decoder`, read just now, has the modules, parameters and RoPE that this was built from, unmoved."""
         with setting_up():
@@ -104,6 +111,18 @@ class Forward:
         weight = self.decoder.weight
         has_kernels = weight.is_cuda and weight.dtype != torch.float64 and self.impl != "reference"
         return has_kernels and all(plain for plain, _ in self._kinds)
+
+
+def _of_one_input(layer):
+    return (layer.q, layer.k, layer.v), (layer.gate, layer.up)
+
+
+def _shared(decoder):
+    """Ids of the storages that several parameters of the merged layers lie in, or other processes."""
+    modules = [module for layer in decoder.layers for modules in _of_one_input(layer) for module in modules]
+    storages = [s for module in modules for p in module.parameters(recurse=False) for s in storages_of(p)]
+    times = Counter(map(id, storages))
+    return {id(s) for s in storages if times[id(s)] > 1 or (s.device.type == "cpu" and s.is_shared())}
 
 
 def _kinds(decoder):

@@ -123,6 +123,11 @@ def _give_back(graphs, key):
     _TAKEN.discard(key)
 
 
+def nobody_records():
+    """A context in which no graph is recorded: waiting for a whole device, or giving memory back, would break one."""
+    return _RECORDING
+
+
 @contextlib.contextmanager
 def recording(graph, pool):
     """Records what is launched on the current stream into a `torch.cuda.CUDAGraph` with memory of the pool.
@@ -134,8 +139,8 @@ def recording(graph, pool):
         collects = gc.isenabled()
         gc.disable()
         try:
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 yield
             except BaseException:
                 with contextlib.suppress(RuntimeError):

@@ -1,14 +1,20 @@
 """Detects changes to a model: cached K/V are invalid once a weight, module or hook has changed."""
 
+import operator
 import weakref
 
-from dkv.memory import storage_of
+import torch
+
+from dkv.memory import storages_of
+
+_SHAPE_AND_DTYPE = operator.attrgetter("shape", "dtype")
+_SIMPLE = (torch.nn.Parameter, torch.Tensor)  # tensors that are no subclasses
 
 
 class Fingerprint:
     """The modules, hooks, parameters and buffers of a model at this moment.
 
-    Objects are known by identity and held weakly, the storages of tensors too: memory that was freed and is used again
+    Modules and the storages of tensors are known by identity and held weakly: memory that was freed and is used again
     is not taken for the old one, and nothing is kept alive. Changes of values in place are seen as far as PyTorch
     counts them: not those through `.data`, nor those of inference tensors; nor are switches that are plain attributes,
     such as an adapter's: `dkv.reset` after those.
@@ -20,10 +26,9 @@ class Fingerprint:
 
     def __init__(self, modules, *, values):
         self._values, self._modules = values, [weakref.ref(module) for module in modules]
-        self._states = []
-        for module in modules:
-            objects, facts = _state(module, values)
-            self._states.append(([None if each is None else weakref.ref(each) for each in objects], facts))
+        self._facts, storages, forwards = _read(modules, values)
+        self._storages = [weakref.ref(storage) for storage in storages]
+        self._forwards = [_reference(forward) for forward in forwards]
 
     def covers(self, modules):
         """Whether it was made of these modules."""
@@ -31,28 +36,50 @@ class Fingerprint:
 
     def holds(self):
         """Whether nothing has changed since."""
-        return all(self._is_what_it_was(*each) for each in zip(self._modules, self._states, strict=True))
-
-    def _is_what_it_was(self, known, state):
-        module, (references, facts) = known(), state
-        if module is None:
+        modules = [known() for known in self._modules]
+        if any(module is None for module in modules):
             return False
-        objects, facts_now = _state(module, self._values)
-        if facts_now != facts or len(objects) != len(references):
-            return False
-        return all(new is None if old is None else old() is new for old, new in zip(references, objects, strict=True))
+        facts, storages, forwards = _read(modules, self._values)
+        # what has the same id is the same object, since the old ones are alive
+        return (
+            facts == self._facts
+            and all(known() is storage for known, storage in zip(self._storages, storages, strict=True))
+            and all(
+                known is None or known() is forward for known, forward in zip(self._forwards, forwards, strict=True)
+            )
+        )
 
 
-def _state(module, values):
-    """The objects that a module consists of, to be compared by identity, and facts, by value."""
-    objects = [module.__dict__.get("forward"), *module._modules.values()]
-    facts = [type(module), *module._forward_pre_hooks, *module._forward_hooks]
-    for tensors in (module._parameters, module._buffers):
-        for tensor in tensors.values():
-            if tensor is not None:
-                objects += tensor, storage_of(tensor)
-                facts += tensor.data_ptr(), tensor.dtype, tensor.shape, _version(tensor) if values else None
-    return objects, facts
+def _read(modules, values):
+    """Facts to be compared by value, and the storages and replaced forwards that must be the same objects."""
+    facts, tensors, forwards = [*map(type, modules)], [], []
+    for module in modules:
+        facts += map(id, module._modules.values())
+        tensors += module._parameters.values()
+        tensors += module._buffers.values()
+        if module._forward_pre_hooks or module._forward_hooks:
+            facts += *module._forward_pre_hooks, *module._forward_hooks
+        if "forward" in module.__dict__:
+            forwards.append(module.__dict__["forward"])
+    tensors = [tensor for tensor in tensors if tensor is not None]
+    simple = [tensor for tensor in tensors if type(tensor) in _SIMPLE]
+    storages = [*map(torch.Tensor.untyped_storage, simple)]
+    facts += map(torch.Tensor.data_ptr, simple)
+    facts += map(torch.Tensor.stride, simple)
+    if len(simple) < len(tensors):
+        storages += [each for tensor in tensors if type(tensor) not in _SIMPLE for each in storages_of(tensor)]
+    facts += map(id, (*tensors, *storages, *forwards))
+    facts += map(_SHAPE_AND_DTYPE, tensors)
+    if values:
+        facts += map(_version, tensors)
+    return facts, storages, forwards
+
+
+def _reference(forward):
+    try:
+        return weakref.ref(forward)
+    except TypeError:  # of a class without room for one: the id has to do
+        return None
 
 
 def _version(tensor):
@@ -72,22 +99,21 @@ def check_containers(model, called, *, runs_forward):
     Raises:
         ValueError: the model, or a module between it and those, has such.
     """
-    called = set(map(id, called))
+    _contains_called(model, "", set(map(id, called)), runs_forward)
 
-    def contains_called(module, path):
-        if id(module) in called:
-            return True
-        found = [contains_called(child, f"{path}.{name}") for name, child in module.named_children()]
-        hooked = module._forward_pre_hooks or module._forward_hooks
-        # what replace_attention puts on the model is a replaced forward too
-        replaced = "forward" in module.__dict__ and "_orig_mod" not in module._modules  # as torch.compile does
-        changed = not runs_forward and hooked if module is model else hooked or replaced
-        if any(found) and changed:
-            raise ValueError(
-                f"{path.removeprefix('.') or 'the model'} ({type(module).__name__}) has a hook or a replaced forward, "
-                "which dkv would pass over: it calls the linear layers, norms, embedding and head itself. Remove it, "
-                "or put it on one of those."
-            )
-        return any(found)
 
-    contains_called(model, "")
+def _contains_called(module, path, called, runs_forward):
+    if id(module) in called:
+        return True
+    found = [_contains_called(child, f"{path}.{name}", called, runs_forward) for name, child in module.named_children()]
+    hooked = module._forward_pre_hooks or module._forward_hooks
+    # what replace_attention puts on the model is a replaced forward too
+    replaced = "forward" in module.__dict__ and "_orig_mod" not in module._modules  # as torch.compile does
+    changed = not runs_forward and hooked if path == "" else hooked or replaced
+    if any(found) and changed:
+        raise ValueError(
+            f"{path.removeprefix('.') or 'the model'} ({type(module).__name__}) has a hook or a replaced forward, "
+            "which dkv would pass over: it calls the linear layers, norms, embedding and head itself. Remove it, "
+            "or put it on one of those."
+        )
+    return any(found)

@@ -32,9 +32,13 @@ class Projection:
     """Linear layers of one input as one product, where all are plain; else each is called as it is.
 
     Their weights are merged, as `dkv.memory.merge` says, and kept alive by the modules alone.
+
+    Args:
+        modules: of one input.
+        shared: ids of storages that must stay where they are, since something else lies there too.
     """
 
-    def __init__(self, modules):
+    def __init__(self, modules, shared=frozenset()):
         self.modules = modules
         self.ends = [0]
         for module in modules:
@@ -44,7 +48,8 @@ class Projection:
             weights = [module.weight for module in modules]
             biases = [module.bias for module in modules if module.bias is not None]
             alike = len({(tensor.dtype, tensor.device) for tensor in weights + biases}) == 1
-            if alike and len(biases) in (0, len(modules)):
+            alone = not any(id(tensor.untyped_storage()) in shared for tensor in weights + biases)
+            if alike and alone and len(biases) in (0, len(modules)):
                 self._weight = merge(weights)
                 self._bias = merge(biases) if biases else None
 

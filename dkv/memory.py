@@ -1,12 +1,16 @@
 """What dkv keeps for a model between calls, and nothing after it: merged weights, RoPE tables, the memory of runs."""
 
+import contextlib
 import threading
 import weakref
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.dlpack import from_dlpack, to_dlpack
+
+from dkv.graphs import nobody_records
 
 _MEMORIES = weakref.WeakKeyDictionary()  # model -> `Memory`
 _MERGED = weakref.WeakKeyDictionary()  # storage of a part of a merged tensor -> weak reference to that tensor
@@ -34,20 +38,23 @@ class Memory:
 
 
 def memory_of(model: nn.Module) -> Memory:
-    """The model's own; a copy of the model has another one."""
+    """The model's own; a copy of the model has another one. While torch.compile traces, nothing is kept."""
+    if torch.compiler.is_compiling():
+        return Memory()
     with _SETUP:
         return _MEMORIES.setdefault(model, Memory())
 
 
 def setting_up():
     """A context in which no other thread sets up a model: weights are merged and tables made once, then only read."""
-    return _SETUP
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _SETUP
 
 
 def wait_for(tensor: Tensor) -> None:
-    """Waits for what made a tensor that other streams will read too; done at set-up only."""
+    """Waits for what made a tensor that other streams will read, or that takes another's place; at set-up only."""
     if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
+        with nobody_records():
+            torch.cuda.synchronize(tensor.device)
 
 
 def merge(parameters: list[nn.Parameter]) -> weakref.ref:
@@ -77,7 +84,8 @@ def merge(parameters: list[nn.Parameter]) -> weakref.ref:
                     _MERGED[parameter.untyped_storage()] = weakref.ref(merged)
             if merged.is_cuda:
                 # the old pieces are too small to be reused: free them, or all layers exist twice
-                torch.cuda.empty_cache()
+                with nobody_records():
+                    torch.cuda.empty_cache()
         return weakref.ref(merged)
 
 
@@ -86,12 +94,11 @@ def with_own_storage(part: Tensor) -> Tensor:
     return from_dlpack(to_dlpack(part))
 
 
-def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
-    """The storage of a tensor; None for subclasses that consist of other tensors."""
-    try:
-        return tensor.untyped_storage()
-    except (RuntimeError, NotImplementedError):
-        return None
+def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:
+    """The storage of a tensor; of a subclass that consists of other tensors, theirs."""
+    if is_traceable_wrapper_subclass(tensor):
+        return [storage for name in tensor.__tensor_flatten__()[0] for storage in storages_of(getattr(tensor, name))]
+    return [tensor.untyped_storage()]
 
 
 def _merged(parameters):
@@ -114,5 +121,7 @@ def separate(model: nn.Module) -> None:
     """Undoes the merge: every parameter of the model gets its own memory again."""
     with _SETUP, torch.inference_mode(False), torch.no_grad():
         for parameter in model.parameters():
-            if storage_of(parameter) in _MERGED:
-                parameter.data = parameter.data.clone()
+            if any(storage in _MERGED for storage in storages_of(parameter)):
+                own = parameter.data.clone()
+                wait_for(own)
+                parameter.data = own

@@ -122,19 +122,16 @@ def reset(model: nn.Module) -> None:
     """Frees the memory that a model's session and its last `generate` keep; if patched, its next call is a full step.
 
     Raises:
-        ValueError: neither `replace_attention` nor `generate` was used on the model.
+        ValueError: an unsupported model, or one that only wraps another.
     """
-    patch = _patch_of(model)
-    if not _forget(model) and patch is None:
-        raise ValueError(
-            f"{type(model).__name__} has nothing to reset: use dkv.replace_attention or dkv.generate on it first."
-        )
+    _patch_of(model)
+    find_decoder(model)
+    _forget(model)
 
 
 def _forget(model):
-    """Frees the memory of the model's session and of its last run; returns whether there was a run's."""
     _take_session(model)
-    return memory_of(model).take("run") is not None
+    memory_of(model).take("run")
 
 
 def _take_session(model):
@@ -223,7 +220,8 @@ class Patch:
                 session = Session(decoder, self, beginning)
             session.start(model, beginning)
         logits = session.logits()
-        # only now: what failed, or is not done yet, is nothing to go on from
+        # only now: what failed, or is not done yet, is nothing to go on from; that of another thread may be there
+        _take_session(model)
         memory_of(model).session = session
         return logits
 
@@ -371,12 +369,15 @@ class Session:
         self.rooms = Rooms(len(x), Room(x.numel(), x.shape[1], 0))
         self.graphs = StepGraphs(x.device) if self.forward.can_be_recorded else None
         self.done = torch.cuda.Event() if x.is_cuda else None
+        self.home = torch.cuda.current_stream(x.device) if x.is_cuda else None
         self.stream = None
 
     def settle(self):
-        """Waits for the last call if that was on another stream: only then may the memory be used here, or freed."""
-        if self.stream is not None and self.stream != torch.cuda.current_stream(self.stream.device):
-            self.done.synchronize()
+        """Waits for the last call if other streams take part: only then may the memory be used here, or freed."""
+        if self.stream is not None:
+            current = torch.cuda.current_stream(self.stream.device)
+            if not self.home == self.stream == current:
+                self.done.synchronize()
 
     def fits(self, decoder, beginning):
         """Whether the memory, and what was recorded on it, serve a new session."""

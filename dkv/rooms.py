@@ -93,7 +93,9 @@ class LateSizes:
 
     def __init__(self, like):
         """like: a tensor of the shape, dtype and device of the sizes."""
-        self._copies = [torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda) for _ in range(2)]
+        self._copies = [
+            torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=like.is_cuda) for _ in range(2)
+        ]
         self._events = [torch.cuda.Event() if like.is_cuda else None for _ in range(2)]
 
     def post(self, sizes):

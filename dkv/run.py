@@ -116,6 +116,7 @@ class Run:
         active: (batch, capacity) bool, what the next step recomputes.
         sizes: (batch, len(Size)) int32, how much that is.
         rooms: `Rooms`, the sizes of this run's steps.
+        weights: the storages that recorded steps read; kept alive until the run ends, whatever becomes of the model.
     """
 
     # outside of inference mode, so that the next run may be outside of it
@@ -182,7 +183,7 @@ class Run:
             seed: int; order: as in `dkv.generate`.
         """
         plan, state = self.plan, self.state
-        self.forecasts = forecasts
+        self.forecasts, self.weights = forecasts, self.forward.storages()
         self.longest, self.real_positions = max(lengths), sum(lengths)
         self.unused = plan.capacity - x.shape[1]
         state.start(
@@ -263,6 +264,7 @@ class Run:
                 # the next one may be on another stream
                 torch.cuda.current_stream(self.sizes.device).synchronize()
             memory_of(model).run = self
+        self.weights = None
 
     def trimmed(self, tensor):
         """A copy of a (batch, capacity) tensor without the columns that this batch does not use."""

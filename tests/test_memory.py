@@ -15,6 +15,7 @@ import dkv
 from dkv import memory
 from dkv.decoder import find_decoder
 from dkv.generate import prepare
+from dkv.guard import Fingerprint
 from dkv.memory import memory_of
 
 FAMILIES = ["llada", "dream"]
@@ -356,3 +357,84 @@ def test_norms_in_float32_of_a_model_in_half_precision(llm):
         assert generated(llm).shape == (1, 10)
     torch.testing.assert_close(got, want, atol=0.05, rtol=0.05)
     assert generated(llm).shape == (1, 10), "and without autocast"
+
+
+def test_a_model_is_freed_with_its_last_reference(llm):
+    """Nothing of ours waits for the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        generated(llm)
+        storages = [weakref.ref(parameter.untyped_storage()) for parameter in llm.parameters()]
+        kept = weakref.ref(memory_of(llm).run)
+        names = [name for name, _ in llm.named_children()]
+        for name in names:
+            delattr(llm, name)
+        del memory_of(llm).run
+        assert kept() is None and all(storage() is None for storage in storages)
+    finally:
+        gc.enable()
+
+
+def test_a_weight_that_is_transposed_in_its_memory(llm):
+    q = find_decoder(llm).layers[0].q
+    generated(llm)
+    q.weight.data = q.weight.data.t()
+    assert torch.equal(generated(llm), generated(copy.deepcopy(llm)))
+
+
+def test_parameters_that_share_memory_stay_where_they_are(llm):
+    """Tied layers, parts of one storage, memory of several processes."""
+    layers = find_decoder(llm).layers
+    layers[1].k.weight = layers[0].k.weight
+    layers[2].v.weight.data = layers[2].k.weight.data
+    layers[0].gate.weight.share_memory_()
+    addresses = [parameter.data_ptr() for parameter in (*layers[0].k.parameters(), *layers[2].v.parameters())]
+    generated(llm)
+    with torch.no_grad():
+        layers[0].k.weight.mul_(3)
+        layers[2].k.weight.mul_(2)
+    assert torch.equal(generated(llm), generated(copy.deepcopy(llm)))
+    assert torch.equal(layers[2].v.weight, layers[2].k.weight) and layers[1].k.weight is layers[0].k.weight
+    assert layers[0].gate.weight.is_shared()
+    assert addresses == [p.data_ptr() for p in (*layers[0].k.parameters(), *layers[2].v.parameters())]
+
+
+def test_weights_that_consist_of_other_tensors(llm):
+    """They may move afterwards, and a change of what they consist of is seen."""
+    two_tensor = pytest.importorskip("torch.testing._internal.two_tensor")
+    o = find_decoder(llm).layers[0].o
+    o.weight = torch.nn.Parameter(two_tensor.TwoTensor(o.weight.detach(), o.weight.detach().clone()))
+    fingerprint = Fingerprint([o], values=True)
+    assert fingerprint.holds()
+    o.weight.data.a = 2 * o.weight.data.a
+    generated(llm)
+    llm.to(torch.float64)
+    assert o.weight.dtype == torch.float64 and not fingerprint.holds()
+
+
+def test_a_replaced_forward_of_any_kind(llm):
+    class Doubled:
+        __slots__ = ("linear",)
+
+        def __call__(self, x):
+            return 2 * torch.nn.functional.linear(x, self.linear.weight, self.linear.bias)
+
+    want = generated(llm)
+    down = find_decoder(llm).layers[0].down
+    doubled = Doubled()
+    doubled.linear = down
+    down.forward = doubled
+    changed = generated(llm)
+    assert torch.equal(generated(llm), changed)
+    del down.forward
+    assert torch.equal(generated(llm), want)
+
+
+def test_an_unpatched_model_compiles_whole(llm):
+    other, ids = tiny.tiny_model("llada"), prompt()
+    with torch.no_grad():
+        other(ids)
+        want = llm(ids).logits
+        got = torch.compile(llm, backend="eager", fullgraph=True)(ids).logits
+    torch.testing.assert_close(got, want)

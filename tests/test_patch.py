@@ -207,8 +207,9 @@ def test_undo_is_complete(model):
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == tensors
     assert dkv.restore_attention(model) is model and dict(model.__dict__) == attributes
     assert dkv.restore_attention(model) is model and "dkv=" not in repr(model)
-    with pytest.raises(ValueError, match="has nothing to reset: use dkv.replace_attention or dkv.generate"):
-        dkv.reset(model)
+    dkv.reset(model)
+    with pytest.raises(ValueError, match="Linear is not supported"):
+        dkv.reset(torch.nn.Linear(2, 2))
 
 
 @each(NAMES)
