@@ -105,7 +105,7 @@ def steps(stage, out, peers=(), *, rehearse=False):
         ]
     return [
         Step("tests", 100, tests(ENGINE_TESTS, *workers(out, stage), *some(rehearse), LOADING_TEST)),
-        sanitizer("memcheck", 120, KERNEL_TESTS, rehearse),
+        sanitizer("memcheck", 120, (*KERNEL_TESTS, "bounds"), rehearse),
         sanitizer("racecheck", 120, ("commit", "packing", "bookkeeping"), rehearse),
     ]
 

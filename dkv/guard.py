@@ -40,7 +40,7 @@ class Fingerprint:
         if any(module is None for module in modules):
             return False
         facts, storages, forwards = _read(modules, self._values)
-        # what has the same id is the same object, since the old ones are alive
+        # modules and storages of the same id are the same, since the old ones are alive
         return (
             facts == self._facts
             and all(known() is storage for known, storage in zip(self._storages, storages, strict=True))

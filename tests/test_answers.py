@@ -389,6 +389,7 @@ def test_the_end_of_a_run_is_one_read(monkeypatch):
     assert len(reads) == 1
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="these models are the CPU's")
 def test_in_the_kernels():
     model = shallow("llada")
     options = {"gen_length": 2, "threshold": 1.0}

@@ -479,6 +479,7 @@ def test_a_fence_shows_what_was_written_to_it(device, dtype, strided):
 IMPLS = ["triton", "reference"]
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("impl", IMPLS)
 def test_slots_that_the_cache_does_not_have_are_padding(device, impl):
     """Also those whose low 32 bits are a slot's; positions beyond the table take its nearest row."""
@@ -499,6 +500,7 @@ def test_slots_that_the_cache_does_not_have_are_padding(device, impl):
     assert int((v_cache != 9).all(-1).all(-1).sum()) == 2
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("impl", IMPLS)
 def test_entries_that_cannot_be_committed(device, impl, watch):
     """In front of the rows, behind them, beyond the columns of a row, or without a place in x."""
@@ -514,6 +516,7 @@ def test_entries_that_cannot_be_committed(device, impl, watch):
     assert x.tolist() == [[0, 0, 102, 0], [0, 0, 0, 0], [107, 108, 109, 110]]
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("num_splits", [1, 2])
 @pytest.mark.parametrize("bounds", [[2, 5, 7], [-5, 5, 2**31 - 1], [-(2**31), 9, 9], [9, 9, 9]])
