@@ -40,6 +40,7 @@ from peer import PEERS  # noqa: E402
 
 STAGES = ("first", "second", "third")
 KERNEL_TESTS = ("attention", "lm_head", "rope_cache", "norm_activation", "commit", "packing", "bookkeeping")
+SANITIZED_TESTS = (*KERNEL_TESTS, "bounds")
 ENGINE_TESTS = ("graphs", "run", "patch", "generate", "first_engine", "operators")
 # the one test of a file for the CPU that needs a GPU
 LOADING_TEST = "tests/test_models.py::test_loading_to_a_gpu_holds_the_weights_once"
@@ -105,7 +106,7 @@ def steps(stage, out, peers=(), *, rehearse=False):
         ]
     return [
         Step("tests", 100, tests(ENGINE_TESTS, *workers(out, stage), *some(rehearse), LOADING_TEST)),
-        sanitizer("memcheck", 120, (*KERNEL_TESTS, "bounds"), rehearse),
+        sanitizer("memcheck", 120, SANITIZED_TESTS, rehearse),
         sanitizer("racecheck", 120, ("commit", "packing", "bookkeeping"), rehearse),
     ]
 
