@@ -13,7 +13,7 @@ takes away padding and finished rows. Those here are rules of one kernel; a poli
 
 import dataclasses
 
-from dkv.inputs import whole
+from dkv.inputs import one_of, whole
 from dkv.kernels.rows import Rule
 
 LARGEST = 2**30  # of a policy's numbers, which kernels take in 32 bits
@@ -96,8 +96,8 @@ class Decode(Policy):
         self.refresh_interval = _positive("refresh_interval", refresh_interval, optional=True)
         self.delay = _positive("delay", delay, least=0)
         self.warmup_steps = _positive("warmup_steps", warmup_steps, optional=True)
-        self.shift = _one_of("shift", shift, (None, "un", "right", "un_right"))
-        self.scope = _one_of("scope", scope, ("all", "block"))
+        self.shift = None if shift is None else one_of("shift", shift, ("un", "right", "un_right"))
+        self.scope = one_of("scope", scope, ("all", "block"))
 
     @property
     def needs_blocks(self):
@@ -147,7 +147,7 @@ class Greedy(Policy):
     def __init__(self, refresh_interval=2, window=4, *, window_kind="nearest_masked"):
         self.refresh_interval = _positive("refresh_interval", refresh_interval)
         self.window = _positive("window", window, least=0)
-        self.window_kind = _one_of("window_kind", window_kind, ("nearest_masked", "contiguous"))
+        self.window_kind = one_of("window_kind", window_kind, ("nearest_masked", "contiguous"))
 
     def rule(self, shifted):
         contiguous = self.window_kind == "contiguous"
@@ -236,9 +236,3 @@ def checked_policy(name, value):
 
 def _positive(name, value, *, least=1, optional=False):
     return None if value is None and optional else whole(name, value, least=least, most=LARGEST)
-
-
-def _one_of(name, value, allowed):
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
-    return value

@@ -16,7 +16,7 @@ class Sampler:
     """How tokens are chosen and which of them are committed.
 
     Attributes:
-        config: with a remasking rule, no None.
+        config: whose remasking is set.
         divides_logits: as in `Family`.
         excluded_ids: their logits are -inf.
         unconfident_ids: a token among them has the confidence -inf, and the others are normalised without them.
