@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from unittest import mock
 
@@ -45,9 +45,13 @@ from dkv.kernels import (  # noqa: E402
     attention,
     checks,
     commit,
+    gate_up,
     lm_head,
     norm,
     packing,
+    qkv,
+    reference,
+    residual,
     rope_cache,
 )
 from dkv.kernels import launch as tables  # noqa: E402
@@ -68,7 +72,12 @@ STREAMED_TILES = {
     # one tile of gate, one of up
     "swiglu": [(("gate_up_ptr",) * 2, ("BLOCK",))],
     "lm_head": [(("weight_ptr",), ("BLOCK_V", "BLOCK_D")), (("hidden_ptr",), ("BLOCK_R", "BLOCK_D"))],
+    "deferred_norm": [(("x_ptr", "weight_ptr"), ("BLOCK",))],
+    "linear_rope_cache": [(("weight_ptr",) * 2, ("HALF", "BLOCK_K")), (("x_ptr",), ("BLOCK_R", "BLOCK_K"))],
+    "linear_swiglu": [(("weight_ptr",) * 2, ("BLOCK_N", "BLOCK_K")), (("x_ptr",), ("BLOCK_R", "BLOCK_K"))],
+    "linear_add_norm": [(("weight_ptr",), ("BLOCK_N", "BLOCK_K")), (("x_ptr",), ("BLOCK_R", "BLOCK_K"))],
 }
+PRODUCTS = ("linear_rope_cache", "linear_swiglu", "linear_add_norm")
 # these kernels cost nothing but latency: their loads must be in flight at the same time
 ONE_TRIP_TO_MEMORY = ("merge_splits",)
 
@@ -106,6 +115,8 @@ def matrix_rows(launch):
     """Rows of the left operand of its matrix products; None for a kernel without such, or an unknown one."""
     if launch.name == "lm_head":
         return launch.arguments["BLOCK_V" if launch.arguments["VOCAB_FIRST"] else "BLOCK_R"]
+    if launch.name in PRODUCTS:
+        return launch.arguments["HALF" if launch.name == "linear_rope_cache" else "BLOCK_N"]
     return launch.arguments["BLOCK_M"] if launch.name == "delayed_attention" else None
 
 
@@ -165,6 +176,50 @@ def _call_norm(empty, *, d=4096, residual=True):
 
 def _call_swiglu(empty, *, d=12288):
     activation._launch(empty(16, 2 * d))
+
+
+def _call_deferred_norm(empty, *, d=4096):
+    norm._launch_deferred(empty(16, d), empty(d))
+
+
+def _deferred(empty, rows, d):
+    return reference.DeferredNorm(empty(rows, d), empty(-(-d // reference.PART), rows, dtype=torch.float32))
+
+
+def _call_linear_rope(empty, *, d=4096, heads=(32, 32), headdim=128, rows=16, splits=None, pdl=False):
+    nheads, nheads_k = heads
+    weight = empty((nheads + 2 * nheads_k) * headdim, d)
+    k_cache, v_cache = (empty(2, 1024, nheads_k, headdim) for _ in "kv")
+    cos, sin = (empty(1024, headdim // 2, dtype=torch.float32) for _ in "cs")
+    places = [empty(rows, dtype=torch.int64) for _ in "ps"]
+    # biases as Dream has them
+    bias = empty(weight.shape[0]) if nheads != nheads_k else None
+    with _early(pdl):
+        launch = _split("qkv", rows, weight, splits, nheads + 2 * nheads_k)
+        qkv._launch(_deferred(empty, rows, d), 1e-5, weight, bias, cos, sin, *places, k_cache, v_cache, launch=launch)
+
+
+def _call_linear_swiglu(empty, *, d=4096, mlp=12288, rows=16, splits=None, pdl=False):
+    weight = empty(2 * mlp, d)
+    with _early(pdl):
+        gate_up._launch(_deferred(empty, rows, d), 1e-5, weight, launch=_split("gate_up", rows, weight, splits))
+
+
+def _call_linear_add(empty, *, d=4096, mlp=12288, rows=16, splits=None, pdl=False):
+    weight = empty(d, mlp)
+    with _early(pdl):
+        launch = _split("residual", rows, weight, splits)
+        residual._launch(empty(rows, mlp), weight, empty(rows, d), empty(d), launch=launch)
+
+
+def _split(kind, rows, weight, splits, tiles=None):
+    """The launch of the tables, with so many splits."""
+    launch = tables.product_launch(weight.device, weight.dtype, kind, rows, weight.shape, tiles)
+    return launch if splits is None else replace(launch, splits=splits)
+
+
+def _early(pdl):
+    return mock.patch.object(tables, "EARLY", pdl)
 
 
 def _call_lm_head(empty, *, d=4096, vocab=126464, rows=16, noise=False, round_logits=False, scales=False):
@@ -228,6 +283,10 @@ CALLS = {
     "rope_cache": _call_rope,
     "add_rms_norm": _call_norm,
     "swiglu": _call_swiglu,
+    "deferred_norm": _call_deferred_norm,
+    "linear_rope_cache": _call_linear_rope,
+    "linear_swiglu": _call_linear_swiglu,
+    "linear_add_norm": _call_linear_add,
     "lm_head": _call_lm_head,
     "merge_confidence": _call_lm_head,
     "commit_tokens": _call_commit,
@@ -256,7 +315,7 @@ class Case:
     @property
     def tensor_cores(self):
         """Whether it multiplies matrices in 16 bits; float32 products must stay off the tensor cores (TF32)."""
-        return self.kernel in ("delayed_attention", "lm_head") and self.dtype != "fp32"
+        return self.kernel in ("delayed_attention", "lm_head", *PRODUCTS) and self.dtype != "fp32"
 
     def record(self):
         """The launch of this kernel, as its launcher makes it."""
@@ -297,6 +356,24 @@ def attention_cases(arch, model, dtype="bf16", **options):
     ]
 
 
+def product_cases(arch, model, dtype="bf16", **options):
+    """Every tile of the products that the table can pick."""
+    sizes, cases = MODELS[model], []
+    for kernel, kind, own in (
+        ("linear_rope_cache", "qkv", {"heads": sizes.heads}),
+        ("linear_swiglu", "gate_up", {"mlp": sizes.mlp}),
+        ("linear_add_norm", "residual", {"mlp": sizes.mlp}),
+    ):
+
+        def pick(device, rows, kind=kind):
+            shape = sizes.mlp, sizes.d
+            return tables.product_launch(device, DTYPES[dtype], kind, rows, shape, tiles=2**10)
+
+        for rows in most_rows(arch, pick, tables.MOST_PRODUCT_ROWS):
+            cases.append(Case(kernel, arch, dtype, d=sizes.d, rows=rows, **own, **options))
+    return cases
+
+
 def head_rows(arch, dtype, noise):
     """For every tile of the LM head that the table can pick, the most rows."""
     return most_rows(arch, lambda device, rows: tables.head_launch(device, DTYPES[dtype], rows, noise))
@@ -318,6 +395,8 @@ def tuned_cases(archs=TUNED_ARCHS, models=tuple(MODELS)):
             cases.append(Case("rope_cache", arch, heads=model.heads))
             cases.append(Case("add_rms_norm", arch, d=model.d))
             cases.append(Case("swiglu", arch, d=model.mlp))
+            cases += product_cases(arch, name, splits=1 if llada else 4, pdl=arch >= 90 and llada)
+            cases.append(Case("deferred_norm", arch, d=model.d))
             cases += head_cases(arch, name, noise=not llada)
             cases.append(Case("merge_confidence", arch, d=model.d, vocab=model.vocab, noise=not llada))
         cases.append(Case("commit_tokens", arch, "fp32"))

@@ -14,16 +14,25 @@ from dkv.kernels import reference  # noqa: E402
 from dkv.kernels.activation import swiglu  # noqa: E402
 from dkv.kernels.attention import delayed_attention  # noqa: E402
 from dkv.kernels.commit import commit_tokens  # noqa: E402
+from dkv.kernels.gate_up import linear_swiglu  # noqa: E402
 from dkv.kernels.lm_head import Confidence, lm_head_confidence  # noqa: E402
-from dkv.kernels.norm import add_rms_norm  # noqa: E402
+from dkv.kernels.norm import add_rms_norm, deferred_norm  # noqa: E402
 from dkv.kernels.packing import pack_positions  # noqa: E402
+from dkv.kernels.qkv import linear_rope_cache_update  # noqa: E402
+from dkv.kernels.reference import DeferredNorm  # noqa: E402
+from dkv.kernels.residual import linear_add_norm  # noqa: E402
 from dkv.kernels.rope_cache import rope_cache_update  # noqa: E402
 
 __all__ = [
     "Confidence",
+    "DeferredNorm",
     "add_rms_norm",
     "commit_tokens",
+    "deferred_norm",
     "delayed_attention",
+    "linear_add_norm",
+    "linear_rope_cache_update",
+    "linear_swiglu",
     "lm_head_confidence",
     "pack_positions",
     "reference",

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 import torch
 
 from dkv.kernels.language import InterpretedFunction, check_installed
+from dkv.kernels.reference import PART, DeferredNorm
 
 Impl = Literal["auto", "triton", "reference"]
 IMPLS = get_args(Impl)
@@ -147,6 +148,36 @@ def check_heads(nheads, nheads_k):
         raise ValueError(
             f"nheads must be a multiple of nheads_k (grouped-query attention), got {nheads} and {nheads_k}."
         )
+
+
+def check_rope(cos, sin, headdim, reference):
+    """The tables of the half-split RoPE."""
+    check_index("cos", cos, reference, (None, headdim // 2), "(max_position, headdim // 2)", torch.float32)
+    check_index("sin", sin, reference, tuple(cos.shape), "(max_position, headdim // 2)", torch.float32)
+    if cos.shape[0] == 0:
+        raise ValueError("cos and sin must have a row for each position, one at least, got none.")
+    if cos.stride(0) != sin.stride(0):
+        raise ValueError(f"cos and sin must have the same strides, got {cos.stride()} and {sin.stride()}.")
+
+
+def check_deferred(normed):
+    """A `DeferredNorm`; returns its rows."""
+    if not isinstance(normed, DeferredNorm):
+        raise TypeError(f"normed must be what deferred_norm or linear_add_norm returned, got {type(normed).__name__}.")
+    weighted, square_sums = normed
+    check_no_grad(normed=weighted)
+    check_floating("normed.weighted", weighted)
+    check_shape("normed.weighted", weighted, (None, None), "(rows, in_features)")
+    rows, in_features = weighted.shape
+    if in_features == 0:
+        raise ValueError("normed.weighted must have a column at least, got none.")
+    sums_dtype = torch.promote_types(weighted.dtype, torch.float32)
+    shape, meaning = (-(-in_features // PART), rows), f"(ceil(in_features / {PART}), rows)"
+    check_index("normed.square_sums", square_sums, weighted, shape, meaning, sums_dtype)
+    check_last_dim_contiguous(**{"normed.weighted": weighted})
+    if not square_sums.is_contiguous():
+        raise ValueError(f"normed.square_sums must be contiguous, got strides {square_sums.stride()}.")
+    return weighted
 
 
 def check_no_descale(k_descale, v_descale):

@@ -8,6 +8,7 @@ Triton.
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
     from triton.runtime.interpreter import InterpretedFunction
 
     WHY_MISSING = None
@@ -15,6 +16,7 @@ except ImportError as error:
     from types import SimpleNamespace
 
     WHY_MISSING, InterpretedFunction = str(error), ()
+    gdc_launch_dependents = gdc_wait = None
     triton = SimpleNamespace(jit=lambda function=None, **options: function or (lambda kernel: kernel))
     tl = SimpleNamespace(constexpr=lambda value: SimpleNamespace(value=value))
 

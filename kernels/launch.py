@@ -6,7 +6,7 @@ that a streaming multiprocessor needs 32 to 64 KiB of loads in flight to reach i
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -105,6 +105,27 @@ class HeadMergeLaunch:
     block_m: int
     most_slices: int
     num_warps: int
+
+
+@dataclass(frozen=True)
+class ProductLaunch:
+    """Tile of weight rows by rows by channels, splits of the channels, warps and stages of a product of few rows.
+
+    Of products with two weight tiles, which have `block_n` rows each; for those of `linear_rope_cache_update` these are
+    the halves of a head.
+    """
+
+    block_n: int
+    block_r: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    splits: int = 1
+
+    def splits_of(self, in_features):
+        """`splits`, but none without a channel."""
+        steps = triton.cdiv(in_features, self.block_k)
+        return triton.cdiv(steps, triton.cdiv(steps, self.splits))
 
 
 # rows are query heads of one K/V head: the first entry with block_m >= rows is used, else the last one
@@ -321,3 +342,92 @@ def head_merge_launch(device):
     if architecture(device) is None:
         return HeadMergeLaunch(block_m=64, most_slices=8, num_warps=4)
     return HeadMergeLaunch(block_m=1, most_slices=512, num_warps=4)
+
+
+# by the number of weight tiles of a program, and rows: the first entry with block_r >= rows is used, else the last one
+PRODUCT = {
+    90: {
+        1: (
+            ProductLaunch(64, 16, 128, num_warps=4, num_stages=4),
+            ProductLaunch(64, 32, 128, num_warps=4, num_stages=4),
+            ProductLaunch(64, 64, 128, num_warps=4, num_stages=3),
+            ProductLaunch(64, 128, 64, num_warps=4, num_stages=4),
+        ),
+        2: (
+            ProductLaunch(64, 16, 64, num_warps=4, num_stages=5),
+            ProductLaunch(64, 32, 64, num_warps=4, num_stages=4),
+            ProductLaunch(64, 64, 64, num_warps=4, num_stages=4),
+            ProductLaunch(64, 128, 64, num_warps=4, num_stages=3),
+        ),
+    },
+    80: {
+        1: (
+            ProductLaunch(64, 16, 128, num_warps=4, num_stages=3),
+            ProductLaunch(64, 32, 128, num_warps=4, num_stages=3),
+            ProductLaunch(64, 64, 64, num_warps=4, num_stages=4),
+            ProductLaunch(64, 128, 64, num_warps=4, num_stages=3),
+        ),
+        2: (
+            ProductLaunch(64, 16, 64, num_warps=4, num_stages=4),
+            ProductLaunch(64, 32, 64, num_warps=4, num_stages=4),
+            ProductLaunch(64, 64, 64, num_warps=4, num_stages=3),
+            ProductLaunch(64, 128, 32, num_warps=8, num_stages=4),
+        ),
+    },
+    # 99 KiB of shared memory
+    86: {
+        1: (
+            ProductLaunch(64, 16, 64, num_warps=4, num_stages=4),
+            ProductLaunch(64, 32, 64, num_warps=4, num_stages=4),
+            ProductLaunch(64, 64, 64, num_warps=4, num_stages=3),
+            ProductLaunch(64, 128, 64, num_warps=4, num_stages=2),
+        ),
+        2: (
+            ProductLaunch(64, 16, 64, num_warps=4, num_stages=3),
+            ProductLaunch(64, 32, 64, num_warps=4, num_stages=3),
+            ProductLaunch(64, 64, 64, num_warps=4, num_stages=2),
+            ProductLaunch(64, 128, 32, num_warps=8, num_stages=3),
+        ),
+    },
+}
+PRODUCT_FULL_PRECISION = (ProductLaunch(64, 16, 32, num_warps=4, num_stages=2),)
+PRODUCT_INTERPRETER = (ProductLaunch(64, 64, 256, num_warps=4, num_stages=1),)
+# of a product with more rows the GPU's own library is faster
+MOST_PRODUCT_ROWS = 256
+# channels are not split further than this
+MOST_PRODUCT_SPLITS, LEAST_STEPS_OF_A_SPLIT = 4, 8
+WEIGHT_TILES = {"qkv": 2, "gate_up": 2, "residual": 1}
+
+
+def product_launch(device, dtype, kind, rows, shape, tiles=None):
+    """The launch of a product of `rows` rows and a weight.
+
+    Args:
+        kind: of WEIGHT_TILES; shape: (out_features, in_features) of the weight.
+        tiles: int, programs of a block of rows, where the kernel says; None: as many as the tile gives.
+    """
+    arch = architecture(device)
+    if arch is None:
+        table = PRODUCT_INTERPRETER
+    elif dtype == torch.float32:
+        table = PRODUCT_FULL_PRECISION
+    else:
+        table = PRODUCT[arch if arch in PRODUCT else {100: 90}.get(arch, 86)][WEIGHT_TILES[kind]]
+    launch = next((launch for launch in table if launch.block_r >= rows), table[-1])
+    if arch is None:
+        return launch
+    out_features, in_features = shape
+    tiles = tiles or triton.cdiv(out_features, launch.block_n * WEIGHT_TILES[kind])
+    # two programs a processor keep the memory busy
+    wanted = 2 * processors(device) // (tiles * triton.cdiv(rows, launch.block_r))
+    steps = triton.cdiv(in_features, launch.block_k)
+    return replace(launch, splits=max(1, min(wanted, MOST_PRODUCT_SPLITS, steps // LEAST_STEPS_OF_A_SPLIT)))
+
+
+# The one switch of programmatic dependent launch: the kernels of a layer then start while the one in front still runs
+EARLY = False
+
+
+def launches_early(device):
+    """Whether kernels are launched before the one in front has ended; that takes compute capability 9.0."""
+    return EARLY and (architecture(device) or 0) >= 90

@@ -14,6 +14,7 @@ import torch
 from dkv.kernels import checks, reference
 from dkv.kernels.language import tl, triton
 from dkv.kernels.launch import norm_launch
+from dkv.kernels.skinny import empty_deferred
 
 
 @triton.jit
@@ -72,6 +73,59 @@ def _launch(x, residual, weight, eps):
             eps=eps,
             SIZE=size,
             BLOCK=launch.block,
+            num_warps=launch.num_warps,
+        )
+    return normed
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _deferred_norm_kernel(
+    # pointers
+    x_ptr,
+    weight_ptr,
+    weighted_ptr,
+    square_sums_ptr,
+    # strides
+    stride_x_row,
+    stride_x_column,
+    # sizes
+    rows,
+    size,
+    # constants
+    BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    # [BLOCK]
+    offs = tl.arange(0, BLOCK)
+    valid = offs < size
+    weight = tl.load(weight_ptr + offs, mask=valid, other=0.0).to(tl.float32)
+    s = tl.load(x_ptr + row * stride_x_row + offs.to(tl.int64) * stride_x_column, mask=valid, other=0.0).to(tl.float32)
+    tl.store(weighted_ptr + row * size + offs, (s * weight).to(weighted_ptr.dtype.element_ty), mask=valid)
+    # [BLOCK // PART]
+    parts = tl.arange(0, BLOCK // PART)
+    square_sums = tl.sum((s * s).reshape(BLOCK // PART, PART), 1)
+    tl.store(square_sums_ptr + parts.to(tl.int64) * rows + row, square_sums, mask=parts < tl.cdiv(size, PART))
+
+
+def _launch_deferred(x, weight):
+    rows, size = x.shape
+    weighted, square_sums = normed = empty_deferred(x)
+    if weighted.numel() == 0:
+        return normed
+    launch = norm_launch(x.dtype, max(size, reference.PART))
+    with checks.device_guard(x):
+        _deferred_norm_kernel[(rows,)](
+            x_ptr=x,
+            weight_ptr=weight,
+            weighted_ptr=weighted,
+            square_sums_ptr=square_sums,
+            stride_x_row=x.stride(0),
+            stride_x_column=x.stride(1),
+            rows=rows,
+            size=size,
+            BLOCK=launch.block,
+            PART=reference.PART,
             num_warps=launch.num_warps,
         )
     return normed
@@ -149,3 +203,50 @@ def add_rms_norm(x, residual, weight, eps, *, impl="auto"):
     if residual is None:
         return checks.pick(torch.ops.dkv.rms_norm, _rms_norm)(x, weight, eps, impl)
     return checks.pick(torch.ops.dkv.add_rms_norm, _add_rms_norm)(x, residual, weight, eps, impl)
+
+
+def _deferred_norm(x: torch.Tensor, weight: torch.Tensor, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple((_launch_deferred if impl == "triton" else reference.deferred_norm)(x, weight))
+
+
+_deferred_operator = torch.library.custom_op("dkv::deferred_norm", mutates_args=())(_deferred_norm)
+
+
+@_deferred_operator.register_fake
+def _(x, weight, impl):
+    return empty_deferred(x)
+
+
+def deferred_norm(x: torch.Tensor, weight: torch.Tensor, *, impl: checks.Impl = "auto") -> reference.DeferredNorm:
+    """Begins the RMS norm of token rows, which the next product finishes by scaling its rows.
+
+    Mutates nothing.
+
+    Args:
+        x: (rows, size), float16, bfloat16 or float32 (float64: impl "reference" only), any strides.
+        weight: (size,), the dtype of x, contiguous.
+        impl: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "reference".
+
+    Returns:
+        `DeferredNorm`: x times weight, rounded, and the sums of squares in float32. What x times weight does not hold
+        in its dtype (float16 ends at 65504) is infinite, and so is what comes of it.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or strides that do not fit together.
+        NotImplementedError: an implementation that cannot run here.
+
+    Source: Graef et al., FlashNorm (arXiv 2407.09577).
+
+    Example:
+        >>> normed = deferred_norm(embed(ids), attn_norm.weight)
+        >>> q = linear_rope_cache_update(normed, 1e-5, qkv_weight, None, cos, sin, positions, slots, k_cache, v_cache)
+    """
+    checks.check_no_grad(x=x, weight=weight)
+    checks.check_floating("x", x)
+    checks.check_shape("x", x, (None, None), "(rows, size)")
+    checks.check_shape("weight", weight, (x.shape[1],), "(size,)")
+    checks.check_same("x", x, weight=weight)
+    checks.check_last_dim_contiguous(weight=weight)
+    impl = checks.resolve_impl(impl, _deferred_norm_kernel, x)
+    run = checks.pick(torch.ops.dkv.deferred_norm, _deferred_norm)
+    return reference.DeferredNorm(*run(x, weight, impl))

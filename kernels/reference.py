@@ -16,6 +16,8 @@ from dkv.kernels import noise
 from dkv.kernels.product import linear
 from dkv.kernels.rows import MASKED, PROMPT, Counter
 
+PART = 64  # columns of a row whose squares are summed up as one
+
 
 def rotate_half_split(x, cos, sin):
     """Half-split RoPE, computed in float32 at least and rounded once.
@@ -519,6 +521,75 @@ def swiglu(gate_up):
     """Twin of `dkv.kernels.swiglu`."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
+
+
+class DeferredNorm(NamedTuple):
+    """Rows of an RMSNorm that the next product finishes: it scales its own rows by rsqrt(mean of squares + eps).
+
+    Attributes:
+        weighted: (rows, size), the rows times the weight of the norm, rounded.
+        square_sums: (ceil(size / PART), rows) float32 (float64 for float64), contiguous: the sums of the squares of
+            PART columns of each row.
+    """
+
+    weighted: torch.Tensor
+    square_sums: torch.Tensor
+
+
+def deferred_norm(x, weight):
+    """Twin of `dkv.kernels.deferred_norm`."""
+    s = x.to(torch.promote_types(x.dtype, torch.float32))
+    parts = -(-x.shape[1] // PART)
+    squares = F.pad(s.square(), (0, parts * PART - x.shape[1])).unflatten(1, (parts, PART))
+    weighted = (s * weight.to(s.dtype)).to(x.dtype).contiguous()
+    return DeferredNorm(weighted, squares.sum(-1).t().contiguous())
+
+
+def linear_add_norm(x, weight, residual, norm_weight, *, semaphores=None):
+    """Twin of `dkv.kernels.linear_add_norm`; `semaphores` change nothing here."""
+    h = _product(x, weight)
+    residual.copy_(h.add_(residual))
+    return deferred_norm(residual, norm_weight)
+
+
+def linear_swiglu(normed, eps, weight, *, semaphores=None):
+    """Twin of `dkv.kernels.linear_swiglu`; `semaphores` change nothing here."""
+    gate, up = _normed_product(normed, eps, weight).chunk(2, dim=-1)
+    return F.silu(gate).mul_(up).to(normed.weighted.dtype).contiguous()
+
+
+def linear_rope_cache_update(
+    normed, eps, weight, bias, cos, sin, positions, slots, k_cache, v_cache, *, semaphores=None
+):
+    """Twin of `dkv.kernels.linear_rope_cache_update`; `semaphores` change nothing here."""
+    nheads_k, headdim = k_cache.shape[2:]
+    heads = _normed_product(normed, eps, weight)
+    if bias is not None:
+        heads += bias
+    heads = heads.unflatten(-1, (weight.shape[0] // headdim, headdim))
+    q, k, v = heads.tensor_split((heads.shape[1] - 2 * nheads_k, heads.shape[1] - nheads_k), dim=1)
+    num_slots = k_cache.shape[0] * k_cache.shape[1]
+    written = (slots >= 0) & (slots < num_slots)
+    q_rotated = torch.zeros(q.shape, dtype=k_cache.dtype, device=q.device)
+    positions = positions[written].clamp(0, cos.shape[0] - 1)
+    cos, sin = cos.index_select(0, positions)[:, None], sin.index_select(0, positions)[:, None]
+    rows, columns = slots[written].long() // max(k_cache.shape[1], 1), slots[written].long() % max(k_cache.shape[1], 1)
+    k_cache[rows, columns] = rotate_half_split(k[written], cos, sin).to(k_cache.dtype)
+    v_cache[rows, columns] = v[written].to(v_cache.dtype)
+    q_rotated[written] = rotate_half_split(q[written], cos, sin).to(k_cache.dtype)
+    return q_rotated
+
+
+def _product(x, weight):
+    """x weight^T in float32 at least, so that nothing is rounded before its last use."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return linear(x.to(dtype), weight.to(dtype))
+
+
+def _normed_product(normed, eps, weight):
+    """The same of rows of a deferred norm."""
+    mean = normed.square_sums.sum(0) / weight.shape[1]
+    return _product(normed.weighted, weight).mul_((mean + eps).rsqrt()[:, None])
 
 
 class Packed(NamedTuple):

@@ -228,16 +228,11 @@ def rope_cache_update(
     checks.check_shape("k_cache", k_cache, (None, None, nheads_k, headdim), cache_shape)
     checks.check_shape("v_cache", v_cache, k_cache.shape, cache_shape)
     checks.check_same("q", q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
-    checks.check_index("cos", cos, q, (None, headdim // 2), "(max_position, headdim // 2)", torch.float32)
-    checks.check_index("sin", sin, q, tuple(cos.shape), "(max_position, headdim // 2)", torch.float32)
+    checks.check_rope(cos, sin, headdim, q)
     checks.check_index("positions", positions, q, (total,), "(total,)", torch.int32, torch.int64)
     checks.check_index("slots", slots, q, (total,), "(total,)", torch.int32, torch.int64)
     checks.check_last_dim_contiguous(q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     checks.check_not_expanded(k_cache=k_cache, v_cache=v_cache)
-    if cos.shape[0] == 0:
-        raise ValueError("cos and sin must have a row for each position, one at least, got none.")
-    if cos.stride(0) != sin.stride(0):
-        raise ValueError(f"cos and sin must have the same strides, got {cos.stride()} and {sin.stride()}.")
     impl = checks.resolve_impl(impl, _rope_cache_kernel, q)
     run = checks.pick(torch.ops.dkv.rope_cache_update, _rope_cache_update)
     return run(q, k, v, cos, sin, positions, slots, k_cache, v_cache, impl)

@@ -9,7 +9,11 @@ from utils import AttentionCase, rope_inputs
 from dkv.kernels import (
     add_rms_norm,
     commit_tokens,
+    deferred_norm,
     delayed_attention,
+    linear_add_norm,
+    linear_rope_cache_update,
+    linear_swiglu,
     lm_head_confidence,
     pack_positions,
     reference,
@@ -154,28 +158,45 @@ def test_implementation_that_cannot_run(call, monkeypatch):
         call(impl="triton")
 
 
-@pytest.mark.parametrize(
-    "operator",
-    [add_rms_norm, commit_tokens, delayed_attention, lm_head_confidence, pack_positions, rope_cache_update, swiglu],
-)
+OPERATORS = [
+    add_rms_norm,
+    commit_tokens,
+    deferred_norm,
+    delayed_attention,
+    linear_add_norm,
+    linear_rope_cache_update,
+    linear_swiglu,
+    lm_head_confidence,
+    pack_positions,
+    rope_cache_update,
+    swiglu,
+]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_the_twin_has_the_signature_of_the_operator(operator):
-    """But for the counters, which a run alone has."""
-    parameters, found = (
-        dict(inspect.signature(f).parameters) for f in (operator, getattr(reference, operator.__name__))
-    )
+    """But for types, and for the counters and semaphores, which a run alone has."""
+    parameters, found = (untyped(f) for f in (operator, getattr(reference, operator.__name__)))
     assert parameters.pop("impl").default == "auto"
     found.pop("counters", None)
+    found.pop("semaphores", None)
     assert parameters == found
 
 
 @pytest.mark.parametrize("name, launcher", vars(TRITON).items(), ids=list(vars(TRITON)))
 def test_the_launcher_has_the_signature_of_the_twin(name, launcher):
-    """But for what no kernel takes yet, and a capacity that the host would have to ask for."""
-    parameters, found = (dict(inspect.signature(f).parameters) for f in (getattr(reference, name), launcher))
+    """But for what no kernel takes yet, a capacity that the host would have to ask for, and other tiles."""
+    parameters, found = untyped(getattr(reference, name)), untyped(launcher)
     parameters = {name: value for name, value in parameters.items() if name not in ("k_descale", "v_descale")}
     if name == "pack_positions":
         found["capacity"] = found["capacity"].replace(default=None)
+    found.pop("launch", None)
     assert found == parameters and list(found) == list(parameters)
+
+
+def untyped(function):
+    parameters = inspect.signature(function).parameters
+    return {name: value.replace(annotation=inspect.Parameter.empty) for name, value in parameters.items()}
 
 
 def test_grad_is_refused_only_under_grad_mode():

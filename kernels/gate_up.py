@@ -1,0 +1,186 @@
+"""The gate and up projections of a feed-forward layer and its gated activation, in one launch.
+
+For a deferred norm of rows x, s = rsqrt(mean(x^2) + eps):
+
+    gate, up = s * (x * norm_weight) w_gate^T, s * (x * norm_weight) w_up^T
+    out = gate / (1 + exp(-gate)) * up                                      (SwiGLU, Shazeer, arXiv 2002.05202)
+
+in float32, rounded once. Layouts: rows (rows, in_features), weight (2 * size, in_features), gate first; out (rows,
+size). Each program computes some columns of a block of rows, the weight's rows as the long side of two products. Up to
+some 200 rows it is memory-bound, at one read of the weight: 2 * size * in_features elements, for 4 * rows * size *
+in_features operations; what the projections give stays on the chip.
+"""
+
+import torch
+
+from dkv.kernels import checks, reference
+from dkv.kernels.language import gdc_launch_dependents, tl, triton
+from dkv.kernels.launch import launches_early, product_launch
+from dkv.kernels.reference import DeferredNorm
+from dkv.kernels.skinny import (
+    is_last_to_arrive,
+    keep_partial,
+    row_scales,
+    scratch,
+    share_of,
+    sum_of_partials,
+    two_products,
+    wait_for_what_is_in_front,
+)
+
+
+@triton.jit(do_not_specialize=["rows", "row_blocks", "parts"])
+def _linear_swiglu_kernel(
+    # pointers
+    x_ptr,
+    square_sums_ptr,
+    weight_ptr,
+    out_ptr,
+    partial_ptr,
+    semaphore_ptr,
+    # strides
+    stride_x,
+    stride_weight,
+    # sizes
+    rows,
+    row_blocks,
+    in_features,
+    size,
+    parts,
+    # scalars
+    eps,
+    # constants
+    PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MASK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    tile, row_block, split, first, last = share_of(tl.cdiv(size, BLOCK_N), row_blocks, in_features, SPLITS, BLOCK_K)
+    # tiles are [BLOCK_N, BLOCK_R]: columns of the output, rows; those beyond the last one repeat it
+    columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = tl.minimum(columns, size - 1)
+    gate_ptrs = weight_ptr + offs_n.to(tl.int64) * stride_weight
+    up_ptrs = gate_ptrs + tl.cast(size, tl.int64) * stride_weight
+    wait_for_what_is_in_front(gate_ptrs, first, in_features, BLOCK_K, PDL)
+    offs_r = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    written = (columns < size)[:, None] & (offs_r < rows)[None, :]
+    offs_r = tl.minimum(offs_r, rows - 1)
+    x_ptrs = x_ptr + offs_r.to(tl.int64) * stride_x
+    gate, up = two_products(x_ptrs, gate_ptrs, up_ptrs, first, last, in_features, BLOCK_K, MASK_K, PRECISION)
+    if PDL:
+        gdc_launch_dependents()
+    if SPLITS > 1:
+        place = tile * row_blocks + row_block
+        keep_partial(partial_ptr, 2 * (place * SPLITS + split), gate)
+        keep_partial(partial_ptr, 2 * (place * SPLITS + split) + 1, up)
+        if not is_last_to_arrive(semaphore_ptr + place, SPLITS):
+            return
+        gate = sum_of_partials(partial_ptr, 2 * place * SPLITS, gate, SPLITS, 2)
+        up = sum_of_partials(partial_ptr, 2 * place * SPLITS + 1, up, SPLITS, 2)
+
+    scales = row_scales(square_sums_ptr, offs_r, rows, parts, in_features, eps, PARTS)[None, :]
+    gate = gate * scales
+    out = gate / (1.0 + tl.exp(-gate)) * (up * scales)
+    out_ptrs = out_ptr + offs_r.to(tl.int64)[None, :] * size + columns[:, None]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=written)
+
+
+def _launch(normed, eps, weight, *, semaphores=None, launch=None):
+    x, square_sums = normed
+    rows, in_features = x.shape
+    size = weight.shape[0] // 2
+    out = torch.empty((rows, size), dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    launch = launch or product_launch(x.device, x.dtype, "gate_up", rows, weight.shape)
+    tiles, row_blocks = triton.cdiv(size, launch.block_n), triton.cdiv(rows, launch.block_r)
+    splits = launch.splits_of(in_features)
+    partial, semaphores = scratch(x, tiles * row_blocks, splits, 2 * launch.block_n * launch.block_r, semaphores)
+    early = launches_early(x.device)
+    with checks.device_guard(x):
+        _linear_swiglu_kernel[(tiles * row_blocks * splits,)](
+            x_ptr=x,
+            square_sums_ptr=square_sums,
+            weight_ptr=weight,
+            out_ptr=out,
+            partial_ptr=partial,
+            semaphore_ptr=semaphores,
+            stride_x=x.stride(0),
+            stride_weight=weight.stride(0),
+            rows=rows,
+            row_blocks=row_blocks,
+            in_features=in_features,
+            size=size,
+            parts=square_sums.shape[0],
+            eps=eps,
+            PARTS=triton.next_power_of_2(square_sums.shape[0]),
+            BLOCK_N=launch.block_n,
+            BLOCK_R=launch.block_r,
+            BLOCK_K=launch.block_k,
+            MASK_K=in_features % launch.block_k != 0,
+            SPLITS=splits,
+            PRECISION="ieee",
+            PDL=early,
+            launch_pdl=early,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
+    return out
+
+
+def _linear_swiglu(
+    weighted: torch.Tensor, square_sums: torch.Tensor, eps: float, weight: torch.Tensor, impl: str
+) -> torch.Tensor:
+    run = _launch if impl == "triton" else reference.linear_swiglu
+    return run(DeferredNorm(weighted, square_sums), eps, weight)
+
+
+_operator = torch.library.custom_op("dkv::linear_swiglu", mutates_args=())(_linear_swiglu)
+
+
+@_operator.register_fake
+def _(weighted, square_sums, eps, weight, impl):
+    return weighted.new_empty((weighted.shape[0], weight.shape[0] // 2))
+
+
+def linear_swiglu(
+    normed: DeferredNorm, eps: float, weight: torch.Tensor, *, impl: checks.Impl = "auto"
+) -> torch.Tensor:
+    """Projects rows to gate and up, and computes silu(gate) * up.
+
+    Mutates nothing. It finishes the norm, and is made for up to some 200 rows.
+
+    Args:
+        normed: `DeferredNorm` of (rows, in_features), float16, bfloat16 or float32 (float64: impl "reference" only).
+        eps: of the norm, added to the mean of the squares.
+        weight: (2 * size, in_features), the dtype of the rows, gate first; any row stride with the last dim contiguous.
+        impl: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "reference".
+
+    Returns:
+        (rows, size), contiguous. Everything is computed in float32 and rounded once, where norm, projection and
+        activation by themselves round five times.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or strides that do not fit together.
+        NotImplementedError: an implementation that cannot run here.
+
+    Source: Shazeer, GLU Variants Improve Transformer (arXiv 2002.05202); Graef et al., FlashNorm (arXiv 2407.09577).
+
+    Example:
+        >>> normed = linear_add_norm(attended, o.weight, x, mlp_norm.weight)
+        >>> h = linear_swiglu(normed, 1e-5, torch.cat((gate.weight, up.weight)))
+        >>> normed = linear_add_norm(h, down.weight, x, next_attn_norm.weight)
+    """
+    x = checks.check_deferred(normed)
+    checks.check_no_grad(weight=weight)
+    checks.check_shape("weight", weight, (None, x.shape[1]), "(2 * size, in_features)")
+    if weight.shape[0] % 2:
+        raise ValueError(f"weight must have shape (2 * size, in_features), an even first size, got {weight.shape[0]}.")
+    checks.check_same("normed.weighted", x, weight=weight)
+    checks.check_last_dim_contiguous(weight=weight)
+    impl = checks.resolve_impl(impl, _linear_swiglu_kernel, x)
+    return checks.pick(torch.ops.dkv.linear_swiglu, _linear_swiglu)(*normed, eps, weight, impl)
