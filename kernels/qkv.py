@@ -296,8 +296,8 @@ def linear_rope_cache_update(
     nheads = weight.shape[0] // headdim - 2 * nheads_k
     if weight.shape[0] % headdim or nheads < 0:
         raise ValueError(
-            f"weight must have (nheads + 2 * nheads_k) * headdim rows, for nheads_k = {nheads_k} and headdim = {headdim} "
-            f"of the cache, got {weight.shape[0]}."
+            f"weight must have (nheads + 2 * nheads_k) * headdim rows, for caches of {nheads_k} heads of {headdim} "
+            f"each, got {weight.shape[0]}."
         )
     if nheads > 0 and nheads_k > 0:
         checks.check_heads(nheads, nheads_k)
