@@ -12,7 +12,7 @@ import roofline
 import torch
 from systems import start
 
-import dkv.forward
+import dkv.layers
 from dkv.kernels import reference
 from dkv.run import needed
 
@@ -42,8 +42,8 @@ OPERATORS = (
     ("head", reference, "lm_head_confidence"),
     ("packing, commit", reference, "pack_step"),
     ("packing, commit", reference, "commit_tokens"),
-    ("linear", dkv.forward, "linear"),
-    ("linear", dkv.forward.Projection, "__call__"),
+    ("linear", dkv.layers, "linear"),
+    ("linear", dkv.layers.Projection, "__call__"),
 )
 GROUPS = tuple(group for group, _ in KERNELS)
 

@@ -58,6 +58,7 @@ class GenerateConfig:
     mask_id: int | None = _option(None, token_id)
     impl: Impl = _option("auto", one_of, allowed=IMPLS)
     cuda_graphs: bool = _option(True, switch)
+    fused_products: bool | None = _option(None, switch)
 
     def __post_init__(self):
         for option in fields(self):

@@ -7,12 +7,10 @@ from torch import nn
 
 from dkv.guard import Fingerprint
 from dkv.kernels.direct import direct
-from dkv.kernels.product import like_products
-from dkv.linear import Projection, is_plain, linear
+from dkv.kernels.launch import MOST_PRODUCT_ROWS
+from dkv.layers import Fused, Library, MergedLayer, is_plain_norm, norm_eps
+from dkv.linear import Projection, is_plain
 from dkv.memory import setting_up, storages_of
-
-# norms of this kind: weight * rounded(x / rms(x)); the attribute that holds their eps
-NORM_EPS = {"RMSNorm": "eps", "RMSLayerNorm": "eps", "DreamRMSNorm": "variance_epsilon"}
 
 
 class Forward:
@@ -22,18 +20,27 @@ class Forward:
         decoder: `dkv.decoder.Decoder`.
         length: the number of RoPE positions.
         impl: as in `dkv.kernels`.
+        fused_products: whether passes of few rows run on our own products; None: where a GPU has shown that it pays.
+
+    Raises:
+        ValueError: fused_products=True for layers that they cannot run.
     """
 
-    def __init__(self, decoder, length, impl):
+    def __init__(self, decoder, length, impl, fused_products=None):
         self.decoder, self.impl, self.ops = decoder, impl, direct(impl, decoder.weight)
-        self.cos, self.sin = decoder.rope_tables(length, decoder.weight.device)
+        angles = decoder.rope_tables(length, decoder.weight.device)
         with setting_up():
-            shared = _shared(decoder)
-            self.layers = [
-                (layer, *(Projection(modules, shared) for modules in _of_one_input(layer))) for layer in decoder.layers
-            ]
+            self.layers = _merged_layers(decoder)
             # values may change: a pass reads them anew
             self._fingerprint, self._kinds = Fingerprint(decoder.called, values=False), _kinds(decoder)
+        self.library, self.fused, self.always_fused = Library(decoder, self.ops, angles), None, fused_products
+        if fused_products is not False and Fused.can_run(self.layers, decoder):
+            self.fused = Fused(self.ops, angles, decoder.weight.device)
+        elif fused_products:
+            raise ValueError(
+                "fused_products=True needs layers of plain nn.Linear and RMSNorm modules of one dtype, with biases for "
+                "queries, keys and values alone; pass None."
+            )
 
     def __call__(self, active, cache, max_seqlen, wanted=None):
         """Recomputes the active positions, whose K/V in the cache are replaced.
@@ -47,49 +54,41 @@ class Forward:
         Returns:
             hidden (rows, hidden_size) after the final norm; without meaning where a place is padding.
         """
-        decoder = self.decoder
-        tokens, x, h = active, like_products(decoder.embed(active.ids)), None
-        for index, (layer, qkv, gate_up) in enumerate(self.layers):
-            k_cache, v_cache = cache.k[index], cache.v[index]
-            normed = self._norm(layer.attn_norm, h, x)
-            if index < len(self.layers) - 1 or wanted is None:
-                q, k, v = self._heads(qkv(normed), decoder.nheads, decoder.nheads_k, decoder.nheads_k)
-                q = self._rope(q, k, v, tokens, k_cache, v_cache)
+        products = self.products_for(active.ids.shape[0])
+        tokens, last = active, len(self.layers) - 1
+        x, normed = products.norm(self.layers[0].attn_norm, self.decoder.embed(active.ids))
+        for index, layer in enumerate(self.layers):
+            caches = cache.k[index], cache.v[index]
+            if index < last or wanted is None:
+                q = products.qkv(layer, normed, tokens, caches)
             else:
                 # of the last layer only K and V are needed everywhere
-                k, v = self._heads(qkv(normed, first=1), decoder.nheads_k, decoder.nheads_k)
-                self._rope(k[:, :0], k, v, tokens, k_cache, v_cache)
-                x, tokens = like_products(x[wanted.places]), wanted
-                (q,) = self._heads(qkv(normed[wanted.places], last=1), decoder.nheads)
-                q = self._rope(q, q[:, :0], q[:, :0], tokens, k_cache[:, :, :0], v_cache[:, :, :0])
-            attended = self.ops.delayed_attention(
-                q,
-                k_cache,
-                v_cache,
-                tokens.cu_seqlens,
-                max_seqlen_q=max_seqlen,
-                cache_leftpad=cache.leftpad,
-                key_mask=cache.key_mask,
-            )
-            normed = self._norm(layer.mlp_norm, linear(layer.o, attended.flatten(1)), x)
-            h = linear(layer.down, self.ops.swiglu(gate_up(normed)))
-        return self._norm(decoder.final_norm, h, x).contiguous()
+                q, x, tokens = products.last_qkv(layer, normed, x, tokens, wanted, caches)
+            attended = self._attend(q, caches, tokens, cache, max_seqlen)
+            normed = products.add(layer.o, attended, x, layer.mlp_norm)
+            h = products.gate_up(layer, normed)
+            normed = products.add(layer.down, h, x, layer.next_norm)
+        return products.finish(self.decoder.final_norm, normed, x)
 
-    def _heads(self, projected, *heads):
-        """(rows, heads, headdim) each, of a projection's outputs beside each other."""
-        projected = projected.contiguous().unflatten(-1, (-1, self.decoder.headdim))
-        return projected.split(heads, dim=1)
+    def products_for(self, rows):
+        """The way in which so many rows go through the layers: `Library` or `Fused`."""
+        if self.fused is None or rows > MOST_PRODUCT_ROWS:
+            return self.library
+        weight = self.decoder.weight
+        pays = self.always_fused or self.fused.pays(self.layers[0], weight.device, weight.dtype, rows)
+        return self.fused if pays else self.library
 
-    def _rope(self, q, k, v, tokens, k_cache, v_cache):
-        return self.ops.rope_cache_update(q, k, v, self.cos, self.sin, tokens.positions, tokens.slots, k_cache, v_cache)
-
-    def _norm(self, norm, h, x):
-        """The norm of x + h, which x becomes; h may be None."""
-        if _is_plain_norm(norm, x.dtype):
-            added, residual = (x, None) if h is None else (h, x)
-            return self.ops.add_rms_norm(added, residual, norm.weight, _eps(norm))
-        # norms in float32 of a model in half precision return float32, which its products take under autocast only
-        return norm(x if h is None else x.add_(h)).to(x.dtype)
+    def _attend(self, q, caches, tokens, cache, max_seqlen):
+        """(rows, nheads * headdim): attention over all valid columns of the cache."""
+        attended = self.ops.delayed_attention(
+            q,
+            *caches,
+            tokens.cu_seqlens,
+            max_seqlen_q=max_seqlen,
+            cache_leftpad=cache.leftpad,
+            key_mask=cache.key_mask,
+        )
+        return attended.flatten(1)
 
     def storages(self):
         """The storages of all weights."""
@@ -113,13 +112,26 @@ class Forward:
         return has_kernels and all(plain for plain, _ in self._kinds)
 
 
-def _of_one_input(layer):
-    return (layer.q, layer.k, layer.v), (layer.gate, layer.up)
+def _merged_layers(decoder):
+    shared = _shared(decoder)
+    norms = [layer.attn_norm for layer in decoder.layers] + [decoder.final_norm]
+    return [
+        MergedLayer(
+            attn_norm=layer.attn_norm,
+            qkv=Projection((layer.q, layer.k, layer.v), shared),
+            o=layer.o,
+            mlp_norm=layer.mlp_norm,
+            gate_up=Projection((layer.gate, layer.up), shared),
+            down=layer.down,
+            next_norm=next_norm,
+        )
+        for layer, next_norm in zip(decoder.layers, norms[1:], strict=True)
+    ]
 
 
 def _shared(decoder):
     """Ids of the storages that several parameters of the merged layers lie in, or other processes."""
-    modules = [module for layer in decoder.layers for modules in _of_one_input(layer) for module in modules]
+    modules = [module for layer in decoder.layers for module in (layer.q, layer.k, layer.v, layer.gate, layer.up)]
     storages = [s for module in modules for p in module.parameters(recurse=False) for s in storages_of(p)]
     times = Counter(map(id, storages))
     return {id(s) for s in storages if times[id(s)] > 1 or (s.device.type == "cpu" and s.is_shared())}
@@ -129,19 +141,6 @@ def _kinds(decoder):
     """(whether it is plain, the eps of a norm) for every module that runs."""
     dtype = decoder.weight.dtype
     return [
-        (is_plain(module, (nn.Linear, nn.Embedding)) or _is_plain_norm(module, dtype), _eps(module))
+        (is_plain(module, (nn.Linear, nn.Embedding)) or is_plain_norm(module, dtype), norm_eps(module))
         for module in decoder.called
     ]
-
-
-def _eps(norm):
-    return getattr(norm, NORM_EPS.get(type(norm).__name__, ""), None)
-
-
-def _is_plain_norm(norm, dtype):
-    return (
-        isinstance(_eps(norm), float)
-        and not isinstance(norm, nn.RMSNorm)
-        and is_plain(norm, (type(norm),))
-        and norm.weight.dtype == dtype
-    )

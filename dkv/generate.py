@@ -48,6 +48,7 @@ def generate(
     generator: torch.Generator | None = None,
     impl: Impl = "auto",
     cuda_graphs: bool = True,
+    fused_products: bool | None = None,
     output_history: bool = False,
     show_progress: bool = False,
 ) -> GenerateOutput:
@@ -89,6 +90,9 @@ def generate(
         generator: a torch.Generator that seeds the noise and the random order; None: PyTorch's default one.
         impl: "auto", "triton" or "reference", see `dkv.kernels`.
         cuda_graphs: on a GPU, record steps as CUDA graphs and replay them; False: launch every kernel of every step.
+        fused_products: whether steps of up to 256 positions multiply by kernels of our own, which do what is around a
+            product too and round less often, so that close predictions may differ; False: by the GPU's library. None:
+            where it was measured to be faster.
         output_history: also return the sequence and the active positions of every step, see `dkv.plot_history`.
         show_progress: a progress bar over the masks.
 
@@ -137,6 +141,7 @@ def generate(
         mask_id=mask_id,
         impl=impl,
         cuda_graphs=cuda_graphs,
+        fused_products=fused_products,
     )
     history, actives = [], []
     with run:

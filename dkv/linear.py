@@ -59,10 +59,22 @@ class Projection:
             parts = [linear(module, x) for module in self.modules[first:last]]
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         part = slice(self.ends[first], self.ends[len(self.modules) if last is None else last])
-        return product.linear(x, _alive(self._weight)[part], None if self._bias is None else _alive(self._bias)[part])
+        return product.linear(x, self.weight[part], None if self._bias is None else self.bias[part])
+
+    @property
+    def weight(self):
+        """(sum of out_features, in_features): the merged weights, or None."""
+        return _alive(self._weight)
+
+    @property
+    def bias(self):
+        """(sum of out_features,): the merged biases, or None."""
+        return _alive(self._bias)
 
 
 def _alive(merged):
+    if merged is None:
+        return None
     tensor = merged()
     if tensor is None:
         raise RuntimeError("the model's weights were moved or replaced while it generated; call generate again.")

@@ -134,7 +134,7 @@ class Run:
             eps=config.eps,
         )
         self.copies = 2 if config.cfg_scale else 1  # rows of the model's batch per sequence
-        self.forward = Forward(decoder, plan.capacity, config.impl)
+        self.forward = Forward(decoder, plan.capacity, config.impl, config.fused_products)
         self.ops = self.forward.ops
         self.state = State(
             batch,

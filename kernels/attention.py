@@ -14,8 +14,15 @@ log-sum-exp (Dao et al., "Flash-Decoding for long-context inference", 2023).
 import torch
 
 from dkv.kernels import checks, reference
-from dkv.kernels.language import tl, triton
-from dkv.kernels.launch import MAX_SPLITS, attention_launch, merge_launch, num_splits_heuristic, processors
+from dkv.kernels.language import gdc_launch_dependents, gdc_wait, tl, triton
+from dkv.kernels.launch import (
+    MAX_SPLITS,
+    attention_launch,
+    launches_early,
+    merge_launch,
+    num_splits_heuristic,
+    processors,
+)
 from dkv.kernels.packing import load_bound
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -138,7 +145,10 @@ def _delayed_attention_kernel(
     HAS_INDEX: tl.constexpr,
     FULL_TILES_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_wait()
     # the query blocks of one (row, K/V head) run next to each other, so that K and V come from the L2 after the first
     block = tl.program_id(0) % blocks
     row = tl.program_id(0) // blocks // NHEADS_K
@@ -267,6 +277,8 @@ def _delayed_attention_kernel(
             q, k_ptrs, v_ptrs, valid, acc, row_max, row_sum, scale_log2, MASKED=True, PRECISION=PRECISION
         )
 
+    if PDL:
+        gdc_launch_dependents()
     # no valid key: zeros and lse = -inf
     empty = row_sum == 0.0
     row_sum = tl.where(empty, 1.0, row_sum)
@@ -295,8 +307,12 @@ def _merge_splits_kernel(
     HEADDIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Merges the partial results of up to SPLITS splits; a tile row is one query of one head."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, HEADDIM)
     offs_s = tl.arange(0, SPLITS)
@@ -384,6 +400,7 @@ def _launch(
     stride_v_row, stride_v_column, stride_v_head, _ = v_cache.stride()
     # the extra row of an unsplit launch clears the padding queries; with splits the merge does that
     grid = (blocks * (batch + (num_splits == 1)) * nheads_k, num_splits)
+    early = launches_early(q.device)
     with checks.device_guard(q):
         _delayed_attention_kernel[grid](
             q_ptr=q,
@@ -425,6 +442,8 @@ def _launch(
             HAS_INDEX=key_index is not None,
             FULL_TILES_FIRST=launch.full_tiles_first and key_mask is None and key_index is None,
             PRECISION="ieee",
+            PDL=early,
+            launch_pdl=early,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )
@@ -443,6 +462,8 @@ def _launch(
                 HEADDIM=headdim,
                 BLOCK_M=merge.block_m,
                 SPLITS=MAX_SPLITS,
+                PDL=early,
+                launch_pdl=early,
                 num_warps=merge.num_warps,
             )
     return (out, lse) if return_softmax_lse else out

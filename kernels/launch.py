@@ -6,7 +6,9 @@ that a streaming multiprocessor needs 32 to 64 KiB of loads in flight to reach i
 """
 
 import functools
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -394,19 +396,54 @@ PRODUCT_FULL_PRECISION = (ProductLaunch(64, 16, 32, num_warps=4, num_stages=2),)
 PRODUCT_INTERPRETER = (ProductLaunch(64, 64, 256, num_warps=4, num_stages=1),)
 # of a product with more rows the GPU's own library is faster
 MOST_PRODUCT_ROWS = 256
+# a tile that is split needs one; never as many
+SEMAPHORES = 4096
 # channels are not split further than this
 MOST_PRODUCT_SPLITS, LEAST_STEPS_OF_A_SPLIT = 4, 8
 WEIGHT_TILES = {"qkv": 2, "gate_up": 2, "residual": 1}
 
 
+@dataclass(frozen=True)
+class MeasuredProduct:
+    """A launch of a product for up to so many rows, as a GPU has timed it.
+
+    `us` are its microseconds, `library_us` those of what it stands for: the product by the GPU's own library, and the
+    launches around it.
+    """
+
+    rows: int
+    launch: ProductLaunch
+    us: float
+    library_us: float
+
+
+@functools.cache
+def _measured_products():
+    """(compute capability, kind, out_features, in_features) -> [MeasuredProduct], by rising rows."""
+    found = {}
+    for row in json.loads(Path(__file__).with_name("products.json").read_text())["products"]:
+        key = row["arch"], row["kind"], row["out_features"], row["in_features"]
+        measured = MeasuredProduct(row["rows"], ProductLaunch(**row["launch"]), row["us"], row["library_us"])
+        found.setdefault(key, []).append(measured)
+    return {key: sorted(rows, key=lambda row: row.rows) for key, rows in found.items()}
+
+
+def _measured_product(arch, dtype, kind, rows, shape):
+    known = _measured_products().get((arch, kind, *shape), ()) if dtype != torch.float32 else ()
+    return next((measured for measured in known if measured.rows >= rows), None)
+
+
 def product_launch(device, dtype, kind, rows, shape, tiles=None):
-    """The launch of a product of `rows` rows and a weight.
+    """The launch of a product of `rows` rows and a weight: the fastest one that was measured, else one of the table.
 
     Args:
         kind: of WEIGHT_TILES; shape: (out_features, in_features) of the weight.
         tiles: int, programs of a block of rows, where the kernel says; None: as many as the tile gives.
     """
     arch = architecture(device)
+    measured = _measured_product(arch, dtype, kind, rows, shape)
+    if measured is not None:
+        return measured.launch
     if arch is None:
         table = PRODUCT_INTERPRETER
     elif dtype == torch.float32:
@@ -422,6 +459,16 @@ def product_launch(device, dtype, kind, rows, shape, tiles=None):
     wanted = 2 * processors(device) // (tiles * triton.cdiv(rows, launch.block_r))
     steps = triton.cdiv(in_features, launch.block_k)
     return replace(launch, splits=max(1, min(wanted, MOST_PRODUCT_SPLITS, steps // LEAST_STEPS_OF_A_SPLIT)))
+
+
+def fused_products_pay(device, dtype, rows, products):
+    """Whether the products of a layer are faster as kernels of ours than as the library's, as far as a GPU has shown.
+
+    products: [(kind, (out_features, in_features))] of a layer.
+    """
+    arch = architecture(device)
+    found = [_measured_product(arch, dtype, kind, rows, shape) for kind, shape in products]
+    return None not in found and sum(one.us for one in found) < sum(one.library_us for one in found)
 
 
 # The one switch of programmatic dependent launch: the kernels of a layer then start while the one in front still runs

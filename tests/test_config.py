@@ -108,7 +108,8 @@ ODD = {  # option -> values that are a TypeError, values that are a ValueError
     "impl": ([], ["cuda", None, 0, ["auto"]]),
 }
 SWITCHES = ["logits_eos_inf", "confidence_eos_eot_inf", "eos_early_stop", "cuda_graphs"]
-ODD |= {name: ([0, 1, "false", "", None, NAN, [True], torch.tensor([True, True])], []) for name in SWITCHES}
+NO_SWITCHES = [0, 1, "false", "", NAN, [True], torch.tensor([True, True])]
+ODD |= {name: ([*NO_SWITCHES, None], []) for name in SWITCHES} | {"fused_products": (NO_SWITCHES, [])}
 
 
 @pytest.mark.parametrize("name", [option.name for option in dataclasses.fields(dkv.GenerateConfig)])
