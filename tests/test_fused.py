@@ -1,0 +1,171 @@
+"""Models on our own products: the tokens of the library's products, in `generate` and under a foreign loop."""
+
+import functools
+from types import SimpleNamespace
+from unittest import mock
+
+import oracle
+import pytest
+import test_oracle
+import tiny
+import torch
+from fake_gpu import fake_gpu, fake_model, fake_run
+from tiny import FAMILIES, POLICIES, generate, prompts
+from utils import assert_within_error_budget, pairwise
+
+import dkv
+from dkv import forward
+from dkv.generate import prepare
+from dkv.kernels import launch, reference
+from dkv.kernels.direct import TRITON
+from dkv.layers import Fused
+from dkv.models import find_decoder
+from dkv.sampling import Sampler
+
+CASES = [(family, name) for family in ("llada", "dream") for name in oracle.cases(family)]
+PRODUCTS = ("deferred_norm", "linear_rope_cache_update", "linear_add_norm", "linear_swiglu")
+# by so much float16 moves the scores of the recorded models, whose logits are about 5
+TIE = 0.02
+
+
+def few(cases, count):
+    """Parameters for all cases, of which the default run takes some."""
+    every = len(cases) // count
+    return [
+        pytest.param(*case, marks=() if i % every == every // 2 else pytest.mark.full) for i, case in enumerate(cases)
+    ]
+
+
+@pytest.mark.parametrize("family, name", few(CASES, 6))
+def test_trajectory(family, name, device):
+    """Against the authors' own code, in float32."""
+    output = test_oracle.run(family, name, device, fused_products=True)
+    oracle.assert_same_trajectory(family, name, output.history, output.active)
+
+
+SHORT = [(family, name) for family, name in CASES if len(oracle.recorded(family, name, "x")) <= 12]
+
+
+@pytest.mark.parametrize("family, name", few(SHORT, 1))
+def test_tokens_in_half_precision(family, name, device, monkeypatch):
+    """The kernels of the products, in float16: as the library's products, up to the first tie."""
+    monkeypatch.setattr(test_oracle, "model", half_precision_model)
+    monkeypatch.setattr(forward, "direct", only_products_by_kernels)
+    fused, fused_scores = scored(family, name, device, fused_products=True)
+    library, library_scores = scored(family, name, device, fused_products=False)
+    assert torch.equal(fused.active[0], library.active[0])
+    for step, (one, other) in enumerate(zip(fused_scores, library_scores, strict=True)):
+        # infinite ones are equal
+        assert torch.all((one == other) | ((one - other).abs() <= TIE)), f"step {step}"
+        if not torch.equal(fused.history[step], library.history[step]):
+            break
+
+
+@functools.cache
+def half_precision_model(name, device):
+    return dkv.from_pretrained(oracle.weights_path(name), dtype=torch.float16, device=device)
+
+
+def only_products_by_kernels(impl, tensor):
+    return SimpleNamespace(**vars(reference) | {name: vars(TRITON)[name] for name in PRODUCTS})
+
+
+def scored(family, name, device, **options):
+    """(output, scores of the candidates at each step) of a case."""
+    scores, predict = [], Sampler.predict
+
+    def recorded(self, *args, **options):
+        found = predict(self, *args, **options)
+        scores.append(found[1].cpu())
+        return found
+
+    with mock.patch.object(Sampler, "predict", recorded):
+        return test_oracle.run(family, name, device, **options), scores
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cached_pass(family, device, monkeypatch):
+    """The hidden states of its candidates by the error budget against float64, and the cache of its last layer."""
+    monkeypatch.setattr(forward, "direct", only_products_by_kernels)
+    ids, real = prompts(9, 6, device=device)
+    tokens, found = {}, {}
+    for name, dtype, fused in (
+        ("fused", torch.float16, True),
+        ("library", torch.float16, False),
+        ("exact", torch.float64, False),
+    ):
+        llm = tiny.tiny_model(family, dtype=torch.float16, device=device).to(dtype)
+        options = {"gen_length": 6, "policy": dkv.Decode(8), "cuda_graphs": False, "fused_products": fused}
+        with torch.no_grad(), prepare(llm, ids, real, **options) as run:
+            for _ in range(2):
+                run.step()
+                # those that the first one decoded
+                run.state.x.copy_(tokens.setdefault(run.steps, run.state.x.clone()))
+            hidden, wanted = run._hidden(run.next_room())
+        # the columns of the shorter row
+        caches = [cache[:, -12:] for cache in (run.cache.k[-1], run.cache.v[-1])]
+        found[name] = [hidden[: int(wanted.cu_seqlens[-1])], *caches]
+    for fused, exact, library in zip(found["fused"], found["exact"], found["library"], strict=True):
+        assert_within_error_budget(fused, exact, library)
+
+
+@pairwise(
+    "family, policy, options",
+    FAMILIES,
+    ["NoCache", "Decode", "Decode right", "Greedy", "PrefillDecode", "DualCache"],
+    [{}, {"cfg_scale": 1.5, "temperature": 0.7}, {"steps": None, "threshold": 0.02}, {"eos_early_stop": True}],
+    where=lambda family, policy, options: not ("Greedy" in policy and ("threshold" in options)),
+)
+def test_tokens(family, policy, options, device):
+    """Of every policy, ragged batch and way of decoding, in float32."""
+    ids, real = prompts(9, 4, 7, device=device)
+    chosen = POLICIES[policy](family)
+    options = {"gen_length": 12, "block_length": 6, "policy": chosen} | options
+    options["remasking"] = "random" if chosen.needs_order else None
+    fused, library = (generate(family, ids, real, device, fused_products=way, **options) for way in (True, False))
+    assert torch.equal(fused.history, library.history) and torch.equal(fused.active, library.active)
+
+
+def test_what_they_run_and_what_not():
+    """Few rows of plain layers; asked for anything else, they refuse."""
+    llm = tiny.tiny_model("llada")
+    decoder = find_decoder(llm)
+    asked, left_to_the_table = (forward.Forward(decoder, 64, "auto", way) for way in (True, None))
+    most = launch.MOST_PRODUCT_ROWS
+    assert isinstance(asked.products_for(most), Fused) and asked.products_for(most + 1) is asked.library
+    # no GPU has shown anything yet
+    assert left_to_the_table.products_for(1) is left_to_the_table.library
+    assert forward.Forward(decoder, 64, "auto", False).products_for(1).__class__.__name__ == "Library"
+
+    llm.get_submodule(next(name for name, m in llm.named_modules() if m is decoder.layers[0].o)).register_forward_hook(
+        print
+    )
+    with pytest.raises(ValueError, match="fused_products=True needs layers of plain nn.Linear"):
+        forward.Forward(find_decoder(llm), 64, "auto", True)
+    forward.Forward(find_decoder(llm), 64, "auto", None)
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kernel_of_a_layer_waits_for_the_one_in_front(family, early, monkeypatch):
+    """Where kernels start early, every one from the first product to the last does, and waits."""
+    monkeypatch.setattr(launch, "EARLY", early)
+    with fake_gpu(90) as launches, torch.no_grad():
+        llm = fake_model(CONFIGS[family]())
+        run = fake_run(llm, dkv.Decode(8), batch=1, prompt=48, gen_length=16, fused_products=True)
+        run.steps = 3
+        launches.clear()
+        run.compute(run.next_room())
+    kernels = [one for one in launches if hasattr(one, "arguments")]
+    names = [one.name for one in kernels]
+    first = names.index("linear_rope_cache")
+    last = len(names) - 1 - names[::-1].index("linear_add_norm")
+    assert {one.arguments.get("launch_pdl") for one in kernels[first : last + 1]} == {early}
+    assert {one.arguments["PDL"] for one in kernels[first : last + 1]} == {early}
+    assert not any(one.arguments.get("launch_pdl") for one in kernels[:first] + kernels[last + 1 :])
+
+
+CONFIGS = {
+    "llada": lambda: tiny.llada_config(d_model=256, n_heads=2, n_kv_heads=2),
+    "dream": lambda: tiny.dream_config(hidden_size=256, num_attention_heads=2, num_key_value_heads=1),
+}
