@@ -47,7 +47,7 @@ wheel: $(STAMP)
 rehearse: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m rehearsal tests/test_bench_gpu_report.py tests/test_bench_warm.py
 
-# in the environment at hand: installs nothing; STAGE=first, second or third; ARGS="--commit ..." without a repository
+# in the environment at hand: installs nothing; STAGE=first, second, third or sweep; ARGS="--commit ..." without a repository
 gpu-report:
 	$(PYTHON) benchmarks/gpu_report.py --stage $(STAGE) $(if $(OUT),--out "$(OUT)") $(ARGS)
 

@@ -315,6 +315,14 @@ def write_json(path, record):
     path.write_text(json.dumps(rounded(record), indent=1) + "\n")
 
 
+def write_line(path, record, mode="a"):
+    """Appends a record to a file of JSON lines; to none if path is None."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open(mode) as file:
+            file.write(json.dumps(rounded(record)) + "\n")
+
+
 def write_csv(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:

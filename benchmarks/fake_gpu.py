@@ -37,7 +37,11 @@ ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_s
 PURPOSES = {
     "mm": "product",
     "addmm": "product",
+    "linear_rope_cache": "product",
+    "linear_add_norm": "product",
+    "linear_swiglu": "product",
     "add_rms_norm": "norm",
+    "deferred_norm": "norm",
     "rope_cache": "rope",
     "delayed_attention": "attention",
     "merge_splits": "merge",

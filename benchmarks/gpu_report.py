@@ -9,6 +9,8 @@
               tests the kernels
     second    how fast is it beside others: matrix products, attention, whole generations
     third     is the rest right: tests of the engine, then the sanitizers
+    sweep     which launches of our own products are the fastest, and from where on they beat the library's: its
+              products.json is what kernels/products.json should be on such a GPU
 
 Every step of a stage has a limit of seconds, and gets besides what the steps before it left over. Its output goes to
 report-STAGE.log as it comes, its record to report-STAGE.json when it ends; what did not finish "timed out", and what it
@@ -38,8 +40,8 @@ import generate_speed  # noqa: E402
 import torch  # noqa: E402
 from peer import PEERS  # noqa: E402
 
-STAGES = ("first", "second", "third")
-KERNEL_TESTS = ("attention", "lm_head", "rope_cache", "norm_activation", "commit", "packing", "bookkeeping")
+STAGES = ("first", "second", "third", "sweep")
+KERNEL_TESTS = ("attention", "lm_head", "rope_cache", "norm_activation", "products", "commit", "packing", "bookkeeping")
 SANITIZED_TESTS = (*KERNEL_TESTS, "bounds")
 ENGINE_TESTS = ("graphs", "run", "patch", "generate", "first_engine", "operators")
 # the one test of a file for the CPU that needs a GPU
@@ -81,15 +83,16 @@ def steps(stage, out, peers=(), *, rehearse=False):
     peers: arguments of generate_speed.py.
     """
     jobs = ("--steps", "--attention", ATTENTION_POINTS, "--generation", GENERATION_POINTS, "--policies", LABELS)
-    warm = script("warm.py", *jobs, "--unpack", common.ROOT / ".warm" / "triton.tgz", *few(rehearse))
+    unpack = ("--unpack", common.ROOT / ".warm" / "triton.tgz", *few(rehearse))
+    warm = script("warm.py", *jobs, *unpack)
     if stage == "first":
         points = ["--points", "Dream:1:64:8"] if rehearse else []
         return [
             Step("environment", 40, script("gpu_report.py", "--environment")),
-            Step("warm", 45, (*warm, "--pack", str(out / "triton.tgz"))),
+            Step("warm", 55, (*warm, "--pack", str(out / "triton.tgz"))),
             Step("smoke", 40, tests(KERNEL_TESTS, "-x", "-m", "sanitizer", *some(rehearse))),
-            Step("steps", 75, script("step_speed.py", "--profile", *budget(), "--out", out / "steps.jsonl", *points)),
-            Step("tests", 85, tests(KERNEL_TESTS, *workers(out, stage), *some(rehearse))),
+            Step("steps", 105, script("step_speed.py", "--profile", *budget(), "--out", out / "steps.jsonl", *points)),
+            Step("tests", 95, tests(KERNEL_TESTS, *workers(out, stage), *some(rehearse))),
         ]
     if stage == "second":
         products = ("--budget", "0", "--rows", "1") if rehearse else (*budget(), "--rows", PRODUCT_ROWS)
@@ -100,9 +103,17 @@ def steps(stage, out, peers=(), *, rehearse=False):
         return [
             Step("environment", 40, script("gpu_report.py", "--environment")),
             Step("warm", 20, warm),
-            Step("products", 45, script("linear_speed.py", *products, "--out", out / "products.json")),
+            Step("products", 45, script("linear_speed.py", *products, "--out", out / "linear_speed.json")),
             Step("attention", 80, script("attn_speed.py", *budget(), "--points", attention, "--no-lint", *written)),
             Step("generation", 100, script("generate_speed.py", *budget(), *generation, *written)),
+        ]
+    if stage == "sweep":
+        rows = ("--rows", "1") if rehearse else ()
+        written = ("--out", out / "sweep.jsonl", "--table", out / "products.json")
+        return [
+            Step("environment", 40, script("gpu_report.py", "--environment")),
+            Step("warm", 90, script("warm.py", "--sweep", *rows[1:], *unpack)),
+            Step("sweep", 80, script("product_sweep.py", *budget(), *rows, *written)),
         ]
     return [
         Step("tests", 100, tests(ENGINE_TESTS, *workers(out, stage), *some(rehearse), LOADING_TEST)),

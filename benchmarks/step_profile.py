@@ -24,12 +24,13 @@ REST = "policy, bookkeeping"
 # a GPU's kernels by name: the first pattern that is found in it counts
 KERNELS = (
     ("attention", r"delayed_attention|merge_splits|flash|fmha|attention"),
+    # ours too, with what they do around a product
+    ("linear", r"linear_(rope_cache|swiglu|add_norm)|gemm|gemv|nvjet|xmma|cutlass|cublas|splitk"),
     ("rope, cache write", r"rope"),
-    ("norms", r"rms_norm"),
+    ("norms", r"rms_norm|deferred_norm"),
     ("activation", r"swiglu"),
     ("head", r"lm_head|merge_confidence"),
     ("packing, commit", r"pack_positions|commit_tokens"),
-    ("linear", r"gemm|gemv|nvjet|xmma|cutlass|cublas|splitk"),
     # PyTorch's elementwise kernels, sums and copies
     (REST, r""),
 )

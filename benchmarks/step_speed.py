@@ -9,8 +9,16 @@
 
 A point is a step under Decode(8) that recomputes ACTIVE positions of each row, recorded as a CUDA graph where
 `generate` records it; before every replay the state is put back, so that each does the same work. `floor` is the least
-time of its bytes and operations (roofline.py). One JSON object a point goes to --out as soon as it is known, and with
---profile, when all are timed, another one with its kernels.
+time of its bytes and operations (roofline.py).
+
+A step of up to 256 rows is done in several ways: its products by the GPU's library, fused (our own kernels), and with
+those also launched early (programmatic dependent launch, from compute capability 9.0 on). All points are timed in the
+first way before any is in the next one. What another way computes is first compared with the library's, from the same
+state: rotated queries, keys and values of every layer, and the last hidden rows; a row of either that is further off
+than TOLERANCE makes an error, not a time. `/library` is the time over that of the library.
+
+One JSON object a point and way goes to --out as soon as it is known, and with --profile, when all are timed, another
+one with its kernels.
 
 Counts: launches and sizes come from fake CUDA tensors at true size, needed rows from the state of the same run with a
 tiny model on the CPU. Rows are positions that go through the model; those needed are rounded up to 16 a step, the
@@ -38,87 +46,80 @@ import common  # noqa: E402
 import roofline  # noqa: E402
 import step_profile  # noqa: E402
 import torch  # noqa: E402
-from checkpoints import BLOCK, FAMILIES, SCALED_DOWN, TRUE_SIZE, make_model, tiny  # noqa: E402
+from checkpoints import SCALED_DOWN, TRUE_SIZE, make_model  # noqa: E402
 from common import say  # noqa: E402
-from fake_gpu import OnlyOnTheDevice, counted, fake_gpu, fake_model, fake_run  # noqa: E402
+from step_counts import count  # noqa: E402
+from step_points import LIBRARY, POINTS, at_step, named, parse_points, ways  # noqa: E402
 
-import dkv  # noqa: E402
 from dkv import run  # noqa: E402
-from dkv.generate import prepare  # noqa: E402
 from dkv.graphs import RecordingStream, recording  # noqa: E402
+from dkv.kernels import launch as tables  # noqa: E402
 from dkv.rooms import TILE, round_up  # noqa: E402
 
-POINTS = (
-    "LLaDA:1:1024:32,LLaDA:8:1024:32,LLaDA:1:256:32,LLaDA:1:1024:16,LLaDA:1:1024:128,LLaDA:1:2048:32,LLaDA:8:1024:16,"
-    "LLaDA:4:1024:64,LLaDA:1:1024:all,LLaDA:8:1024:all,LLaDA:32:1024:16,"
-    "Dream:1:1024:32,Dream:8:1024:32,Dream:1:1024:16,Dream:1:1024:all,Dream:8:1024:all"
-)
-GENERATED = 128
-DECODE = dkv.Decode(8)
-POLICIES = {
-    "Decode(8)": DECODE,
-    'Decode(8, scope="block")': dkv.Decode(8, scope="block"),
-    "DualCache()": dkv.DualCache(),
-}
-# (family, batch, length, policy) of whole runs, one token a step
-SHAPES = ((1, 300), (3, 600), (4, 320), (4, 384), (6, 300), (7, 290), (8, 160), (1, 640), (4, 640), (8, 640))
-RUNS = (
-    *((family, *shape, "Decode(8)") for family in FAMILIES for shape in SHAPES),
-    ("LLaDA", 32, 384, 'Decode(8, scope="block")'),
-    ("Dream", 8, 640, "DualCache()"),
-    ("Dream", 32, 384, "DualCache()"),
-)
 REPLAYS = 30
+# of a row's length; the roundings of 32 layers in bfloat16 come to 0.07, those in float32 to 1e-5
+TOLERANCE = {torch.bfloat16: 0.15, torch.float32: 1e-4}
 
 
-def parse_points(text):
-    """[(family, batch, length, active)] of "LLaDA:1:1024:32,..."."""
-    points = []
-    for part in text.split(","):
-        family, *numbers = part.split(":")
-        if family not in FAMILIES or len(numbers) != 3 or not all(n.isdecimal() and int(n) for n in numbers[:2]):
-            raise argparse.ArgumentTypeError(f"{part!r} is not FAMILY:BATCH:LENGTH:ACTIVE, such as LLaDA:1:1024:32")
-        batch, length, active = numbers
-        if active != "all" and not (active.isdecimal() and 1 < int(active) < int(length)):
-            raise argparse.ArgumentTypeError(f'{part!r}: ACTIVE is "all" or a number above 1 and below the length')
-        points.append((family, int(batch), int(length), active if active == "all" else int(active)))
-    return points
-
-
-def way_to(family, active):
-    """(tokens to generate, steps before): the beginning of a run whose next step has so many active positions a row."""
-    if active == "all":
-        return BLOCK, 0
-    # LLaDA's first cached step is its third: what was masked before the second is active. Dream's is its second: what
-    # is masked, and the position before it
-    return (active + 1, 2) if family == "LLaDA" else (active - 1, 1)
-
-
-def at_step(model, family, batch, length, active):
-    """A run on the model's device whose next step is that of the point."""
-    gen_length, steps = way_to(family, active)
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(0, 50, (batch, length - gen_length), generator=generator).to(model.device)
-    current = prepare(model, prompt, gen_length=gen_length, policy=DECODE, cuda_graphs=False)
-    for _ in range(steps):
-        current.step()
-    return current
-
-
-# ---- times
-
-
-def measure(current, ceilings):
+def measure(current, way, ceilings):
     """A row of the next step of a run: milliseconds of its replays, and its floor."""
     need, room = run.needed(current.sizes.tolist()), current.next_room()
+    deviation = {} if way is LIBRARY else {"deviation": checked_deviation(current, way)}
     step, restore, seconds_to_record = repeatable(current)
     samples = milliseconds(step, restore, current.sizes.is_cuda)
     sizes, batch = roofline.Sizes.of(current.model()), current.plan.batch
     work = roofline.Step(batch, current.longest, need.positions, need.candidates)
     floor = 1e3 * roofline.floor(sizes, work, ceilings)
     row = {"ms": statistics.median(samples), "ms_min": min(samples), "ms_max": max(samples)}
-    row |= {"floor_ms": floor, "of_floor": floor / row["ms"], "seconds_to_record": seconds_to_record}
+    row |= {"floor_ms": floor, "of_floor": floor / row["ms"], "seconds_to_record": seconds_to_record} | deviation
     return row | {"rows_needed": round_up(need.positions, TILE), "rows_computed": room.positions}
+
+
+def checked_deviation(current, way):
+    """How far a row of `outputs_of` the next step of a run is at most from the library's, as a share of its length.
+
+    Raises:
+        RuntimeError: further than roundings explain.
+    """
+    restore, (expected, got) = restorer(current), [outputs_of(current, each) for each in (LIBRARY, way)]
+    restore()
+    pairs = [(a.float(), b.float()) for a, b in zip(expected, got, strict=True)]
+    worst = torch.stack([((b - a).norm(dim=1) / a.norm(dim=1)).max() for a, b in pairs]).max().item()
+    most = TOLERANCE[expected[0].dtype]
+    # NaN is no less than anything
+    if not worst <= most:
+        raise RuntimeError(f"{way.name}: a row is {worst:.2g} of its length off the library's, more than {most:g}")
+    return worst
+
+
+def outputs_of(current, way):
+    """[(rows, size)] of the next step of a run: queries, keys and values of every layer, and the last hidden rows."""
+    found, cache, attend = [], current.cache, current.forward._attend
+
+    def look(q, caches, tokens, *rest):
+        there = tokens.slots >= 0
+        slots = tokens.slots[there]
+        places = slots // caches[0].shape[1], slots % caches[0].shape[1]
+        found.extend(rows.flatten(1) for rows in (q[there], *(memory[places] for memory in caches)))
+        return attend(q, caches, tokens, *rest)
+
+    # what a step must write is not what the one before wrote
+    for memory in (*cache.k, *cache.v):
+        memory[current.active] = float("nan")
+    with way.of(current), mock.patch.object(current.forward, "_attend", look):
+        hidden, wanted = current._hidden(current.next_room())
+    return [*found, hidden[wanted.slots >= 0]]
+
+
+def restorer(current):
+    """A function that puts the state of a run back, as it is now."""
+    kept = [(tensor, tensor.clone()) for tensor in tensors_of(current)]
+
+    def restore():
+        for tensor, value in kept:
+            tensor.copy_(value)
+
+    return restore
 
 
 def repeatable(current):
@@ -126,13 +127,7 @@ def repeatable(current):
 
     The step is a replay where `generate` records one, which took so many seconds; else the seconds are None.
     """
-    room = current.next_room()
-    kept = [(tensor, tensor.clone()) for tensor in tensors_of(current)]
-
-    def restore():
-        for tensor, value in kept:
-            tensor.copy_(value)
-
+    room, restore = current.next_room(), restorer(current)
     step = lambda: current.compute(room)
     step()
     restore()
@@ -208,34 +203,53 @@ def measure_points(arguments, clock):
     Kernels are looked at when all points are timed: a profiler may slow down what comes after it.
     """
     ceilings, environment = common.measure_ceilings(), common.environment()
-    write_line(arguments.out, environment | {"ceilings": ceilings}, "w")
+    common.write_line(arguments.out, environment | {"ceilings": ceilings}, "w")
     say(f"{environment['device']}, commit {environment['commit']}, {common.describe(ceilings)}")
-    say(f"{'point':24}{'ms':>9}{'floor':>9}{'of floor':>10}{'rows':>7}{'needed':>8}")
+    say(f"{'point':24}{'way':13}{'ms':>9}{'/library':>10}{'floor':>9}{'of floor':>10}{'rows':>7}{'needed':>8}")
     rows = {}
-    for name, row in each_point(arguments, clock, lambda current: measure(current, ceilings)):
-        rows[name] = row
+
+    def in_all_ways(measure):
+        for way in ways(tables.architecture(common.device())):
+
+            def measure_in(current, way=way):
+                with way.of(current):
+                    return measure(current, way)
+
+            points = [point for point in arguments.points if way is LIBRARY or is_for_our_products(rows, point)]
+            for point, row in each_point(points, way.name, arguments.out, clock, measure_in):
+                yield (point, way.name), row
+
+    for key, row in in_all_ways(lambda current, way: measure(current, way, ceilings)):
+        rows[key] = row
         if "error" not in row:
+            row["of_library"] = row["ms"] / rows[key[0], LIBRARY.name]["ms"]
             say(
-                f"{name:24}{row['ms']:9.3f}{row['floor_ms']:9.3f}{row['of_floor']:10.0%}{row['rows_computed']:7}"
-                f"{row['rows_needed']:8}"
+                f"{key[0]:24}{key[1]:13}{row['ms']:9.3f}{row['of_library']:10.3f}{row['floor_ms']:9.3f}"
+                f"{row['of_floor']:10.0%}{row['rows_computed']:7}{row['rows_needed']:8}"
             )
     if arguments.profile and common.device().type == "cuda":
-        for name, row in each_point(arguments, clock, kernels_of):
-            rows[name] = rows.get(name, {}) | {key: value for key, value in row.items() if key != "kernels"}
+        for key, row in in_all_ways(lambda current, way: kernels_of(current)):
+            rows[key] = rows.get(key, {}) | {name: value for name, value in row.items() if name != "kernels"}
             if "error" not in row:
-                say(f"{name}: {row['launches']} launches, {row['busy_us']:.0f} us busy of {row['span_us']:.0f} us")
+                times = f"{row['busy_us']:.0f} us busy of {row['span_us']:.0f} us"
+                say(f"{', '.join(key)}: {row['launches']} launches, {times}")
             for group, microseconds in row.get("groups", {}).items():
                 say(f"    {group:22}{microseconds:9.1f} us")
     return rows
 
 
-def each_point(arguments, clock, measure):
+def is_for_our_products(rows, point):
+    """Whether the step of a point was timed with the library's products, and has few enough rows for ours."""
+    return rows.get((named(point), LIBRARY.name), {}).get("rows_computed", torch.inf) <= tables.MOST_PRODUCT_ROWS
+
+
+def each_point(points, way, out, clock, measure):
     """Yields (name, row) of each point that there is time for, with what `measure` says of a run at its step."""
     cuda, known, model = common.device().type == "cuda", None, None
-    for point in arguments.points:
-        name = ":".join(map(str, point))
+    for point in points:
+        name = named(point)
         if clock.left < 0:
-            say(f"{name:24} not run, the budget is used up")
+            say(f"{name:24}{way:13} not run, the budget is used up")
             continue
         try:
             if point[0] != known:
@@ -248,100 +262,8 @@ def each_point(arguments, clock, measure):
         except Exception as error:  # the others are measured all the same
             traceback.print_exc()
             row = {"error": common.described(error)}
-        write_line(arguments.out, {"point": name} | row)
+        common.write_line(out, {"point": name, "way": way} | row)
         yield name, row
-
-
-def write_line(path, record, mode="a"):
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open(mode) as file:
-            file.write(json.dumps(common.rounded(record)) + "\n")
-
-
-# ---- counts
-
-
-def fake_at_step(model, family, batch, length, active):
-    """(run on the fake GPU, the number of the point's step)."""
-    gen_length, steps = way_to(family, active)
-    return fake_run(model, DECODE, batch=batch, prompt=length - gen_length, gen_length=gen_length), steps
-
-
-@torch.no_grad()
-def count_point(family, batch, length, active):
-    """What the step of a point launches and computes at true size."""
-    state = at_step(make_model(tiny(family), seed=0, dtype=torch.float32, device="cpu"), family, batch, length, active)
-    need = run.needed(state.sizes.tolist())
-    with fake_gpu() as launches:
-        current, steps = fake_at_step(fake_model(TRUE_SIZE[family][1]), family, batch, length, active)
-        current.steps = steps
-        room = current.next_room()
-        # the first step makes what all later ones use
-        current.compute(room)
-        launches.clear()
-        with OnlyOnTheDevice():
-            current.compute(room)
-        (head,) = (launch.arguments for launch in launches if launch.name == "lm_head")
-        rows = max(launch.grid[0] for launch in launches if launch.name == "add_rms_norm")
-    purposes = counted(launches)
-    return {
-        "point": ":".join(map(str, (family, batch, length, active))),
-        "launches": len(launches),
-        "bookkeeping": purposes.get("bookkeeping", 0),
-        "rows_needed": round_up(need.positions, TILE),
-        "rows_computed": rows,
-        "candidates_needed": need.candidates,
-        "candidates_computed": round_up(need.candidates, head["BLOCK_R"]),
-        "purposes": purposes,
-    }
-
-
-@torch.no_grad()
-def count_run(family, batch, length, policy):
-    """The rows of a whole run: those its steps need, and those that they get where sizes are bounded, as on a GPU."""
-    model = make_model(tiny(family), seed=0, dtype=torch.float32, device="cpu")
-    prompt = torch.randint(0, 50, (batch, length - GENERATED), generator=torch.Generator().manual_seed(0))
-    blocks = family == "LLaDA" or POLICIES[policy].needs_blocks
-    options = {"gen_length": GENERATED, "block_length": BLOCK if blocks else GENERATED, "policy": POLICIES[policy]}
-    rows, graphs = dict.fromkeys(("needed_full", "computed_full", "needed_cached", "computed_cached"), 0), set()
-    with mock.patch.object(run, "reads_sizes", lambda device: False):
-        current = prepare(model, prompt, **options)
-        while current.running():
-            need, room = run.needed(current.sizes.tolist()), current.next_room()
-            kind = "full" if need.positions == batch * length else "cached"
-            rows[f"needed_{kind}"] += round_up(need.positions, TILE)
-            rows[f"computed_{kind}"] += room.positions
-            if current.rooms.records(room):
-                graphs.add(room)
-            current.step()
-        current.finish()
-    name = f"{family}:{batch}:{length - GENERATED}+{GENERATED}"
-    return {"run": name, "policy": policy, **{f"rows_{k}": n for k, n in rows.items()}, "graphs": len(graphs)}
-
-
-def count(points):
-    """Prints the counts of points and of whole runs; returns them."""
-    say(f"{'point':24}{'launches':>9}{'bookkeeping':>13}{'rows':>7}{'needed':>8}{'candidates':>12}{'needed':>8}  what")
-    found = {"points": [], "runs": []}
-    for point in common.progress(points, "points"):
-        row = count_point(*point)
-        found["points"].append(row)
-        launched = ", ".join(f"{n} {purpose}" for purpose, n in row["purposes"].items() if purpose != "bookkeeping")
-        say(
-            f"{row['point']:24}{row['launches']:9}{row['bookkeeping']:13}{row['rows_computed']:7}{row['rows_needed']:8}"
-            f"{row['candidates_computed']:12}{row['candidates_needed']:8}  {launched}"
-        )
-    say(f"\n{'run':20}{'full':>8}{'needed':>8}{'ratio':>7}{'cached':>8}{'needed':>8}{'ratio':>7}{'graphs':>8}  policy")
-    for case in common.progress(RUNS, "runs"):
-        row = count_run(*case)
-        found["runs"].append(row)
-        cells = ""
-        for kind in ("full", "cached"):
-            computed, needed = row[f"rows_computed_{kind}"], row[f"rows_needed_{kind}"]
-            cells += f"{computed:8}{needed:8}{computed / needed if needed else 1:7.3f}"
-        say(f"{row['run']:20}{cells}{row['graphs']:8}  {row['policy']}")
-    return found
 
 
 def main(argv=None):
@@ -356,7 +278,8 @@ def main(argv=None):
         print(json.dumps(count(arguments.points)))
         return 0
     rows = measure_points(arguments, common.Clock(arguments.budget))
-    print(json.dumps(common.rounded({"points": [{"point": name} | row for name, row in rows.items()]})))
+    points = [{"point": point, "way": way} | row for (point, way), row in rows.items()]
+    print(json.dumps(common.rounded({"points": points})))
     return 1 if not rows or any("error" in row for row in rows.values()) else 0
 
 

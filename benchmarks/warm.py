@@ -4,6 +4,7 @@
     python benchmarks/warm.py --steps POINTS --generation POINTS --policies LABELS --attention POINTS
                                                                     what step_speed.py, generate_speed.py and
                                                                     attn_speed.py launch for the same arguments
+    python benchmarks/warm.py --sweep [ROWS]                        what product_sweep.py launches
     python benchmarks/warm.py ... --unpack FILE --pack FILE         begin with a packed cache, and pack it in the end
 
 A job is done on fake tensors (fake_gpu.py), which shows every specialisation that it will launch, and these are
@@ -26,8 +27,10 @@ import attn_speed  # noqa: E402
 import common  # noqa: E402
 import generate_speed  # noqa: E402
 import kernel_lint  # noqa: E402
+import linear_speed  # noqa: E402
+import product_cases  # noqa: E402
 import providers  # noqa: E402
-import step_speed  # noqa: E402
+import step_points  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from checkpoints import BLOCK, FAMILIES, TRUE_SIZE, with_layers  # noqa: E402
@@ -38,7 +41,7 @@ from triton.backends.nvidia import driver  # noqa: E402
 MOST_PROCESSES = 14
 
 
-def launches(arch, steps, generation, labels, attention):
+def launches(arch, steps, generation, labels, attention, sweep=None):
     """Launches of the jobs, one of each specialisation, by `kernel_lint.key_of`."""
     counts = {point: point.counts for (point,) in attention}
     with fake_gpu(arch) as found, torch.no_grad():
@@ -48,11 +51,11 @@ def launches(arch, steps, generation, labels, attention):
             model = fake_model(config)
             for point in steps:
                 if point[0] == family:
-                    do_step(model, *point)
+                    do_step(model, arch, *point)
             points = [point for name, point in generation if name == family]
             if points:
                 # what comes before the first point, to merge the weights
-                do_run(model, step_speed.DECODE, 1, 1, 1, None)
+                do_run(model, step_points.DECODE, 1, 1, 1, None)
             for point in points:
                 for label in labels:
                     policy, in_blocks = policy_of(family, label) or (None, False)
@@ -61,6 +64,8 @@ def launches(arch, steps, generation, labels, attention):
                         do_run(model, policy, point.batch, point.prompt, point.gen_length, block_length)
         for point in counts:
             do_attention(point, counts[point])
+        if sweep is not None:
+            product_cases.launch_all(sweep)
     kept = {}
     for launch in found:
         if isinstance(launch, Launch):
@@ -69,12 +74,14 @@ def launches(arch, steps, generation, labels, attention):
     return kept
 
 
-def do_step(model, family, batch, length, active):
-    """The step of a point of step_speed.py, and those that lead to it."""
-    current, steps = step_speed.fake_at_step(model, family, batch, length, active)
+def do_step(model, arch, family, batch, length, active):
+    """The step of a point of step_speed.py in all ways, and those that lead to it."""
+    current, steps = step_points.fake_at_step(model, family, batch, length, active)
     for step in range(steps + 1):
         current.steps = step
-        current.compute(current.next_room())
+        for way in step_points.ways(arch) if step == steps else (step_points.LIBRARY,):
+            with way.of(current):
+                current.compute(current.next_room())
 
 
 def do_run(model, policy, batch, prompt, gen_length, block_length):
@@ -165,17 +172,19 @@ def cache_folder():
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = step_speed.parse_points(step_speed.POINTS)
-    parser.add_argument("--steps", type=step_speed.parse_points, nargs="?", const=default, metavar="POINT,...")
+    default = step_points.parse_points(step_points.POINTS)
+    parser.add_argument("--steps", type=step_points.parse_points, nargs="?", const=default, metavar="POINT,...")
     parser.add_argument("--generation", type=generate_speed.parse_points, default=[], metavar="POINT,...")
     parser.add_argument("--policies", type=generate_speed.parse_labels, metavar="LABEL,...", default=["Decode"])
     parser.add_argument("--attention", type=attn_speed.parse_points, default=[], metavar="POINT,...")
+    parser.add_argument("--sweep", type=linear_speed.parse_rows, nargs="?", const=(), metavar="N,...")
     parser.add_argument("--unpack", type=Path, metavar="FILE", help="a packed cache; none is no error")
     parser.add_argument("--pack", type=Path, metavar="FILE", help="where to pack the cache, .tgz")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first so many kernels")
     arguments = parser.parse_args(argv)
     if arguments.steps is None:
-        arguments.steps = [] if arguments.generation or arguments.attention else default
+        others = arguments.generation or arguments.attention or arguments.sweep is not None
+        arguments.steps = [] if others else default
     return arguments
 
 
@@ -190,7 +199,7 @@ def main(argv=None):
     ARCH = capability()
     # what forks must not have CUDA, which even asking for a GPU would begin
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    jobs = arguments.steps, arguments.generation, arguments.policies, arguments.attention
+    jobs = arguments.steps, arguments.generation, arguments.policies, arguments.attention, arguments.sweep
     FOUND = list(launches(ARCH, *jobs).values())
     # the heavy ones first
     order = sorted(range(len(FOUND)), key=lambda i: FOUND[i].name not in ("lm_head", "delayed_attention"))

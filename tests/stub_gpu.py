@@ -1,7 +1,8 @@
 """Triton's own way to a launch, on a driver that launches nothing: what its JIT would compile.
 
     python tests/stub_gpu.py            prints, as JSON, `kernel_lint.key_of` of every kernel: that warm.py compiles for
-                                        GENERATIONS, that they launch, and that come up later under VARIATIONS
+                                        GENERATIONS, that they launch, and that come up later under VARIATIONS; and of
+                                        those for STEPS, in each of the ways of step_speed.py
 
 The tensors are the CPU's, which the tables take for those of an H100; the models have the true width and two layers;
 matrix products are left out. It runs in a process of its own, since the tests interpret the kernels.
@@ -17,18 +18,19 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
 
 import kernel_lint  # noqa: E402
+import step_points  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 import warm  # noqa: E402
 from checkpoints import TRUE_SIZE, with_layers  # noqa: E402
-from fake_gpu import fake_model  # noqa: E402
+from fake_gpu import NothingLater, fake_model  # noqa: E402
 from study import Point, policy_of  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 import dkv  # noqa: E402
 from dkv import run  # noqa: E402
-from dkv.kernels import checks, packing, product  # noqa: E402
+from dkv.kernels import attention, checks, lm_head, packing, product  # noqa: E402
 from dkv.kernels import launch as tables  # noqa: E402
 
 ARCH = 90
@@ -40,6 +42,7 @@ GENERATIONS = (
     ("Dream", 2, 300, 8, "DualCache"),
     ("Dream", 2, 300, 8, "Decode un_right"),
 )
+STEPS = step_points.parse_points("LLaDA:1:1024:16,Dream:3:300:40,LLaDA:2:300:all")
 
 
 class Driver:
@@ -67,10 +70,11 @@ class Kernel:
         pass
 
 
-def compile_nothing(found):
+def compile_nothing(found, kernels):
     """In place of `JITFunction._do_compile`: appends what tells the kernel from others to a list."""
 
     def do_compile(kernel, key, signature, device, constexprs, options, attrs, warmup):
+        kernels.append(kernel)
         source = kernel.ASTSource(kernel, signature, constexprs, attrs)
         found.append(kernel_lint.key_of(source, options))
         kernel.device_caches[device][0][key] = Kernel()
@@ -86,21 +90,25 @@ def product_of(x, weight, bias=None):
 @contextlib.contextmanager
 def stub_gpu():
     """Yields a list that what the JIT would compile is appended to, each kernel once, in order."""
-    found = []
+    found, kernels = [], []
     triton.runtime.driver.set_active(Driver())
-    with (
-        mock.patch.object(JITFunction, "_do_compile", compile_nothing(found)),
-        mock.patch.object(checks, "resolve_impl", lambda impl, kernel, tensor: "triton"),
-        mock.patch.object(tables, "architecture", lambda device: ARCH),
-        mock.patch.object(tables, "processors", lambda device: 132),
-        mock.patch.object(product, "linear", product_of),
-        # nobody fills the lists
-        mock.patch.object(packing, "_list", lambda active, capacity: torch.zeros(capacity, dtype=torch.int64)),
-        mock.patch.object(run, "reads_sizes", lambda device: False),
-        mock.patch.object(run, "check_answers", lambda steps: None),
-        torch.no_grad(),
-    ):
+    with contextlib.ExitStack() as stack:
+        for context in (
+            mock.patch.object(JITFunction, "_do_compile", compile_nothing(found, kernels)),
+            mock.patch.object(checks, "resolve_impl", lambda impl, kernel, tensor: "triton"),
+            mock.patch.object(tables, "architecture", lambda device: ARCH),
+            *(mock.patch.object(module, "processors", lambda device: 132) for module in (tables, attention, lm_head)),
+            mock.patch.object(product, "linear", product_of),
+            # nobody fills the lists
+            mock.patch.object(packing, "_list", lambda active, capacity: torch.zeros(capacity, dtype=torch.int64)),
+            mock.patch.object(run, "reads_sizes", lambda device: False),
+            mock.patch.object(run, "check_answers", lambda steps: None),
+            torch.no_grad(),
+        ):
+            stack.enter_context(context)
         yield found
+    for kernel in kernels:
+        kernel.device_caches.clear()
 
 
 def prompts(batch, length):
@@ -120,7 +128,25 @@ def main():
         for options in VARIATIONS:
             options = {"batch": 2, "prompt": 300, "gen_length": 8} | options
             dkv.generate(model, prompts(options.pop("batch"), options.pop("prompt")), **options)
-    print(json.dumps({"warmed": sorted(warmed), "launched": launched[:known], "varied": launched[known:]}))
+    found = {"warmed": sorted(warmed), "launched": launched[:known], "varied": launched[known:]}
+    print(json.dumps(found | {"warmed_steps": sorted(warm.launches(ARCH, STEPS, [], [], [])), "steps": steps()}))
+
+
+def steps():
+    """{way: what STEPS launch beyond what the ways before it did}."""
+    found = {}
+    with stub_gpu() as launched, mock.patch.object(run, "LateSizes", NothingLater):
+        runs = []
+        for family, *sizes in STEPS:
+            model = fake_model(with_layers(TRUE_SIZE[family][1], 2), device="cpu")
+            runs.append(step_points.at_step(model, family, *sizes))
+        for way in step_points.ways(ARCH):
+            known = 0 if way is step_points.LIBRARY else len(launched)
+            for current in runs:
+                with way.of(current):
+                    current.compute(current.next_room())
+            found[way.name] = launched[known:]
+    return found
 
 
 VARIATIONS = (

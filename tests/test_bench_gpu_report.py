@@ -26,14 +26,16 @@ REHEARSED = {
     "first": ("environment", "warm", "smoke", "steps", "tests"),
     "second": ("environment", "warm", "products", "attention", "generation"),
     "third": ("tests", "memcheck", "racecheck"),
+    "sweep": ("environment", "warm", "sweep"),
 }
 FILES = {
     "first": {"triton.tgz", "steps.jsonl", "tests-first.xml"},
     "second": {
-        "products.json",
+        "linear_speed.json",
         *(f"{name}_speed_points.{kind}" for name in ("attn", "generate") for kind in ("json", "csv")),
     },
     "third": {"tests-third.xml"},
+    "sweep": {"products.json", "sweep.jsonl"},
 }
 
 
