@@ -14,10 +14,11 @@ in_features operations; what the projections give stays on the chip.
 import torch
 
 from dkv.kernels import checks, reference
-from dkv.kernels.language import gdc_launch_dependents, tl, triton
+from dkv.kernels.language import gdc_launch_dependents, gdc_wait, tl, triton
 from dkv.kernels.launch import launches_early, product_launch
 from dkv.kernels.reference import DeferredNorm
 from dkv.kernels.skinny import (
+    bring_into_l2,
     is_last_to_arrive,
     keep_partial,
     row_scales,
@@ -25,7 +26,6 @@ from dkv.kernels.skinny import (
     share_of,
     sum_of_partials,
     two_products,
-    wait_for_what_is_in_front,
 )
 
 
@@ -65,7 +65,10 @@ def _linear_swiglu_kernel(
     offs_n = tl.minimum(columns, size - 1)
     gate_ptrs = weight_ptr + offs_n.to(tl.int64) * stride_weight
     up_ptrs = gate_ptrs + tl.cast(size, tl.int64) * stride_weight
-    wait_for_what_is_in_front(gate_ptrs, first, in_features, BLOCK_K, PDL)
+    if PDL:
+        bring_into_l2(gate_ptrs, first, in_features, BLOCK_K)
+        bring_into_l2(up_ptrs, first, in_features, BLOCK_K)
+        gdc_wait()
     offs_r = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
     written = (columns < size)[:, None] & (offs_r < rows)[None, :]
     offs_r = tl.minimum(offs_r, rows - 1)

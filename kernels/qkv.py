@@ -14,10 +14,11 @@ weight: out_features * in_features elements, for 2 * rows * out_features * in_fe
 import torch
 
 from dkv.kernels import checks, reference
-from dkv.kernels.language import gdc_launch_dependents, tl, triton
+from dkv.kernels.language import gdc_launch_dependents, gdc_wait, tl, triton
 from dkv.kernels.launch import launches_early, product_launch
 from dkv.kernels.reference import DeferredNorm
 from dkv.kernels.skinny import (
+    bring_into_l2,
     is_last_to_arrive,
     keep_partial,
     row_scales,
@@ -25,7 +26,6 @@ from dkv.kernels.skinny import (
     share_of,
     sum_of_partials,
     two_products,
-    wait_for_what_is_in_front,
 )
 
 
@@ -92,7 +92,10 @@ def _linear_rope_cache_kernel(
     features = head * (2 * HALF) + offs_d
     a_ptrs = weight_ptr + features.to(tl.int64) * stride_weight
     b_ptrs = a_ptrs + HALF * tl.cast(stride_weight, tl.int64)
-    wait_for_what_is_in_front(a_ptrs, first, in_features, BLOCK_K, PDL)
+    if PDL:
+        bring_into_l2(a_ptrs, first, in_features, BLOCK_K)
+        bring_into_l2(b_ptrs, first, in_features, BLOCK_K)
+        gdc_wait()
     # rows beyond the last one repeat it, and are not written
     offs_r = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
     in_range = offs_r < rows

@@ -12,11 +12,12 @@ memory-bound, at one read of the weight: size * in_features elements, for 2 * ro
 import torch
 
 from dkv.kernels import checks, reference
-from dkv.kernels.language import gdc_launch_dependents, tl, triton
+from dkv.kernels.language import gdc_launch_dependents, gdc_wait, tl, triton
 from dkv.kernels.launch import launches_early, product_launch
 from dkv.kernels.reference import DeferredNorm
 from dkv.kernels.skinny import (
     PART,
+    bring_into_l2,
     empty_deferred,
     is_last_to_arrive,
     keep_partial,
@@ -24,7 +25,6 @@ from dkv.kernels.skinny import (
     scratch,
     share_of,
     sum_of_partials,
-    wait_for_what_is_in_front,
 )
 
 
@@ -63,7 +63,9 @@ def _linear_add_norm_kernel(
     valid = columns < size
     offs_n = tl.minimum(columns, size - 1)
     weight_ptrs = weight_ptr + offs_n.to(tl.int64) * stride_weight
-    wait_for_what_is_in_front(weight_ptrs, first, in_features, BLOCK_K, PDL)
+    if PDL:
+        bring_into_l2(weight_ptrs, first, in_features, BLOCK_K)
+        gdc_wait()
     offs_r = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
     in_range = offs_r < rows
     x_ptrs = x_ptr + tl.minimum(offs_r, rows - 1).to(tl.int64) * stride_x

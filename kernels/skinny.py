@@ -8,21 +8,20 @@ fixed order. Who is last depends on the run, what comes out does not.
 RMSNorm is deferred: scaling a row commutes with the product, so the rows come multiplied by the norm's weight alone,
 and rsqrt(mean of squares + eps) multiplies the result (Graef et al., FlashNorm, arXiv 2407.09577).
 
-With PDL a kernel starts while the one in front still runs (CUDA's programmatic dependent launch): it brings the first
-of its weights into the L2, and waits before it reads or writes anything else. Every kernel of such a chain must wait:
-the next one waits for this one alone, and could else run before what this one did not wait for.
+With PDL a kernel starts while the one in front still runs (CUDA's programmatic dependent launch): it begins to bring
+its weights into the L2, and waits before it reads or writes anything else. Every kernel of such a chain must wait: the
+next one waits for this one alone, and could else run before what this one did not wait for.
 """
 
 import torch
 
 from dkv.kernels import reference
-from dkv.kernels.language import gdc_wait, tl, triton
+from dkv.kernels.language import tl, triton
 
 # columns of a row whose squares are summed up as one
 PART = tl.constexpr(reference.PART)
-# bytes of a weight row that are brought into the L2 early, by lines of 128
-LINE_BYTES = tl.constexpr(128)
-EARLY_LINES = tl.constexpr(4)
+# what is brought into the L2 early of a weight row
+LINE_BYTES, EARLY_LINES = tl.constexpr(128), tl.constexpr(4)
 
 
 @triton.jit
@@ -51,20 +50,18 @@ def load_tile(ptrs, step, in_features, BLOCK_K: tl.constexpr, MASK_K: tl.constex
 
 
 @triton.jit
-def wait_for_what_is_in_front(weight_ptrs, step, in_features, BLOCK_K: tl.constexpr, PDL: tl.constexpr):
-    """Waits for the kernel in front, while the first channels of the weight rows come into the L2."""
-    if PDL:
-        ELEMENTS: tl.constexpr = LINE_BYTES * 8 // weight_ptrs.dtype.element_ty.primitive_bitwidth
-        channels = tl.minimum(step * BLOCK_K + tl.arange(0, EARLY_LINES) * ELEMENTS, in_features - 1)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [weight_ptrs[:, None] + channels[None, :]],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-        gdc_wait()
+def bring_into_l2(weight_ptrs, step, in_features, BLOCK_K: tl.constexpr):
+    """Begins to load the first channels of some weight rows, which depend on no kernel, into the L2."""
+    ELEMENTS: tl.constexpr = LINE_BYTES * 8 // weight_ptrs.dtype.element_ty.primitive_bitwidth
+    channels = tl.minimum(step * BLOCK_K + tl.arange(0, EARLY_LINES) * ELEMENTS, in_features - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [weight_ptrs[:, None] + channels[None, :]],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
