@@ -126,6 +126,33 @@ def test_tokens(family, policy, options, device):
     assert torch.equal(fused.history, library.history) and torch.equal(fused.active, library.active)
 
 
+@pytest.mark.parametrize("family, loop", [("llada", tiny.llada_loop), ("dream", tiny.dream_loop)])
+def test_where_the_table_says_that_they_pay(family, loop, device, monkeypatch):
+    """`generate` and a foreign loop take them by themselves, for as many rows as it says."""
+    asked = []
+
+    def pays(device, dtype, rows, products):
+        asked.append(rows)
+        return rows < 40
+
+    monkeypatch.setattr(launch, "fused_products_pay", pays)
+    ids, real = prompts(16, 16, device=device)
+    options = {"gen_length": 8, "policy": dkv.Decode(3)}
+    chosen, library = (generate(family, ids, real, device, fused_products=way, **options) for way in (None, False))
+    assert torch.equal(chosen.history, library.history)
+    assert {rows < 40 for rows in asked} == {True, False}
+
+    asked.clear()
+    llm, options = tiny.tiny_model(family, device=device), {"gen_length": 8, "steps": 8}
+    options |= {"block_length": 8} if family == "llada" else {}
+    dkv.replace_attention(llm, dkv.Decode(3))
+    history = loop(llm, ids, **options)
+    assert {rows < 40 for rows in asked} == {True, False}
+    monkeypatch.undo()
+    dkv.reset(llm)
+    assert torch.equal(history, loop(llm, ids, **options))
+
+
 def test_what_they_run_and_what_not():
     """Few rows of plain layers; asked for anything else, they refuse."""
     llm = tiny.tiny_model("llada")
