@@ -7,15 +7,17 @@
 Each case calls the real launcher with fake CUDA tensors of true model shapes; what it launches is recorded instead, and
 compiled with the specialisation that Triton's JIT would give it. A case fails if registers spill inside the loop, if
 shared memory passes the architecture's limit, if what the kernel streams (K and V, weights, rows) is not loaded 16
-bytes at a time, if a matrix product misses the tensor cores (on Hopper: wgmma, from 64 rows on), or if the merge of key
-splits waits for some of its loads before it issues the others. The figures are compared with those kept, by --baseline,
-in benchmarks/results/compile/ for the Triton version at hand, on which registers and spills depend: spills that grow
-fail even outside the loop, where they cost little. The exit status is 1 if a case fails.
+bytes at a time, if a matrix product misses the tensor cores (on Hopper: wgmma, from 64 rows on), if the merge of key
+splits waits for some of its loads before it issues the others, or if a kernel that starts early (PDL) reads or writes
+memory before it has waited for the one in front. The figures are compared with those kept, by --baseline, in
+benchmarks/results/compile/ for the Triton version at hand, on which registers and spills depend: spills that grow fail
+even outside the loop, where they cost little. The exit status is 1 if a case fails.
 """
 
 import argparse
 import collections
 import contextlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -62,6 +64,8 @@ BASELINES = Path(__file__).resolve().parent / "results" / "compile"
 
 TUNED_ARCHS = (80, 90)
 REGISTERS_PER_PROCESSOR = 65536
+# what becomes of griddepcontrol.wait
+WAIT = "ACQBULK"
 # what each kernel streams, in one turn of its loop if it has one: tiles from these pointers, of these sizes
 STREAMED_TILES = {
     "delayed_attention": [(("k_ptr", "v_ptr"), ("BLOCK_N", "HEADDIM"))],
@@ -413,6 +417,7 @@ def all_cases(archs=tuple(ARCHITECTURES)):
         for options in ({"bounds": False}, {"key_mask": True}, {"key_index": True}):
             cases += attention_cases(arch, "Dream", **options)
         cases += head_cases(arch, "LLaDA", noise=True) + head_cases(arch, "Dream", round_logits=True)
+        cases += product_cases(arch, "LLaDA", splits=4, pdl=arch >= 90)
         cases += head_cases(arch, "LLaDA", scales=True) + head_cases(arch, "Dream", noise=True, scales=True)
         cases += [
             Case("commit_tokens", arch, "fp32", rule=rule, limits=limits)
@@ -432,6 +437,8 @@ def all_cases(archs=tuple(ARCHITECTURES)):
             if dtype != "bf16":
                 cases += [Case("add_rms_norm", arch, dtype, d=model.d) for model in MODELS.values()]
                 cases += [Case("swiglu", arch, dtype, d=model.mlp) for model in MODELS.values()]
+                cases += product_cases(arch, "Dream", dtype, splits=4)
+                cases.append(Case("deferred_norm", arch, dtype))
                 cases += head_cases(arch, "LLaDA", dtype) + head_cases(arch, "Dream", dtype, noise=True)
             for d in checks.HEADDIMS:
                 if (dtype, d) != ("bf16", 128):
@@ -439,6 +446,7 @@ def all_cases(archs=tuple(ARCHITECTURES)):
                     cases += attention_cases(arch, "LLaDA", dtype, d=d, splits=4, key_mask=True, key_index=True)
                     cases.append(Case("merge_splits", arch, dtype, d=d, splits=4))
                     cases.append(Case("rope_cache", arch, dtype, d=d))
+                    cases.append(Case("linear_rope_cache", arch, dtype, headdim=d))
     return cases
 
 
@@ -463,6 +471,7 @@ class Row:
     failures: list
     changes: list = field(default_factory=list)
     late_share: float = 0.0
+    accesses_before_wait: int = 0
 
     @property
     def key(self):
@@ -499,6 +508,7 @@ def inspect(launch, arch, *, case="", tensor_cores=False):
         instructions=len(sass.opcodes),
         failures=[],
         late_share=sass.late_loads / len(sass.loads) if sass.loads else 0.0,
+        accesses_before_wait=sass.accesses_before_wait if launch.arguments.get("launch_pdl") else 0,
     )
     row.failures = check(row, tensor_cores)
     return row
@@ -532,6 +542,7 @@ class Sass:
         innermost = [loop for loop in loops if not any(loop.start < other.start < loop.stop for other in loops)]
         self.loads = [_load_bytes(op) for op in self._opcodes_in(innermost) or self.opcodes if _is_load(op)]
         self.late_loads = len(self.loads) if loops else _late_loads(self.opcodes, registers)
+        self.accesses_before_wait = sum(map(_touches_memory, itertools.takewhile(WAIT.__ne__, self.opcodes)))
         self.loop_spills = sum(op.split(".")[0] in ("LDL", "STL") for op in in_loops)
         self.tensor_core_instructions = dict(
             collections.Counter(op.split(".")[0] for op in self.opcodes if re.match(r"(HMMA|HGMMA|UTC\w*MMA)\b", op))
@@ -564,6 +575,11 @@ def _is_load(opcode):
     return opcode.split(".")[0] in ("LDG", "LDGSTS", "UTMALDG")
 
 
+def _touches_memory(opcode):
+    """Whether it reads or writes what is common to kernels; a prefetch (CCTL) does neither."""
+    return _is_load(opcode) or opcode.split(".")[0] in ("LD", "ST", "STG", "ATOM", "ATOMG", "RED", "REDG", "UTMASTG")
+
+
 def _load_bytes(opcode):
     """Bytes that a thread loads; one copy of the tensor memory accelerator counts as more than any tile."""
     name, *modifiers = opcode.split(".")
@@ -594,6 +610,8 @@ def check(row, tensor_cores):
     # the compiler may interleave the last ones with the first waits
     if row.kernel in ONE_TRIP_TO_MEMORY and row.late_share > 0.1:
         failures.append(f"{row.late_share:.0%} of the loads are issued after a wait for others")
+    if row.accesses_before_wait:
+        failures.append(f"{row.accesses_before_wait} of its accesses to memory are before its wait")
     kinds = set(row.tensor_core_instructions)
     if tensor_cores and not kinds:
         failures.append("no tensor-core instruction")
@@ -670,7 +688,7 @@ def save_baseline(rows, *, complete):
 
 
 HEADER = (
-    f"{'kernel':18}{'case':52}{'arch':>7}{'tile':>18}{'regs':>6}{'stack':>6}{'KiB':>6}{'blocks':>7}"
+    f"{'kernel':18}{'case':60}{'arch':>7}{'tile':>18}{'regs':>6}{'stack':>6}{'KiB':>6}{'blocks':>7}"
     f"{'tensor-core':>13}{'wide':>6}{'instr':>7}  verdict"
 )
 
@@ -686,7 +704,7 @@ def format_row(row):
     if row.changes:
         verdict += f" ({', '.join(row.changes)})"
     return (
-        f"{row.kernel:18}{row.case:52}{f'sm_{row.arch}':>7}{row.tile:>18}{row.registers:>6}{row.stack:>6}"
+        f"{row.kernel:18}{row.case:60}{f'sm_{row.arch}':>7}{row.tile:>18}{row.registers:>6}{row.stack:>6}"
         f"{row.shared / 1024:>6.0f}{row.blocks:>7}{mma:>13}{row.wide_share:>6.0%}{row.instructions:>7}  {verdict}"
     )
 

@@ -352,14 +352,14 @@ PRODUCT = {
         1: (
             ProductLaunch(64, 16, 128, num_warps=4, num_stages=4),
             ProductLaunch(64, 32, 128, num_warps=4, num_stages=4),
-            ProductLaunch(64, 64, 128, num_warps=4, num_stages=3),
+            ProductLaunch(64, 64, 128, num_warps=8, num_stages=3),
             ProductLaunch(64, 128, 64, num_warps=4, num_stages=4),
         ),
         2: (
             ProductLaunch(64, 16, 64, num_warps=4, num_stages=5),
             ProductLaunch(64, 32, 64, num_warps=4, num_stages=4),
             ProductLaunch(64, 64, 64, num_warps=4, num_stages=4),
-            ProductLaunch(64, 128, 64, num_warps=4, num_stages=3),
+            ProductLaunch(64, 128, 64, num_warps=8, num_stages=4),
         ),
     },
     80: {
@@ -392,7 +392,7 @@ PRODUCT = {
         ),
     },
 }
-PRODUCT_FULL_PRECISION = (ProductLaunch(64, 16, 32, num_warps=4, num_stages=2),)
+PRODUCT_FULL_PRECISION = (ProductLaunch(64, 16, 32, num_warps=8, num_stages=3),)
 PRODUCT_INTERPRETER = (ProductLaunch(64, 64, 256, num_warps=4, num_stages=1),)
 # of a product with more rows the GPU's own library is faster
 MOST_PRODUCT_ROWS = 256

@@ -20,9 +20,9 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 import dkv.kernels
-from dkv.kernels import commit, packing, reference
+from dkv.kernels import DeferredNorm, commit, gate_up, packing, qkv, reference, residual
 from dkv.kernels.direct import TRITON
-from dkv.kernels.launch import CommitLaunch, PackLaunch
+from dkv.kernels.launch import CommitLaunch, PackLaunch, ProductLaunch
 from dkv.kernels.reference import Packed
 from dkv.kernels.rows import MASKED, PROMPT, Counter, Rule, Size
 
@@ -54,6 +54,8 @@ class Fences:
         return self.buffers[-1][1](buffer)
 
     def copy(self, value, *, strided=False):
+        if isinstance(value, DeferredNorm):
+            return DeferredNorm(self.copy(value.weighted, strided=strided), self.copy(value.square_sums))
         if not isinstance(value, torch.Tensor):
             return value
         return self.allocate(value.shape, value.dtype, value.device, strided=strided).copy_(value)
@@ -68,12 +70,13 @@ class Fences:
 
 
 class Watch:
-    """Counts what interpreted kernels load and store, and keeps what lies outside of their tensors from happening."""
+    """Counts what interpreted kernels load, store and add to, and keeps what lies outside of their tensors from happening."""
 
     def __init__(self, patch):
         self.accesses, self.outside = 0, Tally()
         builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
         run, load, store = executor.__call__, builder.create_masked_load, builder.create_masked_store
+        atomic = builder.create_atomic_rmw
         patch.setattr(executor, "__call__", lambda *args, **kwargs: self._run(run, *args, **kwargs))
         patch.setattr(
             builder,
@@ -85,6 +88,13 @@ class Watch:
             "create_masked_store",
             lambda self_, ptrs, value, mask, *rest: store(
                 self_, ptrs, value, self._checked("store", ptrs, mask), *rest
+            ),
+        )
+        patch.setattr(
+            builder,
+            "create_atomic_rmw",
+            lambda self_, kind, ptrs, value, mask, *rest: atomic(
+                self_, kind, ptrs, value, self._checked("atomic", ptrs, mask), *rest
             ),
         )
 
@@ -114,7 +124,15 @@ def watch():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(commit, "commit_launch", lambda device: CommitLaunch(block_m=16, block_n=16, num_warps=1))
         patch.setattr(packing, "PACK", PackLaunch(block=16, num_warps=1))
+        for product in (gate_up, qkv, residual):
+            patch.setattr(product, "product_launch", small_product)
         yield Watch(patch)
+
+
+def small_product(device, dtype, kind, rows, shape, tiles=None):
+    """Tiles of 16 rows and one part of the square sums, or two; one to three splits."""
+    block_n, splits = 64 * (1 + shape[0] % 2), 1 + rows % 3
+    return ProductLaunch(block_n, 16, 64, num_warps=4, num_stages=2, splits=splits)
 
 
 @dataclass
@@ -143,14 +161,14 @@ class Call:
             found = partial(public, impl=impl)(**arguments) if public else direct(**arguments)
         fences.check()
         for name, value in self.arguments.items():
-            if isinstance(value, torch.Tensor) and name not in self.mutated:
-                assert torch.equal(arguments[name], value), f"{name} has changed"
+            if isinstance(value, torch.Tensor | DeferredNorm) and name not in self.mutated:
+                assert all(map(torch.equal, flat(arguments[name]), flat(value))), f"{name} has changed"
         return list(flat(found)) + [arguments[name] for name in self.mutated]
 
 
 def fence_allocations(patch, fences):
     """What the modules of dkv.kernels allocate is fenced too, and holds foreign values until it is written."""
-    empty, new_empty = torch.empty, torch.Tensor.new_empty
+    empty, new_empty, zeros = torch.empty, torch.Tensor.new_empty, torch.zeros
 
     def is_ours(frame):
         return frame.f_globals.get("__name__", "").startswith("dkv.kernels.")
@@ -165,7 +183,13 @@ def fence_allocations(patch, fences):
             return fences.allocate(shape, dtype or like.dtype, like.device)
         return new_empty(like, shape, *rest, dtype=dtype, **options)
 
+    def fenced_zeros(shape, *rest, dtype=torch.float32, device=None, **options):
+        if is_ours(sys._getframe(1)):
+            return fences.allocate(shape, dtype, device).zero_()
+        return zeros(shape, *rest, dtype=dtype, device=device, **options)
+
     patch.setattr(torch, "empty", fenced)
+    patch.setattr(torch, "zeros", fenced_zeros)
     patch.setattr(torch.Tensor, "new_empty", new_fenced)
 
 
@@ -411,6 +435,56 @@ class Random:
         mutated = ("residual",) if arguments["residual"] is not None else ()
         return Call("add_rms_norm", arguments, mutated, ("x", "residual") if self.flip() else ())
 
+    def deferred_norm(self):
+        arguments = {"x": self.normal(self.size(0, 4), size := self.size(1, 150)), "weight": self.normal(size)}
+        return Call("deferred_norm", arguments, (), ("x",) if self.flip() else ())
+
+    def in_features(self):
+        """Up to three steps, whole ones or not."""
+        return self.size(1, 150) if self.flip() else 64 * self.size(1, 3)
+
+    def normed(self, rows, size):
+        return reference.deferred_norm(self.normal(rows, size), self.normal(size))
+
+    def linear_weight(self, out_features, in_features):
+        return self.normal(out_features, in_features) / in_features**0.5
+
+    def linear_rope_cache_update(self):
+        batch, seqlen, rows, headdim = self.size(0, 3), self.size(0, 6), self.size(0, 20), 16
+        nheads_k, group, in_features, length = self.size(0, 1), self.size(0, 2), self.in_features(), self.size(1, 8)
+        nheads = max(nheads_k, 1) * group
+        out_features, cache = (nheads + 2 * nheads_k) * headdim, (batch, seqlen, nheads_k, headdim)
+        arguments = {
+            "normed": self.normed(rows, in_features),
+            "eps": 1e-5,
+            "weight": self.linear_weight(out_features, in_features),
+            "bias": self.normal(out_features) if self.flip() else None,
+            "cos": self.normal(length, headdim // 2),
+            "sin": self.normal(length, headdim // 2),
+            "positions": self.indices(rows, length),
+            "slots": self.slots(rows, batch * seqlen),
+            "k_cache": self.normal(*cache),
+            "v_cache": self.normal(*cache),
+        }
+        strided = ("normed", "weight", "cos", "sin", "k_cache", "v_cache") if self.flip() else ()
+        return Call("linear_rope_cache_update", arguments, ("k_cache", "v_cache"), strided)
+
+    def linear_swiglu(self):
+        rows, size, in_features = self.size(0, 20), self.size(1, 70), self.in_features()
+        weight = self.linear_weight(2 * size, in_features)
+        arguments = {"normed": self.normed(rows, in_features), "eps": 1e-5, "weight": weight}
+        return Call("linear_swiglu", arguments, (), ("normed", "weight") if self.flip() else ())
+
+    def linear_add_norm(self):
+        rows, size, in_features = self.size(0, 20), self.size(1, 70), self.in_features()
+        arguments = {
+            "x": self.normal(rows, in_features),
+            "weight": self.linear_weight(size, in_features),
+            "residual": self.normal(rows, size),
+            "norm_weight": self.normal(size),
+        }
+        return Call("linear_add_norm", arguments, ("residual",), ("x", "weight", "residual") if self.flip() else ())
+
     def swiglu(self):
         rows, size = self.size(0, 4), self.size(1, 40)
         return Call("swiglu", {"gate_up": self.normal(rows, 2 * size)}, (), ("gate_up",) if self.flip() else ())
@@ -450,10 +524,11 @@ def test_of_many_calls_none_touches_what_is_outside(name, device, watch):
 def _shift_kernel(x_ptr, out_ptr, count, by, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     tl.store(out_ptr + offs, tl.load(x_ptr + offs + by, mask=offs < count), mask=offs < count + by)
+    tl.atomic_add(out_ptr + count - 1 + by, 1.0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted here")
-@pytest.mark.parametrize("by, outside", [(0, {}), (1, {"load": 1, "store": 1}), (-2, {"load": 2})])
+@pytest.mark.parametrize("by, outside", [(0, {}), (1, {"load": 1, "store": 1, "atomic": 1}), (-2, {"load": 2})])
 @pytest.mark.parametrize("strided", [False, True])
 def test_the_watch_counts_what_lies_outside(watch, by, outside, strided):
     fences = Fences()

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from fake_gpu import Launch, PointerArgument, on_gpu, recording
 from kernel_lint import Case, matrix_rows, streamed_bytes
+from triton.language.extra.cuda import gdc_wait
 
-from dkv.kernels import attention, launch, lm_head
+from dkv.kernels import attention, gate_up, launch, lm_head, norm, qkv, residual
 from dkv.kernels.launch import AttentionLaunch
 
 
@@ -88,6 +89,25 @@ def lint_merge_in_turn(arch):
     return kernel_lint.inspect(launches[0], arch)
 
 
+@triton.jit
+def _double_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr, WAITS: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    if WAITS == "first":
+        gdc_wait()
+    x = tl.load(x_ptr + offs)
+    if WAITS == "between":
+        gdc_wait()
+    tl.store(out_ptr + offs, 2 * x)
+
+
+def lint_wait(arch, waits):
+    """Lints a kernel that starts early, and waits first, between its load and its store, or never."""
+    with recording(arch) as launches:
+        x, out = (torch.empty(128, dtype=torch.float32, device="cuda:0") for _ in "xo")
+        _double_kernel[(1,)](x, out, BLOCK=128, WAITS=waits, launch_pdl=True)
+    return kernel_lint.inspect(launches[0], arch)
+
+
 def some_tuned_cases():
     """On Hopper the largest tile of attention, of the head the largest and with noise the smallest, and every other
     kernel for LLaDA; on Ampere the smallest tile of attention and of the head."""
@@ -126,6 +146,9 @@ def test_tuned_cases_pass(compilers, cases):
         # float32 operands are rounded to TF32 unless input_precision says otherwise
         (lint_scores, (80, torch.float32, True, False), "must be exact in float32"),
         (lint_merge_in_turn, (90,), "100% of the loads are issued after a wait for others"),
+        (lint_wait, (90, "between"), "1 of its accesses to memory are before its wait"),
+        (lint_wait, (120, "between"), "1 of its accesses to memory are before its wait"),
+        (lint_wait, (90, "never"), "2 of its accesses to memory are before its wait"),
     ],
 )
 def test_every_check_can_fail(compilers, lint, arguments, failure):
@@ -136,6 +159,11 @@ def test_every_check_can_fail(compilers, lint, arguments, failure):
 def test_scores_kernel_passes_where_it_should(compilers):
     row = compilers.submit(lint_scores, 80, torch.float16, True, True).result()
     assert not row.failures and set(row.tensor_core_instructions) == {"HMMA"}
+
+
+@pytest.mark.parametrize("arch", [90, 100, 120])
+def test_a_kernel_that_waits_first_passes(compilers, arch):
+    assert not compilers.submit(lint_wait, arch, "first").result().failures
 
 
 def test_a_case_that_does_not_compile_fails(compilers):
@@ -177,6 +205,15 @@ def test_sass_counts_what_is_inside_loops_that_load():
     assert sass.loads == [2, 16] and sass.wide_bytes(16) == 16 and sass.wide_bytes(2) == 18
     assert sass.loop_spills == 1
     assert sass.tensor_core_instructions == {"HMMA": 1}
+
+
+def test_accesses_before_a_wait():
+    """A prefetch is none; without a wait all of them are."""
+    wait = "        /*0005*/                   ACQBULK ;\n"
+    prefetch = "        /*0004*/               @P0 CCTL.E.PF2 [R8] ;\n"
+    head, rest = SASS.split("        /*0010*/")
+    assert kernel_lint.Sass(head + prefetch + wait + "        /*0010*/" + rest).accesses_before_wait == 1
+    assert kernel_lint.Sass(SASS).accesses_before_wait == 4
 
 
 def test_only_innermost_loops_say_how_wide_loads_are():
@@ -264,6 +301,20 @@ def test_comparison_with_the_baseline(tmp_path):
     assert compared(stack=0) == ([], [])
 
 
+def test_cases_cover_the_tables_of_products():
+    """Every tile, once with one split and once with several, and where kernels can start early both ways."""
+    for arch in kernel_lint.ARCHITECTURES:
+        cases = [case for case in kernel_lint.all_cases((arch,)) if case.kernel in kernel_lint.PRODUCTS]
+        table = launch.PRODUCT[{80: 80, 90: 90, 100: 90}.get(arch, 86)]
+        for kernel in kernel_lint.PRODUCTS:
+            rows = {case.options["rows"] for case in cases if case.kernel == kernel and case.dtype == "bf16"}
+            assert len(rows) == len(table[1 if kernel == "linear_add_norm" else 2])
+            for count in rows:
+                options = [case.options for case in cases if case.kernel == kernel and case.options["rows"] == count]
+                assert {options["splits"] for options in options} >= {1, 4}
+                assert {options["pdl"] for options in options} == ({False, True} if arch >= 90 else {False})
+
+
 def test_cases_cover_the_tables():
     """A tile that enters a table enters the cases by itself, and every tile that is there can be picked."""
     device = torch.device("cuda:0")
@@ -280,8 +331,9 @@ def test_cases_cover_the_tables():
                 assert tiles == set(launch.head_table(arch, dtype, noise))
     cases = kernel_lint.all_cases()
     assert len({f"{case.kernel} {case} {case.arch}" for case in cases}) == len(cases)
-    for kernel in ("delayed_attention", "merge_splits", "rope_cache"):
-        assert {(case.dtype, case.options["d"]) for case in cases if case.kernel == kernel} == {
+    sizes = {"delayed_attention": "d", "merge_splits": "d", "rope_cache": "d", "linear_rope_cache": "headdim"}
+    for kernel, headdim in sizes.items():
+        assert {(case.dtype, case.options[headdim]) for case in cases if case.kernel == kernel} == {
             (dtype, headdim) for dtype in kernel_lint.DTYPES for headdim in (16, 32, 64, 128)
         }
 
@@ -386,6 +438,37 @@ def test_values_compile_no_head_anew(compilers):
     ]
     counts = list(compilers.map(specialisations, groups))
     assert counts == [{"lm_head": 1, "merge_confidence": 1}] * 5 + [{"lm_head": 4, "merge_confidence": 3}]
+
+
+def products_of(rows, seqlen):
+    """How many different kernels the products compile for these numbers of rows and lengths of the cache."""
+    kinds = {}
+    for count in rows:
+        for length in seqlen:
+            with recording(90) as launches:
+                like = {"dtype": torch.bfloat16, "device": "cuda:0"}
+                x, places = torch.empty(count, 512, **like), torch.empty(count, dtype=torch.int64, device="cuda:0")
+                angles = torch.empty(length, 64, dtype=torch.float32, device="cuda:0")
+                caches = [torch.empty(3, length, 1, 128, **like) for _ in "kv"]
+                weight, norm_weight = torch.empty(512, 512, **like), torch.empty(512, **like)
+                normed = norm._launch_deferred(x, norm_weight)
+                qkv._launch(normed, 1e-5, weight, None, angles, angles, places, places, *caches)
+                gate_up._launch(normed, 1e-5, weight)
+                residual._launch(x, weight, torch.empty_like(x), norm_weight)
+            for each in launches:
+                source, _, options = kernel_lint.specialised(each, 90)
+                kinds.setdefault(each.name, set()).add(kernel_lint.key_of(source, options))
+    return {name: len(keys) for name, keys in kinds.items()}
+
+
+def test_values_compile_no_product_anew(compilers):
+    """One kernel of each for all numbers of rows that take the same tile, and all lengths of the cache."""
+    found = compilers.submit(products_of, (1, 2, 3, 8, 15, 16), (1, 77, 1024)).result()
+    assert found == {"deferred_norm": 1, **dict.fromkeys(kernel_lint.PRODUCTS, 1)}
+    # of two blocks of rows, too
+    assert compilers.submit(products_of, (129, 160, 255, 256), (1,)).result() == found
+    different = compilers.submit(products_of, (16, 32), (1,)).result()
+    assert different == {"deferred_norm": 1, **dict.fromkeys(kernel_lint.PRODUCTS, 2)}
 
 
 def launches_by_name(case):
