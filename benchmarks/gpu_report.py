@@ -10,7 +10,7 @@
     second    how fast is it beside others: matrix products, attention, whole generations
     third     is the rest right: tests of the engine, then the sanitizers
     sweep     which launches of our own products are the fastest, and from where on they beat the library's: its
-              products.json is what kernels/products.json should be on such a GPU
+              fused_products.json is what kernels/fused_products.json should be on such a GPU
 
 Every step of a stage has a limit of seconds, and gets besides what the steps before it left over. Its output goes to
 report-STAGE.log as it comes, its record to report-STAGE.json when it ends; what did not finish "timed out", and what it
@@ -43,7 +43,7 @@ from peer import PEERS  # noqa: E402
 STAGES = ("first", "second", "third", "sweep")
 KERNEL_TESTS = ("attention", "lm_head", "rope_cache", "norm_activation", "products", "commit", "packing", "bookkeeping")
 SANITIZED_TESTS = (*KERNEL_TESTS, "bounds")
-ENGINE_TESTS = ("graphs", "run", "patch", "generate", "first_engine", "operators")
+ENGINE_TESTS = ("graphs", "run", "fused", "patch", "generate", "first_engine", "operators")
 # the one test of a file for the CPU that needs a GPU
 LOADING_TEST = "tests/test_models.py::test_loading_to_a_gpu_holds_the_weights_once"
 PRODUCT_ROWS = "16,32,64,128,256,512"
@@ -91,8 +91,8 @@ def steps(stage, out, peers=(), *, rehearse=False):
             Step("environment", 40, script("gpu_report.py", "--environment")),
             Step("warm", 55, (*warm, "--pack", str(out / "triton.tgz"))),
             Step("smoke", 40, tests(KERNEL_TESTS, "-x", "-m", "sanitizer", *some(rehearse))),
-            Step("steps", 105, script("step_speed.py", "--profile", *budget(), "--out", out / "steps.jsonl", *points)),
-            Step("tests", 95, tests(KERNEL_TESTS, *workers(out, stage), *some(rehearse))),
+            Step("steps", 95, script("step_speed.py", "--profile", *budget(), "--out", out / "steps.jsonl", *points)),
+            Step("tests", 85, tests(KERNEL_TESTS, *workers(out, stage), *some(rehearse))),
         ]
     if stage == "second":
         products = ("--budget", "0", "--rows", "1") if rehearse else (*budget(), "--rows", PRODUCT_ROWS)
@@ -109,7 +109,7 @@ def steps(stage, out, peers=(), *, rehearse=False):
         ]
     if stage == "sweep":
         rows = ("--rows", "1") if rehearse else ()
-        written = ("--out", out / "sweep.jsonl", "--table", out / "products.json")
+        written = ("--out", out / "sweep.jsonl", "--table", out / "fused_products.json")
         return [
             Step("environment", 40, script("gpu_report.py", "--environment")),
             Step("warm", 90, script("warm.py", "--sweep", *rows[1:], *unpack)),

@@ -8,7 +8,7 @@ Each case calls the real launcher with fake CUDA tensors of true model shapes; w
 compiled with the specialisation that Triton's JIT would give it. A case fails if registers spill inside the loop, if
 shared memory passes the architecture's limit, if what the kernel streams (K and V, weights, rows) is not loaded 16
 bytes at a time, if a matrix product misses the tensor cores (on Hopper: wgmma, from 64 rows on), if the merge of key
-splits waits for some of its loads before it issues the others, or if a kernel that starts early (PDL) reads or writes
+splits waits for some of its loads before it issues the others, or if a kernel with PDL reads or writes
 memory before it has waited for the one in front. The figures are compared with those kept, by --baseline, in
 benchmarks/results/compile/ for the Triton version at hand, on which registers and spills depend: spills that grow fail
 even outside the loop, where they cost little. The exit status is 1 if a case fails.
@@ -146,7 +146,14 @@ def compile_launch(launch, arch):
     return triton.compile(source, target=target, options=dict(options.__dict__))
 
 
-def _call_attention(empty, *, d=128, heads=(32, 32), queries=8, splits=1, bounds=True, key_mask=False, key_index=False):
+def _call_attention(
+    empty, *, d=128, heads=(32, 32), queries=8, splits=1, bounds=True, key_mask=False, key_index=False, pdl=False
+):
+    with _with_pdl(pdl):
+        _launch_attention(empty, d, heads, queries, splits, bounds, key_mask, key_index)
+
+
+def _launch_attention(empty, d, heads, queries, splits, bounds, key_mask, key_index):
     batch, seqlen_cache = 2, 1024
     k_cache, v_cache = (empty(batch, seqlen_cache, heads[1], d) for _ in "kv")
     attention._launch(
@@ -198,32 +205,32 @@ def _call_linear_rope(empty, *, d=4096, heads=(32, 32), headdim=128, rows=16, sp
     places = [empty(rows, dtype=torch.int64) for _ in "ps"]
     # biases as Dream has them
     bias = empty(weight.shape[0]) if nheads != nheads_k else None
-    with _early(pdl):
-        launch = _split("qkv", rows, weight, splits, nheads + 2 * nheads_k)
+    with _with_pdl(pdl):
+        launch = _split("qkv", rows, weight, splits)
         qkv._launch(_deferred(empty, rows, d), 1e-5, weight, bias, cos, sin, *places, k_cache, v_cache, launch=launch)
 
 
 def _call_linear_swiglu(empty, *, d=4096, mlp=12288, rows=16, splits=None, pdl=False):
     weight = empty(2 * mlp, d)
-    with _early(pdl):
+    with _with_pdl(pdl):
         gate_up._launch(_deferred(empty, rows, d), 1e-5, weight, launch=_split("gate_up", rows, weight, splits))
 
 
 def _call_linear_add(empty, *, d=4096, mlp=12288, rows=16, splits=None, pdl=False):
     weight = empty(d, mlp)
-    with _early(pdl):
+    with _with_pdl(pdl):
         launch = _split("residual", rows, weight, splits)
         residual._launch(empty(rows, mlp), weight, empty(rows, d), empty(d), launch=launch)
 
 
-def _split(kind, rows, weight, splits, tiles=None):
+def _split(kind, rows, weight, splits):
     """The launch of the tables, with so many splits."""
-    launch = tables.product_launch(weight.device, weight.dtype, kind, rows, weight.shape, tiles)
+    launch = tables.product_launch(weight.device, weight.dtype, kind, rows, weight.shape)
     return launch if splits is None else replace(launch, splits=splits)
 
 
-def _early(pdl):
-    return mock.patch.object(tables, "EARLY", pdl)
+def _with_pdl(pdl):
+    return mock.patch.object(tables, "PDL", pdl)
 
 
 def _call_lm_head(empty, *, d=4096, vocab=126464, rows=16, noise=False, round_logits=False, scales=False):
@@ -370,8 +377,8 @@ def product_cases(arch, model, dtype="bf16", **options):
     ):
 
         def pick(device, rows, kind=kind):
-            shape = sizes.mlp, sizes.d
-            return tables.product_launch(device, DTYPES[dtype], kind, rows, shape, tiles=2**10)
+            # so many features that no channels are split
+            return tables.product_launch(device, DTYPES[dtype], kind, rows, (2**20, sizes.d))
 
         for rows in most_rows(arch, pick, tables.MOST_PRODUCT_ROWS):
             cases.append(Case(kernel, arch, dtype, d=sizes.d, rows=rows, **own, **options))
@@ -400,6 +407,9 @@ def tuned_cases(archs=TUNED_ARCHS, models=tuple(MODELS)):
             cases.append(Case("add_rms_norm", arch, d=model.d))
             cases.append(Case("swiglu", arch, d=model.mlp))
             cases += product_cases(arch, name, splits=1 if llada else 4, pdl=arch >= 90 and llada)
+            if arch >= 90:
+                options = {"heads": model.heads, "queries": 32, "splits": 4, "pdl": True}
+                cases += [Case(kernel, arch, **options) for kernel in ("delayed_attention", "merge_splits")]
             cases.append(Case("deferred_norm", arch, d=model.d))
             cases += head_cases(arch, name, noise=not llada)
             cases.append(Case("merge_confidence", arch, d=model.d, vocab=model.vocab, noise=not llada))

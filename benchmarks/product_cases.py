@@ -3,6 +3,7 @@
 import itertools
 import math
 import sys
+from operator import itemgetter
 from pathlib import Path
 from unittest import mock
 
@@ -18,7 +19,7 @@ from dkv.kernels import product, reference  # noqa: E402
 from dkv.kernels.direct import direct  # noqa: E402
 
 KINDS = {"Q, K, V": "qkv", "output": "residual", "gate, up": "gate_up", "down": "residual"}
-# rising, so that a launch that was measured for more rows applies to fewer only where those come later
+# powers of two first: where a budget ends early, rows in between take the next power's launch
 ROWS_GPU, ROWS_CPU = (16, 32, 64, 128, 256, 48, 96, 192), (16,)
 STAGES, SPLITS = (3, 4, 5, 6), (1, 2, 3, 4, 6)
 MOST_CANDIDATES = 8
@@ -105,8 +106,7 @@ def candidates(device, kind, rows, shape):
 
     Of 16-bit elements: the tables have no others.
     """
-    heads = shape[0] // 128 if kind == "qkv" else None
-    default = tables.product_launch(device, torch.bfloat16, kind, rows, shape, heads)
+    default = tables.product_launch(device, torch.bfloat16, kind, rows, shape)
     if tables.architecture(device) is None:
         return [default]
     row_tile = max(16, 1 << (min(rows, 128) - 1).bit_length())
@@ -122,14 +122,12 @@ def candidates(device, kind, rows, shape):
         for splits in SPLITS:
             deeper = [tables.ProductLaunch(block_n, block_r, block_k, warps, stages, splits) for stages in STAGES]
             # of the stages the fewest that promise as much
-            promises.append(max(((promise(device, kind, rows, shape, launch), launch) for launch in deeper), key=first))
-        found += sorted((each for each in promises if first(each) > 0), key=first, reverse=True)[:3]
-    best = sorted(found, key=first, reverse=True)[:MOST_CANDIDATES]
+            promises.append(
+                max(((promise(device, kind, rows, shape, launch), launch) for launch in deeper), key=itemgetter(0))
+            )
+        found += sorted((each for each in promises if each[0] > 0), key=itemgetter(0), reverse=True)[:3]
+    best = sorted(found, key=itemgetter(0), reverse=True)[:MOST_CANDIDATES]
     return list(dict.fromkeys((default, *(launch for _, launch in best))))
-
-
-def first(pair):
-    return pair[0]
 
 
 def promise(device, kind, rows, shape, launch):
@@ -160,7 +158,7 @@ def promise(device, kind, rows, shape, launch):
 
 
 def launch_all(all_rows):
-    """Launches on the fake GPU, once, what a sweep launches: for who compiles it."""
+    """Launches on the fake GPU, once, what a sweep launches, so that warm.py can compile it."""
     for rows, (_, config) in itertools.product(all_rows or ROWS_GPU, TRUE_SIZE.values()):
         for _, case, launches in cases(config, rows, device=torch.device("cuda", 0), dtype=torch.bfloat16, copies=1):
             case.library(0)

@@ -1,7 +1,7 @@
-"""Which launches of our own products are the fastest, and do they beat the GPU's library: writes kernels/products.json.
+"""Which launches of our own products are the fastest, and do they beat the library: kernels/fused_products.json.
 
     python benchmarks/warm.py --sweep                                   compiles all candidates beforehand
-    python benchmarks/product_sweep.py --table kernels/products.json    measures them, and writes the table
+    python benchmarks/product_sweep.py --table kernels/fused_products.json    measures them, and writes the table
     ... [--rows 16,32] [--budget SECONDS] [--out FILE]                  FILE: each measurement as a JSON line
 
 For the four products of a layer of LLaDA-8B and Dream-7B, by numbers of rows: the library's way, which is F.linear and
@@ -119,7 +119,9 @@ def main(argv=None):
     parser.add_argument("--rows", type=parse_rows, metavar="N,...")
     parser.add_argument("--budget", type=float, default=60, metavar="SECONDS", help="no product is begun after them")
     parser.add_argument("--out", type=Path, metavar="FILE", help="a JSON line a measurement, as soon as it is known")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="the table, to be taken as kernels/products.json")
+    parser.add_argument(
+        "--table", type=Path, metavar="FILE", help="kernels/fused_products.json, or what should become it"
+    )
     arguments = parser.parse_args(argv)
     # read once, when cuBLASLt is first used; in KiB
     os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "32768")

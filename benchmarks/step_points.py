@@ -27,26 +27,26 @@ DECODE = dkv.Decode(8)
 
 @dataclass(frozen=True)
 class Way:
-    """How the products of a step are done: by our own kernels or not, and whether those are launched early."""
+    """How the products of a step are done: by our own kernels or not, and those with PDL or without."""
 
     name: str
     fused: bool = False
-    early: bool = False
+    pdl: bool = False
 
     @contextlib.contextmanager
     def of(self, current):
         """The steps of a run, of fused_products=True, go this way in here."""
         fused = current.forward.fused if self.fused else None
-        with mock.patch.object(current.forward, "fused", fused), mock.patch.object(tables, "EARLY", self.early):
+        with mock.patch.object(current.forward, "fused", fused), mock.patch.object(tables, "PDL", self.pdl):
             yield
 
 
-LIBRARY, FUSED, EARLY = Way("library"), Way("fused", fused=True), Way("fused, early", fused=True, early=True)
+LIBRARY, FUSED, PDL = Way("library"), Way("fused", fused=True), Way("fused, PDL", fused=True, pdl=True)
 
 
 def ways(arch):
     """All that a GPU of a compute capability (90 for 9.0; None: a CPU) can go."""
-    return (LIBRARY, FUSED, EARLY) if (arch or 0) >= 90 else (LIBRARY, FUSED)
+    return (LIBRARY, FUSED, PDL) if (arch or 0) >= 90 else (LIBRARY, FUSED)
 
 
 def parse_points(text):

@@ -11,11 +11,12 @@ A point is a step under Decode(8) that recomputes ACTIVE positions of each row, 
 `generate` records it; before every replay the state is put back, so that each does the same work. `floor` is the least
 time of its bytes and operations (roofline.py).
 
-A step of up to 256 rows is done in several ways: its products by the GPU's library, fused (our own kernels), and with
-those also launched early (programmatic dependent launch, from compute capability 9.0 on). All points are timed in the
-first way before any is in the next one. What another way computes is first compared with the library's, from the same
-state: rotated queries, keys and values of every layer, and the last hidden rows; a row of either that is further off
-than TOLERANCE makes an error, not a time. `/library` is the time over that of the library.
+A step of up to 256 rows is done in several ways: its products by the GPU's library, fused (our own kernels), and those
+with PDL (programmatic dependent launch, from compute capability 9.0 on). All points are timed in one way before any is
+in the next, which then goes side by side with it. What another way computes is first compared with the library's, from
+the same state: rotated queries, keys and values of every layer, and the last hidden rows; a row of either that is
+further off than TOLERANCE makes an error, not a time. What a recorded step leaves with PDL, where kernels overlap, must
+be exactly what it leaves without. `/library` is the time over that of the library.
 
 One JSON object a point and way goes to --out as soon as it is known, and with --profile, when all are timed, another
 one with its kernels.
@@ -32,11 +33,14 @@ A table goes to stdout, with one JSON object as its last line.
 """
 
 import argparse
+import itertools
 import json
+import math
 import statistics
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -49,7 +53,7 @@ import torch  # noqa: E402
 from checkpoints import SCALED_DOWN, TRUE_SIZE, make_model  # noqa: E402
 from common import say  # noqa: E402
 from step_counts import count  # noqa: E402
-from step_points import LIBRARY, POINTS, at_step, named, parse_points, ways  # noqa: E402
+from step_points import FUSED, LIBRARY, PDL, POINTS, at_step, named, parse_points, ways  # noqa: E402
 
 from dkv import run  # noqa: E402
 from dkv.graphs import RecordingStream, recording  # noqa: E402
@@ -66,6 +70,8 @@ def measure(current, way, ceilings):
     need, room = run.needed(current.sizes.tolist()), current.next_room()
     deviation = {} if way is LIBRARY else {"deviation": checked_deviation(current, way)}
     step, restore, seconds_to_record = repeatable(current)
+    if way is PDL:
+        check_overlapping(current, step, restore)
     samples = milliseconds(step, restore, current.sizes.is_cuda)
     sizes, batch = roofline.Sizes.of(current.model()), current.plan.batch
     work = roofline.Step(batch, current.longest, need.positions, need.candidates)
@@ -94,7 +100,7 @@ def checked_deviation(current, way):
 
 def outputs_of(current, way):
     """[(rows, size)] of the next step of a run: queries, keys and values of every layer, and the last hidden rows."""
-    found, cache, attend = [], current.cache, current.forward._attend
+    found, attend = [], current.forward._attend
 
     def look(q, caches, tokens, *rest):
         there = tokens.slots >= 0
@@ -103,12 +109,30 @@ def outputs_of(current, way):
         found.extend(rows.flatten(1) for rows in (q[there], *(memory[places] for memory in caches)))
         return attend(q, caches, tokens, *rest)
 
-    # what a step must write is not what the one before wrote
-    for memory in (*cache.k, *cache.v):
-        memory[current.active] = float("nan")
+    forget(current)
     with way.of(current), mock.patch.object(current.forward, "_attend", look):
         hidden, wanted = current._hidden(current.next_room())
     return [*found, hidden[wanted.slots >= 0]]
+
+
+def check_overlapping(current, step, restore):
+    """Raises RuntimeError unless a step leaves exactly what it does without PDL: only there do kernels overlap."""
+    left = []
+    for way, run_step in ((FUSED, partial(current.compute, current.next_room())), (PDL, step)):
+        forget(current)
+        with way.of(current):
+            run_step()
+        slots = [memory[current.active] for memory in (*current.cache.k, *current.cache.v)]
+        left.append([tensor.clone() for tensor in (*slots, *tensors_of(current))])
+        restore()
+    if not all(map(torch.equal, *left)):
+        raise RuntimeError("with PDL a step leaves something else than without")
+
+
+def forget(current):
+    """What the next step must write is not what the one before wrote."""
+    for memory in (*current.cache.k, *current.cache.v):
+        memory[current.active] = float("nan")
 
 
 def restorer(current):
@@ -198,58 +222,63 @@ def kernels_of(current):
 
 
 def measure_points(arguments, clock):
-    """Prints a row of each point, and writes it down at once; returns {name of the point: row}.
+    """Prints a row of each point and way, and writes it down at once; returns {(point, way): row}.
 
-    Kernels are looked at when all points are timed: a profiler may slow down what comes after it.
+    What one way can tell comes before the next one begins, which goes side by side with it, for points of few rows.
     """
     ceilings, environment = common.measure_ceilings(), common.environment()
     common.write_line(arguments.out, environment | {"ceilings": ceilings}, "w")
     say(f"{environment['device']}, commit {environment['commit']}, {common.describe(ceilings)}")
     say(f"{'point':24}{'way':13}{'ms':>9}{'/library':>10}{'floor':>9}{'of floor':>10}{'rows':>7}{'needed':>8}")
-    rows = {}
+    rows, every = {}, ways(tables.architecture(common.device()))
+    profiles = arguments.profile and common.device().type == "cuda"
 
-    def in_all_ways(measure):
-        for way in ways(tables.architecture(common.device())):
+    def measure_in(points, of_these):
+        timed = partial(measure, ceilings=ceilings)
+        for (name, way), row in each_point(points, of_these, arguments.out, clock, timed):
+            rows[name, way] = row
+            if "error" not in row:
+                row["of_library"] = row["ms"] / rows[name, LIBRARY.name].get("ms", math.nan)
+                say(
+                    f"{name:24}{way:13}{row['ms']:9.3f}{row['of_library']:10.3f}{row['floor_ms']:9.3f}"
+                    f"{row['of_floor']:10.0%}{row['rows_computed']:7}{row['rows_needed']:8}"
+                )
 
-            def measure_in(current, way=way):
-                with way.of(current):
-                    return measure(current, way)
-
-            points = [point for point in arguments.points if way is LIBRARY or is_for_our_products(rows, point)]
-            for point, row in each_point(points, way.name, arguments.out, clock, measure_in):
-                yield (point, way.name), row
-
-    for key, row in in_all_ways(lambda current, way: measure(current, way, ceilings)):
-        rows[key] = row
-        if "error" not in row:
-            row["of_library"] = row["ms"] / rows[key[0], LIBRARY.name]["ms"]
-            say(
-                f"{key[0]:24}{key[1]:13}{row['ms']:9.3f}{row['of_library']:10.3f}{row['floor_ms']:9.3f}"
-                f"{row['of_floor']:10.0%}{row['rows_computed']:7}{row['rows_needed']:8}"
-            )
-    if arguments.profile and common.device().type == "cuda":
-        for key, row in in_all_ways(lambda current, way: kernels_of(current)):
-            rows[key] = rows.get(key, {}) | {name: value for name, value in row.items() if name != "kernels"}
+    def look_into(points, of_these):
+        profiled = lambda current, way: kernels_of(current)
+        for (name, way), row in each_point(points, of_these, arguments.out, clock, profiled):
+            rows[name, way] = rows.get((name, way), {}) | {key: row[key] for key in row if key != "kernels"}
             if "error" not in row:
                 times = f"{row['busy_us']:.0f} us busy of {row['span_us']:.0f} us"
-                say(f"{', '.join(key)}: {row['launches']} launches, {times}")
+                say(f"{name}, {way}: {row['launches']} launches, {times}")
             for group, microseconds in row.get("groups", {}).items():
                 say(f"    {group:22}{microseconds:9.1f} us")
+
+    measure_in(arguments.points, (LIBRARY,))
+    if profiles:
+        look_into(arguments.points, (LIBRARY,))
+    few = [point for point in arguments.points if is_for_our_products(rows, point)]
+    measure_in(few, (LIBRARY, FUSED))
+    if profiles:
+        # not with PDL, where the time of a kernel holds its wait
+        look_into(few, (FUSED,))
+    if PDL in every:
+        measure_in(few, (FUSED, PDL))
     return rows
 
 
 def is_for_our_products(rows, point):
     """Whether the step of a point was timed with the library's products, and has few enough rows for ours."""
-    return rows.get((named(point), LIBRARY.name), {}).get("rows_computed", torch.inf) <= tables.MOST_PRODUCT_ROWS
+    return rows.get((named(point), LIBRARY.name), {}).get("rows_computed", math.inf) <= tables.MOST_PRODUCT_ROWS
 
 
-def each_point(points, way, out, clock, measure):
-    """Yields (name, row) of each point that there is time for, with what `measure` says of a run at its step."""
+def each_point(points, of_these, out, clock, measure):
+    """Yields ((point, way), row) of what there is time for, with what measure(run, way) says of a run at its step."""
     cuda, known, model = common.device().type == "cuda", None, None
-    for point in points:
+    for point, way in itertools.product(points, of_these):
         name = named(point)
         if clock.left < 0:
-            say(f"{name:24}{way:13} not run, the budget is used up")
+            say(f"{name:24}{way.name:13} not run, the budget is used up")
             continue
         try:
             if point[0] != known:
@@ -258,12 +287,14 @@ def each_point(points, way, out, clock, measure):
                 dtype = torch.bfloat16 if cuda else torch.float32
                 model, known = make_model(config, seed=0, dtype=dtype, device=common.device()), point[0]
             with torch.no_grad():
-                row = measure(at_step(model, *point))
+                current = at_step(model, *point)
+                with way.of(current):
+                    row = measure(current, way)
         except Exception as error:  # the others are measured all the same
             traceback.print_exc()
             row = {"error": common.described(error)}
-        common.write_line(out, {"point": name, "way": way} | row)
-        yield name, row
+        common.write_line(out, {"point": name, "way": way.name} | row)
+        yield (name, way.name), row
 
 
 def main(argv=None):

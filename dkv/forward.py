@@ -33,13 +33,14 @@ class Forward:
             self.layers = _merged_layers(decoder)
             # values may change: a pass reads them anew
             self._fingerprint, self._kinds = Fingerprint(decoder.called, values=False), _kinds(decoder)
-        self.library, self.fused, self.always_fused = Library(decoder, self.ops, angles), None, fused_products
+        self.library, self.fused, self.fused_products = Library(decoder, self.ops, angles), None, fused_products
         if fused_products is not False and Fused.can_run(self.layers, decoder):
-            self.fused = Fused(self.ops, angles, decoder.weight.device)
+            self.fused = Fused(decoder, self.ops, angles)
         elif fused_products:
             raise ValueError(
-                "fused_products=True needs layers of plain nn.Linear and RMSNorm modules of one dtype, with biases for "
-                "queries, keys and values alone; pass None."
+                "fused_products=True needs, in every layer, plain nn.Linear and RMSNorm modules of the embedding's "
+                "dtype, weights that share no memory, biases for queries, keys and values alone, and a headdim of 16, "
+                f"32, 64 or 128 (got {decoder.headdim}); pass fused_products=None for this model."
             )
 
     def __call__(self, active, cache, max_seqlen, wanted=None):
@@ -54,28 +55,29 @@ class Forward:
         Returns:
             hidden (rows, hidden_size) after the final norm; without meaning where a place is padding.
         """
-        products = self.products_for(active.ids.shape[0])
+        way = self.way_for(active.ids.shape[0])
         tokens, last = active, len(self.layers) - 1
-        x, normed = products.norm(self.layers[0].attn_norm, self.decoder.embed(active.ids))
+        x, normed = way.first_norm(self.layers[0].attn_norm, self.decoder.embed(active.ids))
         for index, layer in enumerate(self.layers):
             caches = cache.k[index], cache.v[index]
             if index < last or wanted is None:
-                q = products.qkv(layer, normed, tokens, caches)
+                q = way.qkv(layer, normed, tokens, caches)
             else:
                 # of the last layer only K and V are needed everywhere
-                q, x, tokens = products.last_qkv(layer, normed, x, tokens, wanted, caches)
+                q, x = way.last_qkv(layer, normed, x, tokens, wanted, caches)
+                tokens = wanted
             attended = self._attend(q, caches, tokens, cache, max_seqlen)
-            normed = products.add(layer.o, attended, x, layer.mlp_norm)
-            h = products.gate_up(layer, normed)
-            normed = products.add(layer.down, h, x, layer.next_norm)
-        return products.finish(self.decoder.final_norm, normed, x)
+            normed = way.add_norm(layer.o, attended, x, layer.mlp_norm)
+            h = way.gate_up(layer, normed)
+            normed = way.add_norm(layer.down, h, x, layer.next_norm)
+        return way.last_norm(self.decoder.final_norm, normed, x)
 
-    def products_for(self, rows):
+    def way_for(self, rows):
         """The way in which so many rows go through the layers: `Library` or `Fused`."""
         if self.fused is None or rows > MOST_PRODUCT_ROWS:
             return self.library
         weight = self.decoder.weight
-        pays = self.always_fused or self.fused.pays(self.layers[0], weight.device, weight.dtype, rows)
+        pays = self.fused_products or self.fused.pays(self.layers[0], weight.device, weight.dtype, rows)
         return self.fused if pays else self.library
 
     def _attend(self, q, caches, tokens, cache, max_seqlen):

@@ -90,9 +90,10 @@ def generate(
         generator: a torch.Generator that seeds the noise and the random order; None: PyTorch's default one.
         impl: "auto", "triton" or "reference", see `dkv.kernels`.
         cuda_graphs: on a GPU, record steps as CUDA graphs and replay them; False: launch every kernel of every step.
-        fused_products: whether steps of up to 256 positions multiply by kernels of our own, which do what is around a
-            product too and round less often, so that close predictions may differ; False: by the GPU's library. None:
-            where it was measured to be faster.
+        fused_products: whether steps of up to 256 positions, of all rows together, use dkv's own matrix products, which
+            include norm, RoPE, cache write, activation and residual; False: those of the GPU's library. None: where a
+            GPU of this kind has shown that they are faster. They round less often, so near ties may be decided
+            differently.
         output_history: also return the sequence and the active positions of every step, see `dkv.plot_history`.
         show_progress: a progress bar over the masks.
 

@@ -1,8 +1,8 @@
 """What a decoder layer does besides attention, in one of two ways with the same methods.
 
 `Library`: products by the library at hand, with launches of our own around them. `Fused`: products of few rows by our
-own kernels, which do what is around them too. The norm that `norm` and `add` return is for the other methods of the
-same way alone: normed rows, or a `dkv.kernels.DeferredNorm`.
+own kernels, which do what is around them too. What `first_norm` and `add_norm` return as a norm, normed rows or a
+`dkv.kernels.DeferredNorm`, is for the other methods of the same way alone.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ class MergedLayer(NamedTuple):
     """The modules of a decoder layer in the order in which they run, those of one input as one.
 
     Attributes:
-        next_norm: of the next layer; in the last one that behind it.
+        next_norm: the next layer's attn_norm, or the model's final norm.
     """
 
     attn_norm: nn.Module
@@ -41,7 +41,7 @@ class Library:
     def __init__(self, decoder, ops, angles):
         self.decoder, self.ops, self.angles = decoder, ops, angles
 
-    def norm(self, norm, x):
+    def first_norm(self, norm, x):
         """(x, which the residual stream becomes, and its norm)."""
         x = like_products(x)
         return x, self._norm(norm, None, x)
@@ -53,14 +53,14 @@ class Library:
         return self._rope(q, k, v, tokens, *caches)
 
     def last_qkv(self, layer, normed, x, tokens, wanted, caches):
-        """The queries of `wanted` alone, their rows of x, and `wanted`; keys and values of all go into the caches."""
+        """The queries of `wanted` alone, and their rows of x; keys and values of all go into the caches."""
         k, v = self._heads(layer.qkv(normed, first=1), self.decoder.nheads_k, self.decoder.nheads_k)
         self._rope(k[:, :0], k, v, tokens, *caches)
         (q,) = self._heads(layer.qkv(normed[wanted.places], last=1), self.decoder.nheads)
         q = self._rope(q, q[:, :0], q[:, :0], wanted, *(cache[:, :, :0] for cache in caches))
-        return q, like_products(x[wanted.places]), wanted
+        return q, like_products(x[wanted.places])
 
-    def add(self, module, h, x, norm):
+    def add_norm(self, module, h, x, norm):
         """The norm of x + module(h), which x becomes."""
         return self._norm(norm, linear(module, h), x)
 
@@ -68,8 +68,8 @@ class Library:
         """The gated activation."""
         return self.ops.swiglu(layer.gate_up(normed))
 
-    def finish(self, norm, normed, x):
-        """The norm of x, of which `normed` is what `add` returned."""
+    def last_norm(self, norm, normed, x):
+        """The norm of x, of which `normed` is what `add_norm` returned."""
         return normed.contiguous()
 
     def _heads(self, projected, *heads):
@@ -92,9 +92,9 @@ class Library:
 class Fused:
     """Products of up to `dkv.kernels.launch.MOST_PRODUCT_ROWS` rows by our kernels, for layers as `can_run` says."""
 
-    def __init__(self, ops, angles, device):
+    def __init__(self, decoder, ops, angles):
         self.ops, self.angles = ops, angles
-        self.semaphores = torch.zeros(tables.SEMAPHORES, dtype=torch.int32, device=device)
+        self.semaphores = torch.zeros(tables.SEMAPHORES, dtype=torch.int32, device=decoder.weight.device)
 
     @staticmethod
     def can_run(layers, decoder):
@@ -106,7 +106,7 @@ class Fused:
         return (
             decoder.headdim in checks.HEADDIMS
             and all(projection.weight is not None for projection in projections)
-            and all(is_plain(module) and module.bias is None for module in modules)
+            and all(is_plain(module) and module.bias is None and module.weight.is_contiguous() for module in modules)
             and all(layer.gate_up.bias is None for layer in layers)
             and {part.weight.dtype for part in (*projections, *modules)} == {dtype}
             and all(is_plain_norm(norm, dtype) for norm in norms)
@@ -120,7 +120,7 @@ class Fused:
         products += [("residual", tuple(module.weight.shape)) for module in (layer.o, layer.down)]
         return tables.fused_products_pay(device, dtype, rows, products)
 
-    def norm(self, norm, x):
+    def first_norm(self, norm, x):
         """(x, which the residual stream becomes, and its norm)."""
         return x, self.ops.deferred_norm(x, norm.weight)
 
@@ -139,11 +139,11 @@ class Fused:
         )
 
     def last_qkv(self, layer, normed, x, tokens, wanted, caches):
-        """The queries of `wanted` alone, their rows of x, and `wanted`; keys and values of all go into the caches."""
+        """The queries of `wanted` alone, and their rows of x; keys and values of all go into the caches."""
         # for few rows, those of all cost no more: the weight is read once
-        return self.qkv(layer, normed, tokens, caches)[wanted.places], x[wanted.places], wanted
+        return self.qkv(layer, normed, tokens, caches)[wanted.places], x[wanted.places]
 
-    def add(self, module, h, x, norm):
+    def add_norm(self, module, h, x, norm):
         """The norm of x + module(h), which x becomes."""
         return self.ops.linear_add_norm(h, module.weight, x, norm.weight, semaphores=self.semaphores)
 
@@ -153,8 +153,8 @@ class Fused:
             normed, norm_eps(layer.mlp_norm), layer.gate_up.weight, semaphores=self.semaphores
         )
 
-    def finish(self, norm, normed, x):
-        """The norm of x, of which `normed` is what `add` returned."""
+    def last_norm(self, norm, normed, x):
+        """The norm of x, of which `normed` is what `add_norm` returned."""
         return self.ops.add_rms_norm(x, None, norm.weight, norm_eps(norm))
 
 

@@ -18,10 +18,10 @@ from dkv.kernels.language import gdc_launch_dependents, gdc_wait, tl, triton
 from dkv.kernels.launch import (
     MAX_SPLITS,
     attention_launch,
-    launches_early,
     merge_launch,
     num_splits_heuristic,
     processors,
+    uses_pdl,
 )
 from dkv.kernels.packing import load_bound
 
@@ -400,7 +400,7 @@ def _launch(
     stride_v_row, stride_v_column, stride_v_head, _ = v_cache.stride()
     # the extra row of an unsplit launch clears the padding queries; with splits the merge does that
     grid = (blocks * (batch + (num_splits == 1)) * nheads_k, num_splits)
-    early = launches_early(q.device)
+    pdl = uses_pdl(q.device)
     with checks.device_guard(q):
         _delayed_attention_kernel[grid](
             q_ptr=q,
@@ -442,8 +442,8 @@ def _launch(
             HAS_INDEX=key_index is not None,
             FULL_TILES_FIRST=launch.full_tiles_first and key_mask is None and key_index is None,
             PRECISION="ieee",
-            PDL=early,
-            launch_pdl=early,
+            PDL=pdl,
+            launch_pdl=pdl,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )
@@ -462,8 +462,8 @@ def _launch(
                 HEADDIM=headdim,
                 BLOCK_M=merge.block_m,
                 SPLITS=MAX_SPLITS,
-                PDL=early,
-                launch_pdl=early,
+                PDL=pdl,
+                launch_pdl=pdl,
                 num_warps=merge.num_warps,
             )
     return (out, lse) if return_softmax_lse else out

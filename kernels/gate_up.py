@@ -1,4 +1,4 @@
-"""The gate and up projections of a feed-forward layer and its gated activation, in one launch.
+"""The gate and up projections of a feed-forward layer and its gated activation, in one kernel.
 
 For a deferred norm of rows x, s = rsqrt(mean(x^2) + eps):
 
@@ -6,8 +6,8 @@ For a deferred norm of rows x, s = rsqrt(mean(x^2) + eps):
     out = gate / (1 + exp(-gate)) * up                                      (SwiGLU, Shazeer, arXiv 2002.05202)
 
 in float32, rounded once. Layouts: rows (rows, in_features), weight (2 * size, in_features), gate first; out (rows,
-size). Each program computes some columns of a block of rows, the weight's rows as the long side of two products. Up to
-some 200 rows it is memory-bound, at one read of the weight: 2 * size * in_features elements, for 4 * rows * size *
+size). Each program computes some columns of a block of rows, the weight's rows as the long side of two products. For
+few rows it is memory-bound, at one read of the weight: 2 * size * in_features elements, for 4 * rows * size *
 in_features operations; what the projections give stays on the chip.
 """
 
@@ -15,12 +15,13 @@ import torch
 
 from dkv.kernels import checks, reference
 from dkv.kernels.language import gdc_launch_dependents, gdc_wait, tl, triton
-from dkv.kernels.launch import launches_early, product_launch
+from dkv.kernels.launch import product_launch, uses_pdl
 from dkv.kernels.reference import DeferredNorm
 from dkv.kernels.skinny import (
-    bring_into_l2,
     is_last_to_arrive,
     keep_partial,
+    load_square_sums,
+    prefetch_into_l2,
     row_scales,
     scratch,
     share_of,
@@ -59,33 +60,34 @@ def _linear_swiglu_kernel(
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    tile, row_block, split, first, last = share_of(tl.cdiv(size, BLOCK_N), row_blocks, in_features, SPLITS, BLOCK_K)
+    tiles = tl.cdiv(size, BLOCK_N)
+    tile, row_block, output, split, first, last = share_of(tiles, row_blocks, in_features, SPLITS, BLOCK_K)
     # tiles are [BLOCK_N, BLOCK_R]: columns of the output, rows; those beyond the last one repeat it
     columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_n = tl.minimum(columns, size - 1)
     gate_ptrs = weight_ptr + offs_n.to(tl.int64) * stride_weight
     up_ptrs = gate_ptrs + tl.cast(size, tl.int64) * stride_weight
     if PDL:
-        bring_into_l2(gate_ptrs, first, in_features, BLOCK_K)
-        bring_into_l2(up_ptrs, first, in_features, BLOCK_K)
+        prefetch_into_l2(gate_ptrs, first, in_features, BLOCK_K)
+        prefetch_into_l2(up_ptrs, first, in_features, BLOCK_K)
         gdc_wait()
     offs_r = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
     written = (columns < size)[:, None] & (offs_r < rows)[None, :]
     offs_r = tl.minimum(offs_r, rows - 1)
+    square_sums = load_square_sums(square_sums_ptr, offs_r, rows, parts, PARTS)
     x_ptrs = x_ptr + offs_r.to(tl.int64) * stride_x
     gate, up = two_products(x_ptrs, gate_ptrs, up_ptrs, first, last, in_features, BLOCK_K, MASK_K, PRECISION)
     if PDL:
         gdc_launch_dependents()
     if SPLITS > 1:
-        place = tile * row_blocks + row_block
-        keep_partial(partial_ptr, 2 * (place * SPLITS + split), gate)
-        keep_partial(partial_ptr, 2 * (place * SPLITS + split) + 1, up)
-        if not is_last_to_arrive(semaphore_ptr + place, SPLITS):
+        keep_partial(partial_ptr, 2 * (output * SPLITS + split), gate)
+        keep_partial(partial_ptr, 2 * (output * SPLITS + split) + 1, up)
+        if not is_last_to_arrive(semaphore_ptr + output, SPLITS):
             return
-        gate = sum_of_partials(partial_ptr, 2 * place * SPLITS, gate, SPLITS, 2)
-        up = sum_of_partials(partial_ptr, 2 * place * SPLITS + 1, up, SPLITS, 2)
+        gate = sum_of_partials(partial_ptr, 2 * output * SPLITS, gate, SPLITS, 2)
+        up = sum_of_partials(partial_ptr, 2 * output * SPLITS + 1, up, SPLITS, 2)
 
-    scales = row_scales(square_sums_ptr, offs_r, rows, parts, in_features, eps, PARTS)[None, :]
+    scales = row_scales(square_sums, in_features, eps)[None, :]
     gate = gate * scales
     out = gate / (1.0 + tl.exp(-gate)) * (up * scales)
     out_ptrs = out_ptr + offs_r.to(tl.int64)[None, :] * size + columns[:, None]
@@ -103,7 +105,7 @@ def _launch(normed, eps, weight, *, semaphores=None, launch=None):
     tiles, row_blocks = triton.cdiv(size, launch.block_n), triton.cdiv(rows, launch.block_r)
     splits = launch.splits_of(in_features)
     partial, semaphores = scratch(x, tiles * row_blocks, splits, 2 * launch.block_n * launch.block_r, semaphores)
-    early = launches_early(x.device)
+    pdl = uses_pdl(x.device)
     with checks.device_guard(x):
         _linear_swiglu_kernel[(tiles * row_blocks * splits,)](
             x_ptr=x,
@@ -127,8 +129,8 @@ def _launch(normed, eps, weight, *, semaphores=None, launch=None):
             MASK_K=in_features % launch.block_k != 0,
             SPLITS=splits,
             PRECISION="ieee",
-            PDL=early,
-            launch_pdl=early,
+            PDL=pdl,
+            launch_pdl=pdl,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )
@@ -155,7 +157,7 @@ def linear_swiglu(
 ) -> torch.Tensor:
     """Projects rows to gate and up, and computes silu(gate) * up.
 
-    Mutates nothing. It finishes the norm, and is made for up to some 200 rows.
+    Mutates nothing. Made for up to 256 rows; where it splits the channels, a small launch clears semaphores first.
 
     Args:
         normed: `DeferredNorm` of (rows, in_features), float16, bfloat16 or float32 (float64: impl "reference" only).

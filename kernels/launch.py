@@ -111,10 +111,10 @@ class HeadMergeLaunch:
 
 @dataclass(frozen=True)
 class ProductLaunch:
-    """Tile of weight rows by rows by channels, splits of the channels, warps and stages of a product of few rows.
+    """Tile of weight rows by rows by channels, warps, stages, and splits of the channels of a product of few rows.
 
-    Of products with two weight tiles, which have `block_n` rows each; for those of `linear_rope_cache_update` these are
-    the halves of a head.
+    `linear_swiglu` multiplies two tiles at a time, of gate and up; so does `linear_rope_cache_update`, whose tiles are
+    the halves of a head, whatever `block_n` says.
     """
 
     block_n: int
@@ -125,7 +125,7 @@ class ProductLaunch:
     splits: int = 1
 
     def splits_of(self, in_features):
-        """`splits`, but none without a channel."""
+        """`splits`, or as many as have a channel each."""
         steps = triton.cdiv(in_features, self.block_k)
         return triton.cdiv(steps, triton.cdiv(steps, self.splits))
 
@@ -367,12 +367,12 @@ PRODUCT = {
             ProductLaunch(64, 16, 128, num_warps=4, num_stages=3),
             ProductLaunch(64, 32, 128, num_warps=4, num_stages=3),
             ProductLaunch(64, 64, 64, num_warps=4, num_stages=4),
-            ProductLaunch(64, 128, 64, num_warps=4, num_stages=3),
+            ProductLaunch(64, 128, 64, num_warps=8, num_stages=3),
         ),
         2: (
             ProductLaunch(64, 16, 64, num_warps=4, num_stages=4),
             ProductLaunch(64, 32, 64, num_warps=4, num_stages=4),
-            ProductLaunch(64, 64, 64, num_warps=4, num_stages=3),
+            ProductLaunch(64, 64, 64, num_warps=8, num_stages=3),
             ProductLaunch(64, 128, 32, num_warps=8, num_stages=4),
         ),
     },
@@ -382,21 +382,21 @@ PRODUCT = {
             ProductLaunch(64, 16, 64, num_warps=4, num_stages=4),
             ProductLaunch(64, 32, 64, num_warps=4, num_stages=4),
             ProductLaunch(64, 64, 64, num_warps=4, num_stages=3),
-            ProductLaunch(64, 128, 64, num_warps=4, num_stages=2),
+            ProductLaunch(64, 128, 64, num_warps=8, num_stages=2),
         ),
         2: (
             ProductLaunch(64, 16, 64, num_warps=4, num_stages=3),
             ProductLaunch(64, 32, 64, num_warps=4, num_stages=3),
-            ProductLaunch(64, 64, 64, num_warps=4, num_stages=2),
+            ProductLaunch(64, 64, 64, num_warps=8, num_stages=2),
             ProductLaunch(64, 128, 32, num_warps=8, num_stages=3),
         ),
     },
 }
 PRODUCT_FULL_PRECISION = (ProductLaunch(64, 16, 32, num_warps=8, num_stages=3),)
 PRODUCT_INTERPRETER = (ProductLaunch(64, 64, 256, num_warps=4, num_stages=1),)
-# of a product with more rows the GPU's own library is faster
+# with more rows the GPU's own library is expected to be faster
 MOST_PRODUCT_ROWS = 256
-# a tile that is split needs one; never as many
+# one for each block of outputs whose channels are split; more than any launch of the tables has
 SEMAPHORES = 4096
 # channels are not split further than this
 MOST_PRODUCT_SPLITS, LEAST_STEPS_OF_A_SPLIT = 4, 8
@@ -421,7 +421,7 @@ class MeasuredProduct:
 def _measured_products():
     """(compute capability, kind, out_features, in_features) -> [MeasuredProduct], by rising rows."""
     found = {}
-    for row in json.loads(Path(__file__).with_name("products.json").read_text())["products"]:
+    for row in json.loads(Path(__file__).with_name("fused_products.json").read_text())["products"]:
         key = row["arch"], row["kind"], row["out_features"], row["in_features"]
         measured = MeasuredProduct(row["rows"], ProductLaunch(**row["launch"]), row["us"], row["library_us"])
         found.setdefault(key, []).append(measured)
@@ -433,12 +433,12 @@ def _measured_product(arch, dtype, kind, rows, shape):
     return next((measured for measured in known if measured.rows >= rows), None)
 
 
-def product_launch(device, dtype, kind, rows, shape, tiles=None):
+def product_launch(device, dtype, kind, rows, shape):
     """The launch of a product of `rows` rows and a weight: the fastest one that was measured, else one of the table.
 
     Args:
-        kind: of WEIGHT_TILES; shape: (out_features, in_features) of the weight.
-        tiles: int, programs of a block of rows, where the kernel says; None: as many as the tile gives.
+        kind: of WEIGHT_TILES.
+        shape: (out_features, in_features) of the weight.
     """
     arch = architecture(device)
     measured = _measured_product(arch, dtype, kind, rows, shape)
@@ -454,7 +454,7 @@ def product_launch(device, dtype, kind, rows, shape, tiles=None):
     if arch is None:
         return launch
     out_features, in_features = shape
-    tiles = tiles or triton.cdiv(out_features, launch.block_n * WEIGHT_TILES[kind])
+    tiles = triton.cdiv(out_features, launch.block_n * WEIGHT_TILES[kind])
     # two programs a processor keep the memory busy
     wanted = 2 * processors(device) // (tiles * triton.cdiv(rows, launch.block_r))
     steps = triton.cdiv(in_features, launch.block_k)
@@ -466,15 +466,18 @@ def fused_products_pay(device, dtype, rows, products):
 
     products: [(kind, (out_features, in_features))] of a layer.
     """
+    # in float16 a row times the weight of its norm may pass 65504, where the library's way does not
+    if dtype != torch.bfloat16:
+        return False
     arch = architecture(device)
     found = [_measured_product(arch, dtype, kind, rows, shape) for kind, shape in products]
     return None not in found and sum(one.us for one in found) < sum(one.library_us for one in found)
 
 
-# The one switch of programmatic dependent launch: the kernels of a layer then start while the one in front still runs
-EARLY = False
+# the one switch of programmatic dependent launch, see skinny.py
+PDL = False
 
 
-def launches_early(device):
-    """Whether kernels are launched before the one in front has ended; that takes compute capability 9.0."""
-    return EARLY and (architecture(device) or 0) >= 90
+def uses_pdl(device):
+    """Whether the kernels of a layer start before the one in front has ended; that takes compute capability 9.0."""
+    return PDL and (architecture(device) or 0) >= 90

@@ -6,7 +6,8 @@ With s the sum x + residual, rounded to the dtype (x itself where there is no re
 
 s is normalised in float32 and rounded to the dtype before the weight is applied, as LLaDA and Dream do. Layouts: x and
 residual (rows, size), any strides; weight (size,). Each program holds one row in registers, so every value is read
-once; it is memory-bound, at 4 * rows * size elements.
+once; it is memory-bound, at 4 * rows * size elements. The deferred norm leaves round(s * weight) and sums of squares;
+the next product applies the scale (skinny.py).
 """
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from dkv.kernels import checks, reference
 from dkv.kernels.language import tl, triton
 from dkv.kernels.launch import norm_launch
-from dkv.kernels.skinny import empty_deferred
+from dkv.kernels.skinny import PART, empty_deferred
 
 
 @triton.jit
@@ -93,7 +94,6 @@ def _deferred_norm_kernel(
     size,
     # constants
     BLOCK: tl.constexpr,
-    PART: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     # [BLOCK]
@@ -125,7 +125,6 @@ def _launch_deferred(x, weight):
             rows=rows,
             size=size,
             BLOCK=launch.block,
-            PART=reference.PART,
             num_warps=launch.num_warps,
         )
     return normed

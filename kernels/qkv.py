@@ -1,4 +1,4 @@
-"""The projections of queries, keys and values, their rotary embedding, and the write into the K/V cache, in one launch.
+"""The projections of queries, keys and values, their rotary embedding, and the write into the K/V cache, in one kernel.
 
 For a deferred norm of rows x, s = rsqrt(mean(x^2) + eps), and a head of the merged weight, w1 and w2 its two halves:
 
@@ -7,20 +7,21 @@ For a deferred norm of rows x, s = rsqrt(mean(x^2) + eps), and a head of the mer
 
 in float32, rounded once. Layouts: rows (rows, in_features), weight ((nheads + 2 * nheads_k) * headdim, in_features):
 queries, keys, values; caches (batch, seqlen_cache, nheads_k, headdim). Each program computes one head of a block of
-rows, the weight's rows as the long side of the product. Up to some 200 rows it is memory-bound, at one read of the
-weight: out_features * in_features elements, for 2 * rows * out_features * in_features operations.
+rows, the weight's rows as the long side of the product. For few rows it is memory-bound, at one read of the weight:
+out_features * in_features elements, for 2 * rows * out_features * in_features operations.
 """
 
 import torch
 
 from dkv.kernels import checks, reference
 from dkv.kernels.language import gdc_launch_dependents, gdc_wait, tl, triton
-from dkv.kernels.launch import launches_early, product_launch
+from dkv.kernels.launch import product_launch, uses_pdl
 from dkv.kernels.reference import DeferredNorm
 from dkv.kernels.skinny import (
-    bring_into_l2,
     is_last_to_arrive,
     keep_partial,
+    load_square_sums,
+    prefetch_into_l2,
     row_scales,
     scratch,
     share_of,
@@ -86,48 +87,49 @@ def _linear_rope_cache_kernel(
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    head, row_block, split, first, last = share_of(NHEADS + 2 * NHEADS_K, row_blocks, in_features, SPLITS, BLOCK_K)
+    HEADS: tl.constexpr = NHEADS + 2 * NHEADS_K
+    head, row_block, output, split, first, last = share_of(HEADS, row_blocks, in_features, SPLITS, BLOCK_K)
     # tiles are [HALF, BLOCK_R]: one half of a head, rows
     offs_d = tl.arange(0, HALF)
     features = head * (2 * HALF) + offs_d
     a_ptrs = weight_ptr + features.to(tl.int64) * stride_weight
     b_ptrs = a_ptrs + HALF * tl.cast(stride_weight, tl.int64)
     if PDL:
-        bring_into_l2(a_ptrs, first, in_features, BLOCK_K)
-        bring_into_l2(b_ptrs, first, in_features, BLOCK_K)
+        prefetch_into_l2(a_ptrs, first, in_features, BLOCK_K)
+        prefetch_into_l2(b_ptrs, first, in_features, BLOCK_K)
         gdc_wait()
     # rows beyond the last one repeat it, and are not written
     offs_r = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
     in_range = offs_r < rows
     offs_r = tl.minimum(offs_r, rows - 1)
+    square_sums = load_square_sums(square_sums_ptr, offs_r, rows, parts, PARTS)
+    slots = tl.load(slots_ptr + offs_r)
+    positions = tl.load(positions_ptr + offs_r)
     x_ptrs = x_ptr + offs_r.to(tl.int64) * stride_x
     a, b = two_products(x_ptrs, a_ptrs, b_ptrs, first, last, in_features, BLOCK_K, MASK_K, PRECISION)
     if PDL:
         gdc_launch_dependents()
     if SPLITS > 1:
-        tile = head * row_blocks + row_block
-        keep_partial(partial_ptr, 2 * (tile * SPLITS + split), a)
-        keep_partial(partial_ptr, 2 * (tile * SPLITS + split) + 1, b)
-        if not is_last_to_arrive(semaphore_ptr + tile, SPLITS):
+        keep_partial(partial_ptr, 2 * (output * SPLITS + split), a)
+        keep_partial(partial_ptr, 2 * (output * SPLITS + split) + 1, b)
+        if not is_last_to_arrive(semaphore_ptr + output, SPLITS):
             return
-        a = sum_of_partials(partial_ptr, 2 * tile * SPLITS, a, SPLITS, 2)
-        b = sum_of_partials(partial_ptr, 2 * tile * SPLITS + 1, b, SPLITS, 2)
+        a = sum_of_partials(partial_ptr, 2 * output * SPLITS, a, SPLITS, 2)
+        b = sum_of_partials(partial_ptr, 2 * output * SPLITS + 1, b, SPLITS, 2)
 
-    scales = row_scales(square_sums_ptr, offs_r, rows, parts, in_features, eps, PARTS)
+    scales = row_scales(square_sums, in_features, eps)
     a = a * scales[None, :]
     b = b * scales[None, :]
     if bias_ptr is not None:
         a += tl.load(bias_ptr + features).to(tl.float32)[:, None]
         b += tl.load(bias_ptr + features + HALF).to(tl.float32)[:, None]
     # padding entries have no position, and nothing of them reaches the cache
-    slots = tl.load(slots_ptr + offs_r)
     written = in_range & (slots >= 0) & (slots < num_slots)
     # narrow enough to divide fast, and only now
     slots = tl.where(written, slots, 0).to(num_slots.dtype)
     cache_rows = (slots // seqlen_cache).to(tl.int64)
     cache_columns = (slots % seqlen_cache).to(tl.int64)
     if head < NHEADS + NHEADS_K:
-        positions = tl.load(positions_ptr + offs_r, mask=written, other=0)
         positions = tl.minimum(tl.maximum(positions, 0), max_position - 1).to(tl.int64)
         offs_angle = positions[None, :] * stride_angle + offs_d[:, None]
         cos = tl.load(cos_ptr + offs_angle)
@@ -155,10 +157,10 @@ def _launch(normed, eps, weight, bias, cos, sin, positions, slots, k_cache, v_ca
     q_rotated = torch.empty((rows, nheads, headdim), dtype=x.dtype, device=x.device)
     if rows == 0 or heads == 0:
         return q_rotated
-    launch = launch or product_launch(x.device, x.dtype, "qkv", rows, weight.shape, heads)
+    launch = launch or product_launch(x.device, x.dtype, "qkv", rows, weight.shape)
     row_blocks, splits = triton.cdiv(rows, launch.block_r), launch.splits_of(in_features)
     partial, semaphores = scratch(x, heads * row_blocks, splits, headdim * launch.block_r, semaphores)
-    early = launches_early(x.device)
+    pdl = uses_pdl(x.device)
     with checks.device_guard(x):
         _linear_rope_cache_kernel[(heads * row_blocks * splits,)](
             x_ptr=x,
@@ -201,8 +203,8 @@ def _launch(normed, eps, weight, bias, cos, sin, positions, slots, k_cache, v_ca
             MASK_K=in_features % launch.block_k != 0,
             SPLITS=splits,
             PRECISION="ieee",
-            PDL=early,
-            launch_pdl=early,
+            PDL=pdl,
+            launch_pdl=pdl,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )
@@ -255,8 +257,8 @@ def linear_rope_cache_update(
 ) -> torch.Tensor:
     """Projects rows to queries, keys and values, rotates, and writes keys and values into their cache slots.
 
-    Mutates k_cache and v_cache in place, at the given slots only. Distinct rows must have distinct slots. It finishes
-    the norm, and is made for up to some 200 rows.
+    Mutates k_cache and v_cache in place, at the given slots only. Distinct rows must have distinct slots. Made for up
+    to 256 rows; where it splits the channels, a small launch clears semaphores first.
 
     Args:
         normed: `DeferredNorm` of (rows, in_features), float16, bfloat16 or float32 (float64: impl "reference" only).

@@ -16,7 +16,7 @@ from dkv.kernels import noise
 from dkv.kernels.product import linear
 from dkv.kernels.rows import MASKED, PROMPT, Counter
 
-PART = 64  # columns of a row whose squares are summed up as one
+PART = 64  # columns of a row that a `DeferredNorm` has one sum of squares for
 
 
 def rotate_half_split(x, cos, sin):
@@ -528,8 +528,8 @@ class DeferredNorm(NamedTuple):
 
     Attributes:
         weighted: (rows, size), the rows times the weight of the norm, rounded.
-        square_sums: (ceil(size / PART), rows) float32 (float64 for float64), contiguous: the sums of the squares of
-            PART columns of each row.
+        square_sums: (ceil(size / 64), rows) float32 (float64 for float64), contiguous: the sums of the squares of 64
+            columns of each row.
     """
 
     weighted: torch.Tensor

@@ -1,11 +1,11 @@
-"""A projection back into the residual stream, its addition there, and the next norm's part of it, in one launch.
+"""A projection back into the residual stream, its addition there, and the next norm's part of it, in one kernel.
 
     s = round(residual + x w^T), which the residual becomes                weighted = round(s * norm_weight)
     square_sums[part] = sum of s^2 over the 64 columns of a part
 
 so that the next product finds rows of a deferred norm. Products and sums are in float32. Layouts: x (rows,
 in_features), weight (size, in_features), residual and weighted (rows, size), square_sums (parts, rows). Each program
-computes some columns of a block of rows, the weight's rows as the long side of the product. Up to some 200 rows it is
+computes some columns of a block of rows, the weight's rows as the long side of the product. For few rows it is
 memory-bound, at one read of the weight: size * in_features elements, for 2 * rows * size * in_features operations.
 """
 
@@ -13,15 +13,15 @@ import torch
 
 from dkv.kernels import checks, reference
 from dkv.kernels.language import gdc_launch_dependents, gdc_wait, tl, triton
-from dkv.kernels.launch import launches_early, product_launch
+from dkv.kernels.launch import product_launch, uses_pdl
 from dkv.kernels.reference import DeferredNorm
 from dkv.kernels.skinny import (
     PART,
-    bring_into_l2,
     empty_deferred,
     is_last_to_arrive,
     keep_partial,
     load_tile,
+    prefetch_into_l2,
     scratch,
     share_of,
     sum_of_partials,
@@ -57,18 +57,23 @@ def _linear_add_norm_kernel(
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    tile, row_block, split, first, last = share_of(tl.cdiv(size, BLOCK_N), row_blocks, in_features, SPLITS, BLOCK_K)
+    tiles = tl.cdiv(size, BLOCK_N)
+    tile, row_block, output, split, first, last = share_of(tiles, row_blocks, in_features, SPLITS, BLOCK_K)
     # tiles are [BLOCK_N, BLOCK_R]: columns of the output, rows; those beyond the last one repeat it
     columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = columns < size
     offs_n = tl.minimum(columns, size - 1)
     weight_ptrs = weight_ptr + offs_n.to(tl.int64) * stride_weight
     if PDL:
-        bring_into_l2(weight_ptrs, first, in_features, BLOCK_K)
+        prefetch_into_l2(weight_ptrs, first, in_features, BLOCK_K)
         gdc_wait()
     offs_r = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
     in_range = offs_r < rows
     x_ptrs = x_ptr + tl.minimum(offs_r, rows - 1).to(tl.int64) * stride_x
+    written = valid[:, None] & in_range[None, :]
+    residual_ptrs = residual_ptr + offs_r.to(tl.int64)[None, :] * stride_residual + columns[:, None]
+    residual = tl.load(residual_ptrs, mask=written, other=0.0)
+    norm_weight = tl.load(norm_weight_ptr + columns, mask=valid, other=0.0)
     acc = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
     for step in range(first, last):
         x = load_tile(x_ptrs, step, in_features, BLOCK_K, MASK_K).T
@@ -76,20 +81,16 @@ def _linear_add_norm_kernel(
     if PDL:
         gdc_launch_dependents()
     if SPLITS > 1:
-        place = tile * row_blocks + row_block
-        keep_partial(partial_ptr, place * SPLITS + split, acc)
-        if not is_last_to_arrive(semaphore_ptr + place, SPLITS):
+        keep_partial(partial_ptr, output * SPLITS + split, acc)
+        if not is_last_to_arrive(semaphore_ptr + output, SPLITS):
             return
-        acc = sum_of_partials(partial_ptr, place * SPLITS, acc, SPLITS, 1)
+        acc = sum_of_partials(partial_ptr, output * SPLITS, acc, SPLITS, 1)
 
-    written = valid[:, None] & in_range[None, :]
-    residual_ptrs = residual_ptr + offs_r.to(tl.int64)[None, :] * stride_residual + columns[:, None]
-    s = (tl.load(residual_ptrs, mask=written, other=0.0).to(tl.float32) + acc).to(residual_ptr.dtype.element_ty)
+    s = (residual.to(tl.float32) + acc).to(residual_ptr.dtype.element_ty)
     tl.store(residual_ptrs, s, mask=written)
     s = tl.where(written, s.to(tl.float32), 0.0)
-    norm_weight = tl.load(norm_weight_ptr + offs_n).to(tl.float32)
     weighted_ptrs = weighted_ptr + offs_r.to(tl.int64)[None, :] * size + columns[:, None]
-    tl.store(weighted_ptrs, (s * norm_weight[:, None]).to(weighted_ptr.dtype.element_ty), mask=written)
+    tl.store(weighted_ptrs, (s * norm_weight.to(tl.float32)[:, None]).to(weighted_ptr.dtype.element_ty), mask=written)
     # [BLOCK_N // PART, BLOCK_R]
     square_sums = tl.sum((s * s).reshape(BLOCK_N // PART, PART, BLOCK_R), 1)
     parts = tile * (BLOCK_N // PART) + tl.arange(0, BLOCK_N // PART)
@@ -107,7 +108,7 @@ def _launch(x, weight, residual, norm_weight, *, semaphores=None, launch=None):
     tiles, row_blocks = triton.cdiv(size, launch.block_n), triton.cdiv(rows, launch.block_r)
     splits = launch.splits_of(in_features)
     partial, semaphores = scratch(x, tiles * row_blocks, splits, launch.block_n * launch.block_r, semaphores)
-    early = launches_early(x.device)
+    pdl = uses_pdl(x.device)
     with checks.device_guard(x):
         _linear_add_norm_kernel[(tiles * row_blocks * splits,)](
             x_ptr=x,
@@ -131,8 +132,8 @@ def _launch(x, weight, residual, norm_weight, *, semaphores=None, launch=None):
             MASK_K=in_features % launch.block_k != 0,
             SPLITS=splits,
             PRECISION="ieee",
-            PDL=early,
-            launch_pdl=early,
+            PDL=pdl,
+            launch_pdl=pdl,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )
@@ -163,8 +164,8 @@ def linear_add_norm(
 ) -> DeferredNorm:
     """Adds a projection of rows to the residual stream, and begins the RMS norm of the sum.
 
-    Mutates residual in place: residual += x weight^T, computed in float32 and rounded to its dtype. It is made for up
-    to some 200 rows.
+    Mutates residual in place: residual += x weight^T, computed in float32 and rounded to its dtype. Made for up to 256
+    rows; where it splits the channels, a small launch clears semaphores first.
 
     Args:
         x: (rows, in_features), float16, bfloat16 or float32 (float64: impl "reference" only), any row stride with the

@@ -3,14 +3,15 @@
 Few rows times a large weight is bound by reading the weight once. So its rows are the long side of the matrix product,
 and a tile of them times a block of token rows is a program; where the tiles are too few to keep the GPU busy, their
 channels are split among several programs: each leaves its sum in float32, and the last one to arrive adds them up in a
-fixed order. Who is last depends on the run, what comes out does not.
+fixed order. Who is last depends on the run, what comes out does not. What the end of a program needs besides is loaded
+ahead of the weights: behind them every trip to memory would be waited for.
 
 RMSNorm is deferred: scaling a row commutes with the product, so the rows come multiplied by the norm's weight alone,
 and rsqrt(mean of squares + eps) multiplies the result (Graef et al., FlashNorm, arXiv 2407.09577).
 
 With PDL a kernel starts while the one in front still runs (CUDA's programmatic dependent launch): it begins to bring
 its weights into the L2, and waits before it reads or writes anything else. Every kernel of such a chain must wait: the
-next one waits for this one alone, and could else run before what this one did not wait for.
+next one waits for this one alone, so what this one did not wait for might still be running.
 """
 
 import torch
@@ -18,25 +19,26 @@ import torch
 from dkv.kernels import reference
 from dkv.kernels.language import tl, triton
 
-# columns of a row whose squares are summed up as one
 PART = tl.constexpr(reference.PART)
-# what is brought into the L2 early of a weight row
-LINE_BYTES, EARLY_LINES = tl.constexpr(128), tl.constexpr(4)
+# what is prefetched into the L2 of a weight row
+LINE_BYTES, PREFETCHED_LINES = tl.constexpr(128), tl.constexpr(4)
 
 
 @triton.jit
 def share_of(tiles, row_blocks, in_features, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """What a program of the flat grid does: (tile, row block, split, its first and last steps of BLOCK_K channels).
+    """What a program of the flat grid does: (tile, row block, output, split, first, last).
 
-    Blocks of rows run next to each other, so that a tile comes from the L2 after the first.
+    `output` counts the pairs of tile and row block, whose channels are split; the program has the steps of BLOCK_K
+    channels first .. last - 1. Blocks of rows run next to each other, so that a tile comes from the L2 after the first.
     """
     program = tl.program_id(0)
+    output = program % (tiles * row_blocks)
     steps = tl.cdiv(in_features, BLOCK_K)
     steps_of_a_split = tl.cdiv(steps, SPLITS)
     split = program // (tiles * row_blocks)
     first = split * steps_of_a_split
     last = tl.minimum(first + steps_of_a_split, steps)
-    return program // row_blocks % tiles, program % row_blocks, split, first, last
+    return output // row_blocks, output % row_blocks, output, split, first, last
 
 
 @triton.jit
@@ -50,10 +52,10 @@ def load_tile(ptrs, step, in_features, BLOCK_K: tl.constexpr, MASK_K: tl.constex
 
 
 @triton.jit
-def bring_into_l2(weight_ptrs, step, in_features, BLOCK_K: tl.constexpr):
+def prefetch_into_l2(weight_ptrs, step, in_features, BLOCK_K: tl.constexpr):
     """Begins to load the first channels of some weight rows, which depend on no kernel, into the L2."""
     ELEMENTS: tl.constexpr = LINE_BYTES * 8 // weight_ptrs.dtype.element_ty.primitive_bitwidth
-    channels = tl.minimum(step * BLOCK_K + tl.arange(0, EARLY_LINES) * ELEMENTS, in_features - 1)
+    channels = tl.minimum(step * BLOCK_K + tl.arange(0, PREFETCHED_LINES) * ELEMENTS, in_features - 1)
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
         "=r,l",
@@ -118,16 +120,21 @@ def sum_of_partials(partial_ptr, first, like, SPLITS: tl.constexpr, STEP: tl.con
 
 
 @triton.jit
-def row_scales(square_sums_ptr, offs_r, rows, parts, size, eps, PARTS: tl.constexpr):
-    """(BLOCK_R,) float32: what the norm divides each row by, inverted; the parts are added in a fixed order."""
+def load_square_sums(square_sums_ptr, offs_r, rows, parts, PARTS: tl.constexpr):
+    """[PARTS, BLOCK_R]: those of some rows; to be loaded ahead of the weights, and used behind them."""
     offs_p = tl.arange(0, PARTS)
     ptrs = square_sums_ptr + offs_p[:, None] * rows + offs_r[None, :]
-    sums = tl.load(ptrs, mask=(offs_p < parts)[:, None], other=0.0)
-    return tl.rsqrt(tl.sum(sums, 0) / size + eps)
+    return tl.load(ptrs, mask=(offs_p < parts)[:, None], other=0.0)
+
+
+@triton.jit
+def row_scales(square_sums, size, eps):
+    """[BLOCK_R]: rsqrt(mean of squares + eps) of each row; the parts are added in a fixed order."""
+    return tl.rsqrt(tl.sum(square_sums, 0) / size + eps)
 
 
 def scratch(like, outputs, splits, elements, semaphores):
-    """(partial sums, semaphores) for `outputs` tiles of so many elements, each the sum of several; None, None of one.
+    """(partial sums, semaphores) of `outputs` tiles of `elements`, each the sum of `splits`; None, None if that is 1.
 
     semaphores: int32 zeros, which the kernels leave as zeros; None: new ones, at the price of another launch.
     """

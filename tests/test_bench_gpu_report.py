@@ -35,7 +35,7 @@ FILES = {
         *(f"{name}_speed_points.{kind}" for name in ("attn", "generate") for kind in ("json", "csv")),
     },
     "third": {"tests-third.xml"},
-    "sweep": {"products.json", "sweep.jsonl"},
+    "sweep": {"fused_products.json", "sweep.jsonl"},
 }
 
 

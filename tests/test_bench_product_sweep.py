@@ -40,10 +40,10 @@ def as_h100(monkeypatch, small):
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    """The path of a table in place of kernels/products.json, empty as that one is before anything was measured."""
+    """The path of a table in place of kernels/fused_products.json, empty as that one is before anything was measured."""
     monkeypatch.setattr(tables, "__file__", str(tmp_path / "launch.py"))
     tables._measured_products.cache_clear()
-    path = tmp_path / "products.json"
+    path = tmp_path / "fused_products.json"
     path.write_text('{"products": []}')
     yield path
     tables._measured_products.cache_clear()
@@ -232,8 +232,7 @@ def test_candidates_fit_and_differ(kind, shape, arch):
     with on_gpu(arch):
         for rows in product_cases.ROWS_GPU:
             found = product_cases.candidates(CUDA, kind, rows, shape)
-            heads = shape[0] // 128 if kind == "qkv" else None
-            assert found[0] == tables.product_launch(CUDA, torch.bfloat16, kind, rows, shape, heads)
+            assert found[0] == tables.product_launch(CUDA, torch.bfloat16, kind, rows, shape)
             assert len(set(found)) == len(found) and 3 <= len(found) <= 1 + product_cases.MOST_CANDIDATES
             for launch in found:
                 assert launch.block_r >= min(rows, 64)

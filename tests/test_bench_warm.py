@@ -41,9 +41,9 @@ def test_what_a_step_launches_is_warmed_in_every_way(kernels):
     ours = {f"_{name}_kernel" for name in ("linear_rope_cache", "linear_add_norm", "linear_swiglu")}
     names = {way: {key.split()[0] for key in keys} for way, keys in steps.items()}
     assert not ours & names["library"] and names["fused"] == ours | {"_deferred_norm_kernel"}
-    assert names["fused, early"] == ours | {"_delayed_attention_kernel", "_merge_splits_kernel"}
-    early = [key for key in warmed if "launch_pdl=True" in key]
-    assert set(early) == set(steps["fused, early"])
+    assert names["fused, PDL"] == ours | {"_delayed_attention_kernel", "_merge_splits_kernel"}
+    with_pdl = [key for key in warmed if "launch_pdl=True" in key]
+    assert set(with_pdl) == set(steps["fused, PDL"])
 
 
 def test_ids_flags_and_numbers_of_rows_compile_nothing_anew(kernels):

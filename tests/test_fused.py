@@ -11,6 +11,7 @@ import tiny
 import torch
 from fake_gpu import fake_gpu, fake_model, fake_run
 from tiny import FAMILIES, POLICIES, generate, prompts
+from torch import nn
 from utils import assert_within_error_budget, pairwise
 
 import dkv
@@ -18,7 +19,7 @@ from dkv import forward
 from dkv.generate import prepare
 from dkv.kernels import launch, reference
 from dkv.kernels.direct import TRITON
-from dkv.layers import Fused
+from dkv.layers import NORM_EPS, Fused
 from dkv.models import find_decoder
 from dkv.sampling import Sampler
 
@@ -51,8 +52,9 @@ def test_tokens_in_half_precision(family, name, device, monkeypatch):
     """The kernels of the products, in float16: as the library's products, up to the first tie."""
     monkeypatch.setattr(test_oracle, "model", half_precision_model)
     monkeypatch.setattr(forward, "direct", only_products_by_kernels)
-    fused, fused_scores = scored(family, name, device, fused_products=True)
-    library, library_scores = scored(family, name, device, fused_products=False)
+    # the twins read from the device
+    ways = [scored(family, name, device, fused_products=fused, cuda_graphs=False) for fused in (True, False)]
+    (fused, fused_scores), (library, library_scores) = ways
     assert torch.equal(fused.active[0], library.active[0])
     for step, (one, other) in enumerate(zip(fused_scores, library_scores, strict=True)):
         # infinite ones are equal
@@ -95,7 +97,11 @@ def test_a_cached_pass(family, device, monkeypatch):
         ("exact", torch.float64, False),
     ):
         llm = tiny.tiny_model(family, dtype=torch.float16, device=device).to(dtype)
-        options = {"gen_length": 6, "policy": dkv.Decode(8), "cuda_graphs": False, "fused_products": fused}
+        for layer in find_decoder(llm).layers:
+            for norm, eps in zip(layer.norms, (0.1, 0.3), strict=True):
+                setattr(norm, NORM_EPS[type(norm).__name__], eps)
+        options = {"gen_length": 6, "policy": dkv.Decode(8), "remasking": "random", "fused_products": fused}
+        options |= {"generator": torch.Generator().manual_seed(0), "cuda_graphs": False}
         with torch.no_grad(), prepare(llm, ids, real, **options) as run:
             for _ in range(2):
                 run.step()
@@ -153,31 +159,69 @@ def test_where_the_table_says_that_they_pay(family, loop, device, monkeypatch):
     assert torch.equal(history, loop(llm, ids, **options))
 
 
-def test_what_they_run_and_what_not():
-    """Few rows of plain layers; asked for anything else, they refuse."""
-    llm = tiny.tiny_model("llada")
-    decoder = find_decoder(llm)
-    asked, left_to_the_table = (forward.Forward(decoder, 64, "auto", way) for way in (True, None))
+def test_they_take_few_rows():
+    decoder = find_decoder(tiny.tiny_model("llada"))
+    asked, left_to_the_table, refused = (forward.Forward(decoder, 64, "auto", way) for way in (True, None, False))
     most = launch.MOST_PRODUCT_ROWS
-    assert isinstance(asked.products_for(most), Fused) and asked.products_for(most + 1) is asked.library
-    # no GPU has shown anything yet
-    assert left_to_the_table.products_for(1) is left_to_the_table.library
-    assert forward.Forward(decoder, 64, "auto", False).products_for(1).__class__.__name__ == "Library"
-
-    llm.get_submodule(next(name for name, m in llm.named_modules() if m is decoder.layers[0].o)).register_forward_hook(
-        print
-    )
-    with pytest.raises(ValueError, match="fused_products=True needs layers of plain nn.Linear"):
-        forward.Forward(find_decoder(llm), 64, "auto", True)
-    forward.Forward(find_decoder(llm), 64, "auto", None)
+    assert isinstance(asked.way_for(most), Fused) and asked.way_for(most + 1) is asked.library
+    # no GPU has shown anything for float32
+    assert left_to_the_table.way_for(1) is left_to_the_table.library and refused.way_for(1) is refused.library
 
 
-@pytest.mark.parametrize("early", [False, True])
+def add_bias(*names):
+    def change(layers):
+        for name in names:
+            module = getattr(layers[0], name)
+            module.bias = nn.Parameter(torch.zeros(module.out_features))
+
+    return change
+
+
+def transpose(layers):
+    layers[0].down.weight = nn.Parameter(layers[0].down.weight.detach().t().contiguous().t())
+
+
+def share(layers):
+    layers[0].q.weight = layers[1].q.weight
+
+
+WHAT_THEY_CANNOT_RUN = {
+    "o with a bias": add_bias("o"),
+    "down with a bias": add_bias("down"),
+    "gate and up with biases": add_bias("gate", "up"),
+    "another dtype": lambda layers: layers[1].o.double(),
+    "features that do not lie together": transpose,
+    "shared weights": share,
+    "a hook on a linear layer": lambda layers: layers[0].o.register_forward_hook(print),
+    "a hook on a norm": lambda layers: layers[1].mlp_norm.register_forward_hook(print),
+}
+
+
+@pytest.mark.parametrize("change", WHAT_THEY_CANNOT_RUN.values(), ids=WHAT_THEY_CANNOT_RUN)
+def test_what_they_cannot_run(change):
+    """Asked for it they refuse; else the library runs it."""
+    llm = tiny.tiny_model("llada")
+    forward.Forward(find_decoder(llm), 64, "auto", True)
+    change(find_decoder(llm).layers)
+    assert_refused(find_decoder(llm))
+
+
+def test_a_headdim_without_kernels_is_refused():
+    assert_refused(find_decoder(tiny.tiny_model("llada", d_model=96)))
+
+
+def assert_refused(decoder):
+    with pytest.raises(ValueError, match="fused_products=True needs, in every layer, plain nn.Linear"):
+        forward.Forward(decoder, 64, "auto", True)
+    assert forward.Forward(decoder, 64, "auto", None).fused is None
+
+
+@pytest.mark.parametrize("arch, pdl", [(90, False), (90, True), (80, True)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_kernel_of_a_layer_waits_for_the_one_in_front(family, early, monkeypatch):
-    """Where kernels start early, every one from the first product to the last does, and waits."""
-    monkeypatch.setattr(launch, "EARLY", early)
-    with fake_gpu(90) as launches, torch.no_grad():
+def test_every_kernel_of_a_layer_waits_for_the_one_in_front(family, arch, pdl, monkeypatch):
+    """With PDL, where a GPU has it, from the first product to the last one."""
+    monkeypatch.setattr(launch, "PDL", pdl)
+    with fake_gpu(arch) as launches, torch.no_grad():
         llm = fake_model(CONFIGS[family]())
         run = fake_run(llm, dkv.Decode(8), batch=1, prompt=48, gen_length=16, fused_products=True)
         run.steps = 3
@@ -187,8 +231,8 @@ def test_every_kernel_of_a_layer_waits_for_the_one_in_front(family, early, monke
     names = [one.name for one in kernels]
     first = names.index("linear_rope_cache")
     last = len(names) - 1 - names[::-1].index("linear_add_norm")
-    assert {one.arguments.get("launch_pdl") for one in kernels[first : last + 1]} == {early}
-    assert {one.arguments["PDL"] for one in kernels[first : last + 1]} == {early}
+    assert {one.arguments.get("launch_pdl") for one in kernels[first : last + 1]} == {pdl and arch >= 90}
+    assert {one.arguments["PDL"] for one in kernels[first : last + 1]} == {pdl and arch >= 90}
     assert not any(one.arguments.get("launch_pdl") for one in kernels[:first] + kernels[last + 1 :])
 
 

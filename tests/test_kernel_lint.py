@@ -101,7 +101,7 @@ def _double_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr, WAITS: tl.constexpr):
 
 
 def lint_wait(arch, waits):
-    """Lints a kernel that starts early, and waits first, between its load and its store, or never."""
+    """Lints a kernel that uses PDL and waits first, between its load and its store, or never."""
     with recording(arch) as launches:
         x, out = (torch.empty(128, dtype=torch.float32, device="cuda:0") for _ in "xo")
         _double_kernel[(1,)](x, out, BLOCK=128, WAITS=waits, launch_pdl=True)
@@ -302,7 +302,7 @@ def test_comparison_with_the_baseline(tmp_path):
 
 
 def test_cases_cover_the_tables_of_products():
-    """Every tile, once with one split and once with several, and where kernels can start early both ways."""
+    """Every tile, once with one split and once with several, and where there is PDL both ways."""
     for arch in kernel_lint.ARCHITECTURES:
         cases = [case for case in kernel_lint.all_cases((arch,)) if case.kernel in kernel_lint.PRODUCTS]
         table = launch.PRODUCT[{80: 80, 90: 90, 100: 90}.get(arch, 86)]

@@ -8,6 +8,6 @@ def test_wheel_holds_the_package_and_nothing_else(checkout, wheel):
         packed = {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
     modules = {f"dkv/{path.relative_to(checkout / 'dkv')}": path for path in (checkout / "dkv").rglob("*.py")}
     modules |= {f"dkv/kernels/{path.name}": path for path in (checkout / "kernels").rglob("*.py")}
-    modules["dkv/kernels/products.json"] = checkout / "kernels" / "products.json"
+    modules["dkv/kernels/fused_products.json"] = checkout / "kernels" / "fused_products.json"
     assert {"dkv/kernels.py", "dkv/kernels/attention.py", "dkv/kernels/reference.py"} <= modules.keys()
     assert packed == {name: path.read_bytes() for name, path in modules.items()}
