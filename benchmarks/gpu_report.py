@@ -108,12 +108,12 @@ def steps(stage, out, peers=(), *, rehearse=False):
             Step("generation", 100, script("generate_speed.py", *budget(), *generation, *written)),
         ]
     if stage == "sweep":
-        rows = ("--rows", "1") if rehearse else ()
+        rows = ("1",) if rehearse else ()
         written = ("--out", out / "sweep.jsonl", "--table", out / "fused_products.json")
         return [
             Step("environment", 40, script("gpu_report.py", "--environment")),
-            Step("warm", 90, script("warm.py", "--sweep", *rows[1:], *unpack)),
-            Step("sweep", 80, script("product_sweep.py", *budget(), *rows, *written)),
+            Step("warm", 90, script("warm.py", "--sweep", *rows, *unpack)),
+            Step("sweep", 80, script("product_sweep.py", *budget(), *(("--rows", *rows) if rows else ()), *written)),
         ]
     return [
         Step("tests", 100, tests(ENGINE_TESTS, *workers(out, stage), *some(rehearse), LOADING_TEST)),

@@ -10,8 +10,8 @@ attention's once), under each of linear_speed.SETTINGS; and our kernel, which do
 A candidate is first compared with its PyTorch twin, outputs poisoned; one that is wrong or fails is reported and left
 out. All are timed by turns, as graphs whose calls find their weights in memory, not in a cache.
 
-The table has the best of either way for each number of rows that all four products of a model were measured for; it is
-written whenever that is true of another one, so that a budget may end anywhere. The exit status is 1 where a candidate
+The table has the best of either way for each number of rows that all four products of a model were measured for, and
+what kernels/fused_products.json has of GPUs of another compute capability; it is written whenever that is true of another one, so that a budget may end anywhere. The exit status is 1 where a candidate
 was left out, or nothing was measured. Without a GPU all of this is a rehearsal, with small weights and twins for
 kernels; the table of one says nothing about a GPU, nor does it apply to one.
 """
@@ -84,6 +84,8 @@ def sweep(arguments, clock, device):
     cuda = device.type == "cuda"
     models, copies, dtype = (TRUE_SIZE, None, torch.bfloat16) if cuda else (SCALED_DOWN, 2, torch.float32)
     environment, table, wrong = common.environment(), [], False
+    measured_with, arch = {key: environment[key] for key in KEPT}, tables.architecture(device)
+    others = [row for row in tables.read_products() if row["arch"] != arch]
     common.write_line(arguments.out, environment, "w")
     say(f"{environment['device']}, commit {environment['commit']}")
     say(f"{'model':12}{'product':10}{'rows':>5}{'library us':>12}{'ours us':>10}{'ours/library':>14}  setting; launch")
@@ -108,9 +110,9 @@ def sweep(arguments, clock, device):
                 us, library_us, launch = row["us"], row["library_us"], ", ".join(map(str, row["launch"].values()))
                 say(f"{title}{library_us:12.1f}{us:10.1f}{us / library_us:14.2f}  {setting}; {launch}")
         if len(entries) == len(KINDS):
-            table += entries
+            table += [row | measured_with for row in entries]
             if arguments.table:
-                common.write_json(arguments.table, {key: environment[key] for key in KEPT} | {"products": table})
+                common.write_json(arguments.table, {"products": others + table})
     return table, wrong
 
 

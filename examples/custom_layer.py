@@ -1,4 +1,4 @@
-"""A decoder layer of a diffusion model of your own, in five launches over a delayed cache.
+"""A decoder layer of a diffusion model of your own, in five calls over a delayed cache.
 
     python examples/custom_layer.py
 

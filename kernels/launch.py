@@ -353,12 +353,12 @@ PRODUCT = {
             ProductLaunch(64, 16, 128, num_warps=4, num_stages=4),
             ProductLaunch(64, 32, 128, num_warps=4, num_stages=4),
             ProductLaunch(64, 64, 128, num_warps=8, num_stages=3),
-            ProductLaunch(64, 128, 64, num_warps=4, num_stages=4),
+            ProductLaunch(64, 128, 64, num_warps=8, num_stages=4),
         ),
         2: (
             ProductLaunch(64, 16, 64, num_warps=4, num_stages=5),
             ProductLaunch(64, 32, 64, num_warps=4, num_stages=4),
-            ProductLaunch(64, 64, 64, num_warps=4, num_stages=4),
+            ProductLaunch(64, 64, 64, num_warps=8, num_stages=4),
             ProductLaunch(64, 128, 64, num_warps=8, num_stages=4),
         ),
     },
@@ -417,11 +417,16 @@ class MeasuredProduct:
     library_us: float
 
 
+def read_products():
+    """The rows of fused_products.json, as benchmarks/product_sweep.py writes them."""
+    return json.loads(Path(__file__).with_name("fused_products.json").read_text())["products"]
+
+
 @functools.cache
 def _measured_products():
     """(compute capability, kind, out_features, in_features) -> [MeasuredProduct], by rising rows."""
     found = {}
-    for row in json.loads(Path(__file__).with_name("fused_products.json").read_text())["products"]:
+    for row in read_products():
         key = row["arch"], row["kind"], row["out_features"], row["in_features"]
         measured = MeasuredProduct(row["rows"], ProductLaunch(**row["launch"]), row["us"], row["library_us"])
         found.setdefault(key, []).append(measured)

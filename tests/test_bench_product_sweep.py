@@ -78,8 +78,15 @@ def test_a_sweep_writes_the_table_that_is_read(table, as_h100, measured, monkeyp
     # with 16 rows ours is the faster one but for down, with 32 only down is
     faster = lambda case: (case.x.shape[0] == 16) == (case.shape[1] != 384)
     measured(lambda case, launch: (60.0 if faster(case) else 120.0) + launch.num_stages)
+    launch = {"block_n": 64, "block_r": 16, "block_k": 64, "num_warps": 4, "num_stages": 3}
+    of_another_gpu = {"arch": 80, "kind": "qkv", "out_features": 384, "in_features": 128, "rows": 16, "launch": launch}
+    of_another_gpu |= {"us": 50, "library_us": 60}
+    table.write_text(json.dumps({"products": [of_another_gpu]}))
     lines, written = swept(table)
-    assert all(written[key] for key in ("device", "date", "torch", "triton", "commit"))
+    assert written["products"].pop(0) == of_another_gpu
+    table.write_text(json.dumps(written))
+    for row in written["products"]:
+        assert all(row[key] for key in ("device", "date", "torch", "triton", "commit"))
     # two models, four products, two numbers of rows
     assert len(written["products"]) == 16 and {row["arch"] for row in written["products"]} == {90}
     assert all(row["library_us"] == 100 for row in written["products"])
@@ -101,9 +108,10 @@ def test_a_sweep_writes_the_table_that_is_read(table, as_h100, measured, monkeyp
     assert not tables.fused_products_pay(CUDA, torch.bfloat16, 16, LAYER)
 
 
-@pytest.mark.parametrize("us, fused", [(60.0, True), (140.0, False)])
+# microseconds by kind, where the library takes 100 for each of the four
+@pytest.mark.parametrize("us, fused", [({}, True), ({"qkv": 140, "gate_up": 190}, False), ({"residual": 150}, False)])
 def test_generate_goes_by_the_table(us, fused, table, as_h100, measured, monkeypatch, unpoisoned):
-    measured(lambda case, launch: us)
+    measured(lambda case, launch: us.get(case.kind, 60.0))
     swept(table)
     monkeypatch.undo()
     monkeypatch.setattr(tables, "__file__", str(table.with_name("launch.py")))
