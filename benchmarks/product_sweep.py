@@ -11,9 +11,10 @@ A candidate is first compared with its PyTorch twin, outputs poisoned; one that 
 out. All are timed by turns, as graphs whose calls find their weights in memory, not in a cache.
 
 The table has the best of either way for each number of rows that all four products of a model were measured for, and
-what kernels/fused_products.json has of GPUs of another compute capability; it is written whenever that is true of another one, so that a budget may end anywhere. The exit status is 1 where a candidate
-was left out, or nothing was measured. Without a GPU all of this is a rehearsal, with small weights and twins for
-kernels; the table of one says nothing about a GPU, nor does it apply to one.
+what kernels/fused_products.json has of GPUs of another compute capability. It is written whenever there is another such
+number, so that a budget may end anywhere. The exit status is 1 where a candidate was left out, or nothing was measured.
+Without a GPU all of this is a rehearsal, with small weights and twins for kernels; the table of one says nothing about
+a GPU, nor does it apply to one.
 """
 
 import argparse
