@@ -42,7 +42,7 @@ GENERATIONS = (
     ("Dream", 2, 300, 8, "DualCache"),
     ("Dream", 2, 300, 8, "Decode un_right"),
 )
-STEPS = step_points.parse_points("LLaDA:1:1024:16,Dream:3:300:40,LLaDA:2:300:all")
+STEPS = step_points.parse_points("LLaDA:1:1024:16,Dream:3:300:40")
 
 
 class Driver:

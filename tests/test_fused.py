@@ -44,10 +44,10 @@ def test_trajectory(family, name, device):
     oracle.assert_same_trajectory(family, name, output.history, output.active)
 
 
-SHORT = [(family, name) for family, name in CASES if len(oracle.recorded(family, name, "x")) <= 12]
-
-
-@pytest.mark.parametrize("family, name", few(SHORT, 1))
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "family, name", [case for case in CASES if len(oracle.recorded(*case, "x")) <= 12], ids=lambda value: value
+)
 def test_tokens_in_half_precision(family, name, device, monkeypatch):
     """The kernels of the products, in float16: as the library's products, up to the first tie."""
     monkeypatch.setattr(test_oracle, "model", half_precision_model)

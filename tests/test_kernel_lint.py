@@ -112,7 +112,7 @@ def some_tuned_cases():
     """On Hopper the largest tile of attention, of the head the largest and with noise the smallest, and every other
     kernel for LLaDA; on Ampere the smallest tile of attention and of the head."""
     hopper, ampere = (kernel_lint.tuned_cases((arch,)) for arch in (90, 80))
-    attention = [case for case in hopper if case.kernel == "delayed_attention"]
+    attention = [case for case in hopper if case.kernel == "delayed_attention" and not case.options["pdl"]]
     head = [case for case in hopper if case.kernel == "lm_head"]
     others = {case.kernel + str(case.options.get("step")): case for case in hopper[::-1]}
     others = [case for case in others.values() if case.kernel not in ("delayed_attention", "lm_head")]
@@ -161,9 +161,8 @@ def test_scores_kernel_passes_where_it_should(compilers):
     assert not row.failures and set(row.tensor_core_instructions) == {"HMMA"}
 
 
-@pytest.mark.parametrize("arch", [90, 100, 120])
-def test_a_kernel_that_waits_first_passes(compilers, arch):
-    assert not compilers.submit(lint_wait, arch, "first").result().failures
+def test_a_kernel_that_waits_first_passes(compilers):
+    assert not compilers.submit(lint_wait, 90, "first").result().failures
 
 
 def test_a_case_that_does_not_compile_fails(compilers):
