@@ -184,7 +184,7 @@ class Decoder:
     def head_weight(self):
         """(vocab, hidden_size): the weight whose product with the hidden state is the logits; None: call the head."""
         if self.head is None:
-            return self.weight
+            return self.weight if self.weight.is_contiguous() else None
         return self.head.weight if is_plain(self.head) else None
 
     def logits(self, hidden):

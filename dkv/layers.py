@@ -106,7 +106,7 @@ class Fused:
         return (
             decoder.headdim in checks.HEADDIMS
             and all(projection.weight is not None for projection in projections)
-            and all(is_plain(module) and module.bias is None and module.weight.is_contiguous() for module in modules)
+            and all(is_plain(module) and module.bias is None for module in modules)
             and all(layer.gate_up.bias is None for layer in layers)
             and {part.weight.dtype for part in (*projections, *modules)} == {dtype}
             and all(is_plain_norm(norm, dtype) for norm in norms)

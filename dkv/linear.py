@@ -17,7 +17,10 @@ def linear(module, x):
 
 
 def is_plain(module, kinds=(nn.Linear,)):
-    """Whether calling it is nothing but what its kind does: no subclass, no hook, no replaced forward or weight."""
+    """Whether calling it is nothing but what its kind does: no subclass, no hook, no replaced forward or weight.
+
+    And whether kernels can read its weight, whose features must lie together.
+    """
     return (
         type(module) in kinds
         and not module._forward_hooks
@@ -25,6 +28,7 @@ def is_plain(module, kinds=(nn.Linear,)):
         and "forward" not in module.__dict__
         and isinstance(module.weight, nn.Parameter)
         and not is_traceable_wrapper_subclass(module.weight)
+        and module.weight.is_contiguous()
     )
 
 

@@ -10,12 +10,14 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, load_model, save_model
+from torch import nn
 
 import dkv
 from dkv import memory
 from dkv.decoder import find_decoder
 from dkv.generate import prepare
 from dkv.guard import Fingerprint
+from dkv.linear import is_plain
 from dkv.memory import memory_of
 
 FAMILIES = ["llada", "dream"]
@@ -381,6 +383,20 @@ def test_a_weight_that_is_transposed_in_its_memory(llm):
     generated(llm)
     q.weight.data = q.weight.data.t()
     assert torch.equal(generated(llm), generated(copy.deepcopy(llm)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_kernel_reads_a_weight_whose_features_do_not_lie_together(family):
+    """It is multiplied as it is, and nothing is recorded."""
+    llm = tiny.tiny_model(family)
+    expected, decoder = generated(llm), find_decoder(llm)
+    norm, head = decoder.final_norm, decoder.embed if decoder.head is None else decoder.head
+    assert is_plain(head, (type(head),)) and is_plain(norm, (type(norm),)) and decoder.head_weight is head.weight
+    head.weight = nn.Parameter(head.weight.detach().t().contiguous().t())
+    norm.weight = nn.Parameter(norm.weight.detach().repeat_interleave(2)[::2])
+    decoder = find_decoder(llm)
+    assert decoder.head_weight is None and not is_plain(norm, (type(norm),))
+    assert torch.equal(generated(llm), expected)
 
 
 def test_parameters_that_share_memory_stay_where_they_are(llm):
