@@ -15,12 +15,13 @@ import torch
 
 from dkv.kernels import checks, reference
 from dkv.kernels.language import gdc_launch_dependents, gdc_wait, tl, triton
-from dkv.kernels.launch import product_launch, uses_pdl
+from dkv.kernels.launch import product_launch
 from dkv.kernels.reference import DeferredNorm
 from dkv.kernels.skinny import (
     is_last_to_arrive,
     keep_partial,
     load_square_sums,
+    options_of,
     prefetch_into_l2,
     row_scales,
     scratch,
@@ -105,7 +106,6 @@ def _launch(normed, eps, weight, *, semaphores=None, launch=None):
     tiles, row_blocks = triton.cdiv(size, launch.block_n), triton.cdiv(rows, launch.block_r)
     splits = launch.splits_of(in_features)
     partial, semaphores = scratch(x, tiles * row_blocks, splits, 2 * launch.block_n * launch.block_r, semaphores)
-    pdl = uses_pdl(x.device)
     with checks.device_guard(x):
         _linear_swiglu_kernel[(tiles * row_blocks * splits,)](
             x_ptr=x,
@@ -124,15 +124,7 @@ def _launch(normed, eps, weight, *, semaphores=None, launch=None):
             eps=eps,
             PARTS=triton.next_power_of_2(square_sums.shape[0]),
             BLOCK_N=launch.block_n,
-            BLOCK_R=launch.block_r,
-            BLOCK_K=launch.block_k,
-            MASK_K=in_features % launch.block_k != 0,
-            SPLITS=splits,
-            PRECISION="ieee",
-            PDL=pdl,
-            launch_pdl=pdl,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            **options_of(launch, in_features, x.device),
         )
     return out
 

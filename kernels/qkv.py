@@ -15,12 +15,13 @@ import torch
 
 from dkv.kernels import checks, reference
 from dkv.kernels.language import gdc_launch_dependents, gdc_wait, tl, triton
-from dkv.kernels.launch import product_launch, uses_pdl
+from dkv.kernels.launch import product_launch
 from dkv.kernels.reference import DeferredNorm
 from dkv.kernels.skinny import (
     is_last_to_arrive,
     keep_partial,
     load_square_sums,
+    options_of,
     prefetch_into_l2,
     row_scales,
     scratch,
@@ -160,7 +161,6 @@ def _launch(normed, eps, weight, bias, cos, sin, positions, slots, k_cache, v_ca
     launch = launch or product_launch(x.device, x.dtype, "qkv", rows, weight.shape)
     row_blocks, splits = triton.cdiv(rows, launch.block_r), launch.splits_of(in_features)
     partial, semaphores = scratch(x, heads * row_blocks, splits, headdim * launch.block_r, semaphores)
-    pdl = uses_pdl(x.device)
     with checks.device_guard(x):
         _linear_rope_cache_kernel[(heads * row_blocks * splits,)](
             x_ptr=x,
@@ -198,15 +198,7 @@ def _launch(normed, eps, weight, bias, cos, sin, positions, slots, k_cache, v_ca
             NHEADS_K=nheads_k,
             HALF=headdim // 2,
             PARTS=triton.next_power_of_2(square_sums.shape[0]),
-            BLOCK_R=launch.block_r,
-            BLOCK_K=launch.block_k,
-            MASK_K=in_features % launch.block_k != 0,
-            SPLITS=splits,
-            PRECISION="ieee",
-            PDL=pdl,
-            launch_pdl=pdl,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            **options_of(launch, in_features, x.device),
         )
     return q_rotated
 

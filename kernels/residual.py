@@ -13,7 +13,7 @@ import torch
 
 from dkv.kernels import checks, reference
 from dkv.kernels.language import gdc_launch_dependents, gdc_wait, tl, triton
-from dkv.kernels.launch import product_launch, uses_pdl
+from dkv.kernels.launch import product_launch
 from dkv.kernels.reference import DeferredNorm
 from dkv.kernels.skinny import (
     PART,
@@ -21,6 +21,7 @@ from dkv.kernels.skinny import (
     is_last_to_arrive,
     keep_partial,
     load_tile,
+    options_of,
     prefetch_into_l2,
     scratch,
     share_of,
@@ -108,7 +109,6 @@ def _launch(x, weight, residual, norm_weight, *, semaphores=None, launch=None):
     tiles, row_blocks = triton.cdiv(size, launch.block_n), triton.cdiv(rows, launch.block_r)
     splits = launch.splits_of(in_features)
     partial, semaphores = scratch(x, tiles * row_blocks, splits, launch.block_n * launch.block_r, semaphores)
-    pdl = uses_pdl(x.device)
     with checks.device_guard(x):
         _linear_add_norm_kernel[(tiles * row_blocks * splits,)](
             x_ptr=x,
@@ -127,15 +127,7 @@ def _launch(x, weight, residual, norm_weight, *, semaphores=None, launch=None):
             in_features=in_features,
             size=size,
             BLOCK_N=launch.block_n,
-            BLOCK_R=launch.block_r,
-            BLOCK_K=launch.block_k,
-            MASK_K=in_features % launch.block_k != 0,
-            SPLITS=splits,
-            PRECISION="ieee",
-            PDL=pdl,
-            launch_pdl=pdl,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            **options_of(launch, in_features, x.device),
         )
     return normed
 

@@ -18,6 +18,7 @@ import torch
 
 from dkv.kernels import reference
 from dkv.kernels.language import tl, triton
+from dkv.kernels.launch import uses_pdl
 
 PART = tl.constexpr(reference.PART)
 # what is prefetched into the L2 of a weight row
@@ -153,3 +154,19 @@ def empty_deferred(like):
     shape, dtype = (-(-size // reference.PART), rows), torch.promote_types(like.dtype, torch.float32)
     weighted = torch.empty((rows, size), dtype=like.dtype, device=like.device)
     return reference.DeferredNorm(weighted, torch.empty(shape, dtype=dtype, device=like.device))
+
+
+def options_of(launch, in_features, device):
+    """The constants and options that each of these products is launched with; launch: `ProductLaunch`."""
+    pdl = uses_pdl(device)
+    return {
+        "BLOCK_R": launch.block_r,
+        "BLOCK_K": launch.block_k,
+        "MASK_K": in_features % launch.block_k != 0,
+        "SPLITS": launch.splits_of(in_features),
+        "PRECISION": "ieee",
+        "PDL": pdl,
+        "launch_pdl": pdl,
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+    }
