@@ -24,7 +24,6 @@ WAYS = {way.name: way for way in step_points.ways(90)}
         ("Dream:8:1024:32", "library", 300),
         ("LLaDA:8:1024:16", "library", 340),
         ("LLaDA:1:1024:32", "fused", 220),
-        ("LLaDA:1:1024:16", "fused", 220),
         ("Dream:8:1024:32", "fused", 160),
     ],
 )
@@ -41,6 +40,8 @@ def test_no_row_or_launch_of_a_step_is_wasted(point, way, most, unpoisoned):
 
 def test_both_ways_are_counted_where_there_are_both(monkeypatch, capsys, unpoisoned):
     monkeypatch.setattr(step_counts, "RUNS", ())
+    sizes = {family: (name, with_layers(config, 2)) for family, (name, config) in TRUE_SIZE.items()}
+    monkeypatch.setattr(step_counts, "TRUE_SIZE", sizes)
     assert step_speed.main(["--count", "--points", "Dream:1:64:16,Dream:1:300:all"]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     counted = [(row["point"], row["way"]) for row in json.loads(last)["points"]]
