@@ -454,7 +454,7 @@ def product_launch(device, dtype, kind, rows, shape):
     elif dtype == torch.float32:
         table = PRODUCT_FULL_PRECISION
     else:
-        table = PRODUCT[arch if arch in PRODUCT else {100: 90}.get(arch, 86)][WEIGHT_TILES[kind]]
+        table = PRODUCT[{80: 80, 90: 90, 100: 90}.get(arch, 86)][WEIGHT_TILES[kind]]
     launch = next((launch for launch in table if launch.block_r >= rows), table[-1])
     if arch is None:
         return launch

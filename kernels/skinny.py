@@ -3,8 +3,8 @@
 Few rows times a large weight is bound by reading the weight once. So its rows are the long side of the matrix product,
 and a tile of them times a block of token rows is a program; where the tiles are too few to keep the GPU busy, their
 channels are split among several programs: each leaves its sum in float32, and the last one to arrive adds them up in a
-fixed order. Who is last depends on the run, what comes out does not. What the end of a program needs besides is loaded
-ahead of the weights: behind them every trip to memory would be waited for.
+fixed order. Who is last depends on the run, what comes out does not. Square sums, slots, positions and the residual
+stream, which the end of a program needs, are loaded ahead of the weights: behind them each trip to memory would cost.
 
 RMSNorm is deferred: scaling a row commutes with the product, so the rows come multiplied by the norm's weight alone,
 and rsqrt(mean of squares + eps) multiplies the result (Graef et al., FlashNorm, arXiv 2407.09577).
