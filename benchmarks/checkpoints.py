@@ -111,4 +111,4 @@ def make_model(config, *, seed, dtype, device):
 def settings_of(config):
     """What a config says, as `dkv.models.layout.Settings`."""
     native = dkv.models.LLaDA if config["model_type"] == "llada" else dkv.models.Dream
-    return native.read_settings(SimpleNamespace(**config), "config")
+    return native.read_model_config(SimpleNamespace(**config), "config")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from dkv.graphs import RecordingStream, recording
+from dkv.cuda_graphs import RecordingStream, recording
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -47,7 +47,7 @@ def environment():
             "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
-            "processors": properties.multi_processor_count,
+            "num_sms": properties.multi_processor_count,
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "l2_mib": round(properties.L2_cache_size / 2**20, 1),
         }

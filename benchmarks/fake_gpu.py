@@ -24,11 +24,14 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 import dkv.models  # noqa: E402
 from dkv import guard, linear, run  # noqa: E402
-from dkv.decoder import find_decoder  # noqa: E402
-from dkv.generate import plan_of, resolved  # noqa: E402
-from dkv.kernels import checks, lm_head  # noqa: E402
-from dkv.kernels import launch as tables  # noqa: E402
+from dkv.generation import resolved, run_key  # noqa: E402
+from dkv.kernels import (  # noqa: E402
+    checks,
+    configs,
+    lm_head,
+)
 from dkv.kernels.rows import Size  # noqa: E402
+from dkv.models import view_of  # noqa: E402
 from dkv.schedule import Schedule  # noqa: E402
 
 # operators that allocate, and launch nothing
@@ -57,7 +60,7 @@ PURPOSES = {
 class Architecture:
     """What bounds the blocks that one streaming multiprocessor holds; shared memory in KiB."""
 
-    processors: int
+    num_sms: int
     shared_per_block: int
     shared_per_processor: int
     warps: int
@@ -164,11 +167,11 @@ def _recorded_kernels(arch):
 
 
 def on_gpu(arch):
-    """A context in which the tables of dkv.kernels.launch take every CUDA device for one of `arch`."""
+    """A context in which the tables of dkv.kernels.configs take every CUDA device for one of `arch`."""
     major, minor = divmod(arch, 10)
-    processors = ARCHITECTURES[arch].processors
-    properties = SimpleNamespace(major=major, minor=minor, multi_processor_count=processors)
-    return mock.patch.object(tables, "_properties", lambda index: properties)
+    num_sms = ARCHITECTURES[arch].num_sms
+    properties = SimpleNamespace(major=major, minor=minor, multi_processor_count=num_sms)
+    return mock.patch.object(configs, "_properties", lambda index: properties)
 
 
 class Operators(TorchDispatchMode):
@@ -289,11 +292,11 @@ def fake_run(model, policy, *, batch, prompt, gen_length, cuda_graphs=False, **o
         batch, prompt: ints, rows and their length.
         gen_length, cuda_graphs, options: of `dkv.GenerateConfig`.
     """
-    decoder = find_decoder(model)
+    view = view_of(model)
     options = {"remasking": "random" if policy.needs_order else None} | options
     config = dkv.GenerateConfig(policy=policy, gen_length=gen_length, cuda_graphs=cuda_graphs, **options)
-    plan = plan_of(resolved(config, decoder), decoder, batch=batch, seqlen=prompt + gen_length, has_prompt_masks=False)
-    current = run.take_run(model, plan, decoder)
+    key = run_key(resolved(config, view), view, batch=batch, seqlen=prompt + gen_length, has_prompt_masks=False)
+    current = run.take_run(model, key, view)
     x = torch.empty(batch, prompt + gen_length, dtype=torch.int64, device="cuda")
     lengths = [prompt + gen_length] * batch
     current.start(
@@ -301,7 +304,7 @@ def fake_run(model, policy, *, batch, prompt, gen_length, cuda_graphs=False, **o
         torch.empty_like(x, dtype=torch.bool),
         lengths=lengths,
         prompt_masks=[0] * batch,
-        forecasts=current.schedule.forecasts(max(lengths), current.shifted) if plan.has_forecasts else None,
+        forecasts=current.schedule.forecasts(max(lengths), current.shifted) if key.has_forecasts else None,
         first_generated=prompt,
         seed=0,
         order=None,

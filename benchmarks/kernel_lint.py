@@ -1,7 +1,7 @@
 """Compiles the kernels ahead of time for every supported GPU, without one, and checks what came out.
 
     python benchmarks/kernel_lint.py                        the tuned cases, for sm_80 and sm_90
-    python benchmarks/kernel_lint.py --all                  every launch that the tables of dkv.kernels.launch can pick
+    python benchmarks/kernel_lint.py --all                  every launch that the tables of dkv.kernels.configs can pick
     python benchmarks/kernel_lint.py --all --baseline       and keeps their figures
 
 Each case calls the real launcher with fake CUDA tensors of true model shapes; what it launches is recorded instead, and
@@ -47,6 +47,7 @@ from dkv.kernels import (  # noqa: E402
     attention,
     checks,
     commit,
+    configs,  # noqa: E402
     gate_up,
     lm_head,
     norm,
@@ -56,7 +57,6 @@ from dkv.kernels import (  # noqa: E402
     residual,
     rope_cache,
 )
-from dkv.kernels import launch as tables  # noqa: E402
 from dkv.kernels.rows import Counter, Rule, Size  # noqa: E402
 
 BASELINES = Path(__file__).resolve().parent / "results" / "compile"
@@ -225,12 +225,12 @@ def _call_linear_add(empty, *, d=4096, mlp=12288, rows=16, splits=None, pdl=Fals
 
 def _split(kind, rows, weight, splits):
     """The launch of the tables, with so many splits."""
-    launch = tables.product_launch(weight.device, weight.dtype, kind, rows, weight.shape)
+    launch = configs.product_config(weight.device, weight.dtype, kind, rows, weight.shape)
     return launch if splits is None else replace(launch, splits=splits)
 
 
 def _with_pdl(pdl):
-    return mock.patch.object(tables, "PDL", pdl)
+    return mock.patch.object(configs, "PDL", pdl)
 
 
 def _call_lm_head(empty, *, d=4096, vocab=126464, rows=16, noise=False, round_logits=False, scales=False):
@@ -354,7 +354,7 @@ def tile_queries(arch, dtype, group):
     """For every tile of attention that the table can pick, the most queries (of `group` heads each)."""
 
     def pick(device, queries):
-        return tables.attention_launch(device, DTYPES[dtype], queries * group)
+        return configs.attention_config(device, DTYPES[dtype], queries * group)
 
     return most_rows(arch, pick, 512 // group)
 
@@ -378,16 +378,16 @@ def product_cases(arch, model, dtype="bf16", **options):
 
         def pick(device, rows, kind=kind):
             # so many features that no channels are split
-            return tables.product_launch(device, DTYPES[dtype], kind, rows, (2**20, sizes.d))
+            return configs.product_config(device, DTYPES[dtype], kind, rows, (2**20, sizes.d))
 
-        for rows in most_rows(arch, pick, tables.MOST_PRODUCT_ROWS):
+        for rows in most_rows(arch, pick, configs.MAX_PRODUCT_ROWS):
             cases.append(Case(kernel, arch, dtype, d=sizes.d, rows=rows, **own, **options))
     return cases
 
 
 def head_rows(arch, dtype, noise):
     """For every tile of the LM head that the table can pick, the most rows."""
-    return most_rows(arch, lambda device, rows: tables.head_launch(device, DTYPES[dtype], rows, noise))
+    return most_rows(arch, lambda device, rows: configs.lm_head_config(device, DTYPES[dtype], rows, noise))
 
 
 def head_cases(arch, model, dtype="bf16", noise=False, **options):

@@ -14,15 +14,18 @@ from checkpoints import TRUE_SIZE, settings_of  # noqa: E402
 from fake_gpu import ARCHITECTURES  # noqa: E402
 from linear_speed import COLD_BYTES, shapes  # noqa: E402
 
-from dkv.kernels import launch as tables  # noqa: E402
-from dkv.kernels import product, reference  # noqa: E402
+from dkv.kernels import (  # noqa: E402
+    configs,  # noqa: E402
+    cpu,
+    reference,
+)
 from dkv.kernels.direct import direct  # noqa: E402
 
 KINDS = {"Q, K, V": "qkv", "output": "residual", "gate, up": "gate_up", "down": "residual"}
 # powers of two first: where a budget ends early, rows in between take the next power's launch
 ROWS_GPU, ROWS_CPU = (16, 32, 64, 128, 256, 48, 96, 192), (16,)
 STAGES, SPLITS = (3, 4, 5, 6), (1, 2, 3, 4, 6)
-MOST_CANDIDATES = 8
+MAX_CANDIDATES = 8
 # a processor with so many bytes of weights on their way has its share of the memory's bandwidth
 BYTES_IN_FLIGHT = 64 * 1024
 SEQLEN = 1024
@@ -41,7 +44,7 @@ class Product:
         out_features, in_features = self.shape
         self.weights = random(copies, *self.shape).mul_(0.02)
         self.x, self.ops = random(rows, in_features), direct("auto", self.weights)
-        self.semaphores = torch.zeros(tables.SEMAPHORES, dtype=torch.int32, device=device)
+        self.semaphores = torch.zeros(configs.SEMAPHORES, dtype=torch.int32, device=device)
         self.residual = random(rows, out_features if self.kind == "residual" else 0)
         self.norm_weight = random(out_features if self.kind == "residual" else in_features)
         if self.kind != "residual":
@@ -53,7 +56,7 @@ class Product:
 
     def library(self, i):
         """The product by the library, and the launch behind it."""
-        y = product.linear(self.x, self.weights[i], self.bias)
+        y = cpu.linear(self.x, self.weights[i], self.bias)
         if self.kind == "qkv":
             heads = self.settings.nheads, self.settings.nheads_k, self.settings.nheads_k
             q, k, v = y.unflatten(1, (-1, self.settings.headdim)).split(heads, dim=1)
@@ -102,12 +105,12 @@ def poisoned(*size, _empty=torch.empty, **options):
 
 
 def candidates(device, kind, rows, shape):
-    """The launch that the tables have, and those that promise most: three of a tile, MOST_CANDIDATES of all.
+    """The launch that the tables have, and those that promise most: three of a tile, MAX_CANDIDATES of all.
 
     Of 16-bit elements: the tables have no others.
     """
-    default = tables.product_launch(device, torch.bfloat16, kind, rows, shape)
-    if tables.architecture(device) is None:
+    default = configs.product_config(device, torch.bfloat16, kind, rows, shape)
+    if configs.architecture(device) is None:
         return [default]
     row_tile = max(16, 1 << (min(rows, 128) - 1).bit_length())
     found = []
@@ -120,20 +123,20 @@ def candidates(device, kind, rows, shape):
     ):
         promises = []
         for splits in SPLITS:
-            deeper = [tables.ProductLaunch(block_n, block_r, block_k, warps, stages, splits) for stages in STAGES]
+            deeper = [configs.ProductConfig(block_n, block_r, block_k, warps, stages, splits) for stages in STAGES]
             # of the stages the fewest that promise as much
             promises.append(
                 max(((promise(device, kind, rows, shape, launch), launch) for launch in deeper), key=itemgetter(0))
             )
         found += sorted((each for each in promises if each[0] > 0), key=itemgetter(0), reverse=True)[:3]
-    best = sorted(found, key=itemgetter(0), reverse=True)[:MOST_CANDIDATES]
+    best = sorted(found, key=itemgetter(0), reverse=True)[:MAX_CANDIDATES]
     return list(dict.fromkeys((default, *(launch for _, launch in best))))
 
 
 def promise(device, kind, rows, shape, launch):
     """A guess at the share of the bandwidth that a launch reaches; 0 where it does not fit, or is known to be worse."""
-    limits = ARCHITECTURES.get(tables.architecture(device), ARCHITECTURES[86])
-    parallel, (out_features, in_features) = tables.WEIGHT_TILES[kind], shape
+    limits = ARCHITECTURES.get(configs.architecture(device), ARCHITECTURES[86])
+    parallel, (out_features, in_features) = configs.WEIGHT_TILES[kind], shape
     weight_rows, threads = parallel * launch.block_n, 32 * launch.num_warps
     # of 16-bit elements
     stage = 2 * launch.block_k
@@ -141,11 +144,11 @@ def promise(device, kind, rows, shape, launch):
     # float32 registers of a thread
     sums = weight_rows * launch.block_r // threads
     steps = -(-in_features // launch.block_k)
-    too_short = launch.splits > 1 and steps // launch.splits < tables.LEAST_STEPS_OF_A_SPLIT
+    too_short = launch.splits > 1 and steps // launch.splits < configs.MIN_STEPS_PER_SPLIT
     if shared > 1024 * (limits.shared_per_block - 1) or not 8 * launch.num_warps // 4 <= sums <= 128 or too_short:
         return 0
     row_blocks = -(-rows // launch.block_r)
-    of_a_processor = -(-out_features // weight_rows) * row_blocks * launch.splits / tables.processors(device)
+    of_a_processor = -(-out_features // weight_rows) * row_blocks * launch.splits / configs.num_sms(device)
     resident = min(limits.shared_per_processor * 1024 // (shared + 1024), limits.warps // launch.num_warps)
     # some 64 registers beside the sums
     resident = min(resident, 65536 // ((sums + 64) * threads), math.ceil(of_a_processor))

@@ -34,7 +34,7 @@ from common import say  # noqa: E402
 from linear_speed import SETTINGS, chosen, parse_rows  # noqa: E402
 from product_cases import KINDS, ROWS_CPU, ROWS_GPU, cases  # noqa: E402
 
-from dkv.kernels import launch as tables  # noqa: E402
+from dkv.kernels import configs  # noqa: E402
 
 KEPT = ("device", "date", "torch", "triton", "commit")
 
@@ -75,7 +75,7 @@ def entry(case, rows, found):
     if not all(ways):
         return None
     (setting, library_us), (launch, us) = (min(way, key=lambda row: row[1]) for way in ways)
-    (out_features, in_features), arch = case.shape, tables.architecture(case.x.device)
+    (out_features, in_features), arch = case.shape, configs.architecture(case.x.device)
     row = {"arch": arch, "kind": case.kind, "out_features": out_features, "in_features": in_features, "rows": rows}
     return row | launch | {"us": us, "library_us": library_us}, setting["setting"]
 
@@ -85,8 +85,8 @@ def sweep(arguments, clock, device):
     cuda = device.type == "cuda"
     models, copies, dtype = (TRUE_SIZE, None, torch.bfloat16) if cuda else (SCALED_DOWN, 2, torch.float32)
     environment, table, wrong = common.environment(), [], False
-    measured_with, arch = {key: environment[key] for key in KEPT}, tables.architecture(device)
-    others = [row for row in tables.read_products() if row["arch"] != arch]
+    measured_with, arch = {key: environment[key] for key in KEPT}, configs.architecture(device)
+    others = [row for row in configs.read_products() if row["arch"] != arch]
     common.write_line(arguments.out, environment, "w")
     say(f"{environment['device']}, commit {environment['commit']}")
     say(f"{'model':12}{'product':10}{'rows':>5}{'library us':>12}{'ours us':>10}{'ours/library':>14}  setting; launch")

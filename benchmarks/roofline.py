@@ -33,7 +33,7 @@ class Sizes:
     @classmethod
     def of(cls, model):
         """The sizes of a native model."""
-        s = model.settings
+        s = model.model_config
         return cls(
             hidden=s.hidden_size,
             mlp=s.mlp_size,

@@ -15,8 +15,8 @@ from step_points import DECODE, FUSED, LIBRARY, at_step, fake_at_step, named  # 
 
 import dkv  # noqa: E402
 from dkv import run  # noqa: E402
-from dkv.generate import prepare  # noqa: E402
-from dkv.kernels import launch as tables  # noqa: E402
+from dkv.generation import prepare  # noqa: E402
+from dkv.kernels import configs  # noqa: E402
 from dkv.rooms import TILE, round_up  # noqa: E402
 
 GENERATED = 128
@@ -97,7 +97,7 @@ def count(points):
     found = {"points": [], "runs": []}
     for point in common.progress(points, "points"):
         rows = [count_point(*point)]
-        if rows[0]["rows_computed"] <= tables.MOST_PRODUCT_ROWS:
+        if rows[0]["rows_computed"] <= configs.MAX_PRODUCT_ROWS:
             rows.append(count_point(*point, FUSED))
         found["points"] += rows
         for row in rows:

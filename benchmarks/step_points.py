@@ -14,8 +14,8 @@ from checkpoints import BLOCK, FAMILIES  # noqa: E402
 from fake_gpu import fake_run  # noqa: E402
 
 import dkv  # noqa: E402
-from dkv.generate import prepare  # noqa: E402
-from dkv.kernels import launch as tables  # noqa: E402
+from dkv.generation import prepare  # noqa: E402
+from dkv.kernels import configs  # noqa: E402
 
 POINTS = (
     "LLaDA:1:1024:32,LLaDA:8:1024:32,LLaDA:1:256:32,LLaDA:1:1024:16,LLaDA:1:1024:128,LLaDA:1:2048:32,LLaDA:8:1024:16,"
@@ -36,8 +36,8 @@ class Way:
     @contextlib.contextmanager
     def of(self, current):
         """The steps of a run, of fused_products=True, go this way in here."""
-        fused = current.forward.fused if self.fused else None
-        with mock.patch.object(current.forward, "fused", fused), mock.patch.object(tables, "PDL", self.pdl):
+        fused = current.runner.fused if self.fused else None
+        with mock.patch.object(current.runner, "fused", fused), mock.patch.object(configs, "PDL", self.pdl):
             yield
 
 

@@ -44,7 +44,7 @@ OPERATORS = (
     ("packing, commit", reference, "pack_step"),
     ("packing, commit", reference, "commit_tokens"),
     ("linear", dkv.layers, "linear"),
-    ("linear", dkv.layers.Projection, "__call__"),
+    ("linear", dkv.layers.MergedLinear, "__call__"),
 )
 GROUPS = tuple(group for group, _ in KERNELS)
 

@@ -56,8 +56,8 @@ from step_counts import count  # noqa: E402
 from step_points import FUSED, LIBRARY, PDL, POINTS, at_step, named, parse_points, ways  # noqa: E402
 
 from dkv import run  # noqa: E402
-from dkv.graphs import RecordingStream, recording  # noqa: E402
-from dkv.kernels import launch as tables  # noqa: E402
+from dkv.cuda_graphs import RecordingStream, recording  # noqa: E402
+from dkv.kernels import configs  # noqa: E402
 from dkv.rooms import TILE, round_up  # noqa: E402
 
 REPLAYS = 30
@@ -73,7 +73,7 @@ def measure(current, way, ceilings):
     if way is PDL:
         check_overlapping(current, step, restore)
     samples = milliseconds(step, restore, current.sizes.is_cuda)
-    sizes, batch = roofline.Sizes.of(current.model()), current.plan.batch
+    sizes, batch = roofline.Sizes.of(current.model()), current.key.batch
     work = roofline.Step(batch, current.longest, need.positions, need.candidates)
     floor = 1e3 * roofline.floor(sizes, work, ceilings)
     row = {"ms": statistics.median(samples), "ms_min": min(samples), "ms_max": max(samples)}
@@ -100,7 +100,7 @@ def checked_deviation(current, way):
 
 def outputs_of(current, way):
     """[(rows, size)] of the next step of a run: queries, keys and values of every layer, and the last hidden rows."""
-    found, attend = [], current.forward._attend
+    found, attend = [], current.runner._attend
 
     def look(q, caches, tokens, *rest):
         there = tokens.slots >= 0
@@ -110,7 +110,7 @@ def outputs_of(current, way):
         return attend(q, caches, tokens, *rest)
 
     forget(current)
-    with way.of(current), mock.patch.object(current.forward, "_attend", look):
+    with way.of(current), mock.patch.object(current.runner, "_attend", look):
         hidden, wanted = current._hidden(current.next_room())
     return [*found, hidden[wanted.slots >= 0]]
 
@@ -230,7 +230,7 @@ def measure_points(arguments, clock):
     common.write_line(arguments.out, environment | {"ceilings": ceilings}, "w")
     say(f"{environment['device']}, commit {environment['commit']}, {common.describe(ceilings)}")
     say(f"{'point':24}{'way':13}{'ms':>9}{'/library':>10}{'floor':>9}{'of floor':>10}{'rows':>7}{'needed':>8}")
-    rows, every = {}, ways(tables.architecture(common.device()))
+    rows, every = {}, ways(configs.architecture(common.device()))
     profiles = arguments.profile and common.device().type == "cuda"
 
     def measure_in(points, of_these):
@@ -269,7 +269,7 @@ def measure_points(arguments, clock):
 
 def is_for_our_products(rows, point):
     """Whether the step of a point was timed with the library's products, and has few enough rows for ours."""
-    return rows.get((named(point), LIBRARY.name), {}).get("rows_computed", math.inf) <= tables.MOST_PRODUCT_ROWS
+    return rows.get((named(point), LIBRARY.name), {}).get("rows_computed", math.inf) <= configs.MAX_PRODUCT_ROWS
 
 
 def each_point(points, of_these, out, clock, measure):

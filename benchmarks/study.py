@@ -135,7 +135,7 @@ class Study:
         if policy_of(self.family, label) is None:
             return None
         policy, in_blocks = policy_of(self.family, label)
-        settings = self.model.settings
+        settings = self.model.model_config
         generator = torch.Generator().manual_seed(0)
         prompt = torch.randint(
             0, min(settings.mask_id, settings.eos_token_id), (point.batch, point.prompt), generator=generator
@@ -154,7 +154,7 @@ class Study:
     @torch.no_grad()
     def threshold(self, point):
         """The confidence that a quarter of the first block's candidates have at the first step."""
-        prompt, mask_id = self.job("NoCache", point).prompt, self.model.settings.mask_id
+        prompt, mask_id = self.job("NoCache", point).prompt, self.model.model_config.mask_id
         shift = 1 if self.family == "Dream" else 0
         logits = self.model(torch.nn.functional.pad(prompt, (0, point.gen_length), value=mask_id)).logits
         logits = logits[:, point.prompt - shift : point.prompt - shift + BLOCK].double()

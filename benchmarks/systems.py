@@ -15,7 +15,7 @@ from peer import Outcome, measured
 from roofline import Step
 
 import dkv
-from dkv.generate import prepare
+from dkv.generation import prepare
 from dkv.rooms import LARGEST_GRAPH
 from dkv.run import needed
 
@@ -161,8 +161,8 @@ class PlainLoop:
 @torch.no_grad()
 def plain_loop(model, job, stopwatch):
     """LLaDA's and Dream's own loops, for steps that their block lengths divide; returns (batch, seqlen) int64."""
-    decoder = dkv.models.find_decoder(model)
-    shifted, mask_id = decoder.family.shifted, decoder.mask_id
+    view = dkv.models.view_of(model)
+    shifted, mask_id = view.family.shifted, view.mask_id
     batch, prompt_length = job.prompt.shape
     x = torch.nn.functional.pad(job.prompt, (0, job.gen_length), value=mask_id)
     blocks = job.gen_length // job.block_length

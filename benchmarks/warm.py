@@ -38,7 +38,7 @@ from fake_gpu import Launch, fake_gpu, fake_model, fake_run  # noqa: E402
 from study import policy_of  # noqa: E402
 from triton.backends.nvidia import driver  # noqa: E402
 
-MOST_PROCESSES = 14
+MAX_PROCESSES = 14
 
 
 def launches(arch, steps, generation, labels, attention, sweep=None):
@@ -206,7 +206,7 @@ def main(argv=None):
     order = order[: arguments.limit]
     print(f"{len(FOUND)} kernels to compile for sm_{ARCH}, found in {time.monotonic() - begin:.0f} s", flush=True)
     # forked, so that PyTorch is imported once
-    with multiprocessing.get_context("fork").Pool(min(MOST_PROCESSES, os.cpu_count())) as pool:
+    with multiprocessing.get_context("fork").Pool(min(MAX_PROCESSES, os.cpu_count())) as pool:
         done = list(pool.imap_unordered(compile_one, order))
     seconds, failed = sum(s for _, s, _ in done), [(name, error) for name, _, error in done if error]
     launchers = "" if has_driver() else "; no driver is installed, so launchers were not built"

@@ -1,7 +1,7 @@
 """Diffusion language models (LLaDA, Dream), fast: the delayed KV cache in fused Triton kernels."""
 
 from dkv.config import GenerateConfig
-from dkv.generate import GenerateOutput, GenerateStats, generate
+from dkv.generation import GenerateOutput, GenerateStats, generate
 from dkv.models import from_pretrained
 from dkv.patch import replace_attention, reset, restore_attention
 from dkv.plot import plot_history

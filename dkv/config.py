@@ -13,7 +13,7 @@ Remasking = Literal["low_confidence", "random", "entropy", "topk_margin", "maskg
 RULES = get_args(Remasking)
 ORDERED = ("random", "origin")  # what a step decodes is known before its outputs
 BY_PROBABILITY = ("low_confidence", "maskgit_plus", "topk_margin")
-MOST_STEPS = 2**24  # more would have equal times in float32, in which Dream's schedule counts
+MAX_STEPS = 2**24  # more would have equal times in float32, in which Dream's schedule counts
 
 
 def _option(default, check, **limits):
@@ -39,7 +39,7 @@ class GenerateConfig:
     """
 
     gen_length: int = _option(128, whole, least=0)
-    steps: int | None = _option(None, whole, least=1, most=MOST_STEPS)
+    steps: int | None = _option(None, whole, least=1, most=MAX_STEPS)
     block_length: int | None = _option(None, whole, least=1)
     policy: Policy | None = _option(None, checked_policy)
     remasking: Remasking | None = _option(None, one_of, allowed=RULES)

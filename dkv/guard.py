@@ -34,7 +34,7 @@ class Fingerprint:
         """Whether it was made of these modules."""
         return [known() for known in self._modules] == list(modules)
 
-    def holds(self):
+    def unchanged(self):
         """Whether nothing has changed since."""
         modules = [known() for known in self._modules]
         if any(module is None for module in modules):

@@ -9,7 +9,7 @@ import torch
 LARGE = 1e20  # times any logit still far below the 1e30 that stands for infinity in the kernels
 
 
-def left_padded(input_ids, attention_mask, decoder):
+def left_padded(input_ids, attention_mask, view):
     """The prompts with their padding on the left, and (batch, prompt_length) bool: what is not padding."""
     if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
         got = getattr(input_ids, "dtype", type(input_ids).__name__)
@@ -18,17 +18,17 @@ def left_padded(input_ids, attention_mask, decoder):
         raise ValueError(
             f"input_ids must have shape (batch, prompt_length), batch not 0, got {tuple(input_ids.shape)}."
         )
-    if input_ids.device != decoder.weight.device:
-        raise ValueError(f"input_ids must be on the model's device, {decoder.weight.device}, got {input_ids.device}.")
+    if input_ids.device != view.weight.device:
+        raise ValueError(f"input_ids must be on the model's device, {view.weight.device}, got {input_ids.device}.")
     input_ids = input_ids.long()
     if input_ids.shape[1] > 0:
-        is_padded = (input_ids[:, :: max(input_ids.shape[1] - 1, 1)] == decoder.pad_token_id).any()
+        is_padded = (input_ids[:, :: max(input_ids.shape[1] - 1, 1)] == view.pad_token_id).any()
         lowest, highest, is_padded = torch.stack((input_ids.min(), input_ids.max(), is_padded.long())).tolist()
-        if lowest < 0 or highest >= decoder.vocab_size:
-            raise ValueError(f"input_ids must be in 0 .. {decoder.vocab_size - 1}, got {lowest} .. {highest}.")
+        if lowest < 0 or highest >= view.vocab_size:
+            raise ValueError(f"input_ids must be in 0 .. {view.vocab_size - 1}, got {lowest} .. {highest}.")
         if is_padded and attention_mask is None:
             warnings.warn(
-                f"input_ids begins or ends with the pad token, {decoder.pad_token_id}, in some row and there is no "
+                f"input_ids begins or ends with the pad token, {view.pad_token_id}, in some row and there is no "
                 "attention_mask, so these tokens count as prompt. Pass attention_mask: 0 for padding, 1 for prompt.",
                 stacklevel=6,  # the caller of generate(...)
             )
@@ -43,21 +43,21 @@ def left_padded(input_ids, attention_mask, decoder):
         )
     if attention_mask.device != input_ids.device:
         raise ValueError(f"attention_mask must be on {input_ids.device} like input_ids, got {attention_mask.device}.")
-    real = attention_mask.bool()
-    if not torch.equal(real.to(attention_mask.dtype), attention_mask):
+    valid = attention_mask.bool()
+    if not torch.equal(valid.to(attention_mask.dtype), attention_mask):
         raise ValueError("attention_mask must hold 0 and 1 (or False and True) only.")
     if input_ids.shape[1] == 0:
-        return input_ids, real
-    lengths = real.sum(1)
+        return input_ids, valid
+    lengths = valid.sum(1)
     if not bool((lengths > 0).all()):
         raise ValueError(
             f"every row needs a token, but rows {(lengths == 0).nonzero()[:, 0].tolist()} are all padding."
         )
-    starts = (real & (real.cumsum(1) == 1)).int().argmax(1)
+    starts = (valid & (valid.cumsum(1) == 1)).int().argmax(1)
     columns = torch.arange(input_ids.shape[1], device=input_ids.device)
     contiguous = (columns >= starts[:, None]) & (columns < (starts + lengths)[:, None])
     padding_on_one_side = (starts == 0) | (starts + lengths == input_ids.shape[1])
-    good = (contiguous == real).all(1) & padding_on_one_side
+    good = (contiguous == valid).all(1) & padding_on_one_side
     if not bool(good.all()):
         raise ValueError(
             "attention_mask must have its zeros on one side of each row, "
@@ -65,7 +65,7 @@ def left_padded(input_ids, attention_mask, decoder):
         )
     # move the padding of right-padded rows to the left, whatever ids it has
     source = (columns + starts[:, None] + lengths[:, None]) % input_ids.shape[1]
-    return input_ids.gather(1, source), real.gather(1, source)
+    return input_ids.gather(1, source), valid.gather(1, source)
 
 
 def checked_order(order, config, input_ids, has_prompt_masks):
@@ -88,17 +88,17 @@ def checked_order(order, config, input_ids, has_prompt_masks):
     return order
 
 
-def eos_ids_of(eos_token_id, decoder):
+def eos_ids_of(eos_token_id, view):
     """The list of ids that end a text; None: the family's end of text and end of turn."""
     if eos_token_id is None:
-        return [i for i in (*decoder.eos_ids, decoder.family.end_of_turn_id) if i < decoder.vocab_size]
-    return [in_vocabulary("eos_token_id", i, decoder) for i in eos_token_id]
+        return [i for i in (*view.eos_ids, view.family.end_of_turn_id) if i < view.vocab_size]
+    return [in_vocabulary("eos_token_id", i, view) for i in eos_token_id]
 
 
-def in_vocabulary(name, value, decoder):
+def in_vocabulary(name, value, view):
     """`value`, an id of the vocabulary."""
-    if not 0 <= value < decoder.vocab_size:
-        raise ValueError(f"{name} must be in the vocabulary, 0 .. {decoder.vocab_size - 1}, got {value}.")
+    if not 0 <= value < view.vocab_size:
+        raise ValueError(f"{name} must be in the vocabulary, 0 .. {view.vocab_size - 1}, got {value}.")
     return value
 
 

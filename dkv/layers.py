@@ -10,10 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from dkv.kernels import checks
-from dkv.kernels import launch as tables
-from dkv.kernels.product import like_products
-from dkv.linear import Projection, is_plain, linear
+from dkv.kernels import checks, configs
+from dkv.kernels.cpu import feature_major
+from dkv.linear import MergedLinear, is_plain, linear
 
 # norms of this kind: weight * rounded(x / rms(x)); the attribute that holds their eps
 NORM_EPS = {"RMSNorm": "eps", "RMSLayerNorm": "eps", "DreamRMSNorm": "variance_epsilon"}
@@ -27,10 +26,10 @@ class MergedLayer(NamedTuple):
     """
 
     attn_norm: nn.Module
-    qkv: Projection
+    qkv: MergedLinear
     o: nn.Module
     mlp_norm: nn.Module
-    gate_up: Projection
+    gate_up: MergedLinear
     down: nn.Module
     next_norm: nn.Module
 
@@ -38,27 +37,27 @@ class MergedLayer(NamedTuple):
 class Library:
     """Products by the library at hand, for any modules and any number of rows."""
 
-    def __init__(self, decoder, ops, angles):
-        self.decoder, self.ops, self.angles = decoder, ops, angles
+    def __init__(self, view, ops, angles):
+        self.view, self.ops, self.angles = view, ops, angles
 
     def first_norm(self, norm, x):
         """(x, which the residual stream becomes, and its norm)."""
-        x = like_products(x)
+        x = feature_major(x)
         return x, self._norm(norm, None, x)
 
     def qkv(self, layer, normed, tokens, caches):
         """Rotated queries (rows, nheads, headdim); keys and values go into the caches."""
-        nheads, nheads_k = self.decoder.nheads, self.decoder.nheads_k
+        nheads, nheads_k = self.view.nheads, self.view.nheads_k
         q, k, v = self._heads(layer.qkv(normed), nheads, nheads_k, nheads_k)
         return self._rope(q, k, v, tokens, *caches)
 
     def last_qkv(self, layer, normed, x, tokens, wanted, caches):
         """The queries of `wanted` alone, and their rows of x; keys and values of all go into the caches."""
-        k, v = self._heads(layer.qkv(normed, first=1), self.decoder.nheads_k, self.decoder.nheads_k)
+        k, v = self._heads(layer.qkv(normed, first=1), self.view.nheads_k, self.view.nheads_k)
         self._rope(k[:, :0], k, v, tokens, *caches)
-        (q,) = self._heads(layer.qkv(normed[wanted.places], last=1), self.decoder.nheads)
+        (q,) = self._heads(layer.qkv(normed[wanted.logits_indices], last=1), self.view.nheads)
         q = self._rope(q, q[:, :0], q[:, :0], wanted, *(cache[:, :, :0] for cache in caches))
-        return q, like_products(x[wanted.places])
+        return q, feature_major(x[wanted.logits_indices])
 
     def add_norm(self, module, h, x, norm):
         """The norm of x + module(h), which x becomes."""
@@ -74,7 +73,7 @@ class Library:
 
     def _heads(self, projected, *heads):
         """(rows, heads, headdim) each, of a projection's outputs beside each other."""
-        projected = projected.contiguous().unflatten(-1, (-1, self.decoder.headdim))
+        projected = projected.contiguous().unflatten(-1, (-1, self.view.headdim))
         return projected.split(heads, dim=1)
 
     def _rope(self, q, k, v, tokens, k_cache, v_cache):
@@ -90,21 +89,21 @@ class Library:
 
 
 class Fused:
-    """Products of up to `dkv.kernels.launch.MOST_PRODUCT_ROWS` rows by our kernels, for layers as `can_run` says."""
+    """Products of up to `dkv.kernels.configs.MAX_PRODUCT_ROWS` rows by our kernels, for layers as `can_run` says."""
 
-    def __init__(self, decoder, ops, angles):
+    def __init__(self, view, ops, angles):
         self.ops, self.angles = ops, angles
-        self.semaphores = torch.zeros(tables.SEMAPHORES, dtype=torch.int32, device=decoder.weight.device)
+        self.semaphores = torch.zeros(configs.SEMAPHORES, dtype=torch.int32, device=view.weight.device)
 
     @staticmethod
-    def can_run(layers, decoder):
+    def can_run(layers, view):
         """Whether nothing but plain layers of one dtype is there, biases with queries, keys and values alone."""
-        dtype = decoder.weight.dtype
+        dtype = view.weight.dtype
         projections = [projection for layer in layers for projection in (layer.qkv, layer.gate_up)]
         modules = [module for layer in layers for module in (layer.o, layer.down)]
         norms = [norm for layer in layers for norm in (layer.attn_norm, layer.mlp_norm, layer.next_norm)]
         return (
-            decoder.headdim in checks.HEADDIMS
+            view.headdim in checks.HEADDIMS
             and all(projection.weight is not None for projection in projections)
             and all(is_plain(module) and module.bias is None for module in modules)
             and all(layer.gate_up.bias is None for layer in layers)
@@ -118,7 +117,7 @@ class Fused:
         kinds = {"qkv": layer.qkv, "gate_up": layer.gate_up}
         products = [(kind, tuple(projection.weight.shape)) for kind, projection in kinds.items()]
         products += [("residual", tuple(module.weight.shape)) for module in (layer.o, layer.down)]
-        return tables.fused_products_pay(device, dtype, rows, products)
+        return configs.fused_products_pay(device, dtype, rows, products)
 
     def first_norm(self, norm, x):
         """(x, which the residual stream becomes, and its norm)."""
@@ -141,7 +140,7 @@ class Fused:
     def last_qkv(self, layer, normed, x, tokens, wanted, caches):
         """The queries of `wanted` alone, and their rows of x; keys and values of all go into the caches."""
         # for few rows, those of all cost no more: the weight is read once
-        return self.qkv(layer, normed, tokens, caches)[wanted.places], x[wanted.places]
+        return self.qkv(layer, normed, tokens, caches)[wanted.logits_indices], x[wanted.logits_indices]
 
     def add_norm(self, module, h, x, norm):
         """The norm of x + module(h), which x becomes."""

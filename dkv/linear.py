@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from dkv.kernels import product
+from dkv.kernels import cpu
 from dkv.memory import merge
 
 
@@ -13,7 +13,7 @@ def linear(module, x):
     if not is_plain(module):
         return module(x)
     # a bias may be of another dtype, as autocast takes it
-    return product.linear(x, module.weight, None if module.bias is None else module.bias.to(module.weight.dtype))
+    return cpu.linear(x, module.weight, None if module.bias is None else module.bias.to(module.weight.dtype))
 
 
 def is_plain(module, kinds=(nn.Linear,)):
@@ -32,7 +32,7 @@ def is_plain(module, kinds=(nn.Linear,)):
     )
 
 
-class Projection:
+class MergedLinear:
     """Linear layers of one input as one product, where all are plain; else each is called as it is.
 
     Their weights are merged, as `dkv.memory.merge` says, and kept alive by the modules alone.
@@ -63,7 +63,7 @@ class Projection:
             parts = [linear(module, x) for module in self.modules[first:last]]
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         part = slice(self.ends[first], self.ends[len(self.modules) if last is None else last])
-        return product.linear(x, self.weight[part], None if self._bias is None else self.bias[part])
+        return cpu.linear(x, self.weight[part], None if self._bias is None else self.bias[part])
 
     @property
     def weight(self):

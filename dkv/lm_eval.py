@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import dkv
 from dkv.inputs import eos_ids_of, whole
-from dkv.models import find_decoder
+from dkv.models import view_of
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -115,10 +115,10 @@ class DiffusionLM(TemplateLM):
                 raise ValueError("likelihoods need a model without a cache; call dkv.restore_attention(model) first.")
         else:
             self.model = dkv.from_pretrained(pretrained, dtype=None if dtype == "auto" else dtype, device=device)
-        self.decoder = find_decoder(self.model)
-        self.policy.check(self.decoder.family.shifted)
-        self.eos_ids = eos_ids_of(config.eos_token_id, self.decoder)
-        self.max_length = self.decoder.max_positions if max_length is None else whole("max_length", max_length, least=1)
+        self.view = view_of(self.model)
+        self.policy.check(self.view.family.shifted)
+        self.eos_ids = eos_ids_of(config.eos_token_id, self.view)
+        self.max_length = self.view.max_positions if max_length is None else whole("max_length", max_length, least=1)
         self.tokenizer = pretrained if tokenizer is None else tokenizer
         if not hasattr(self.tokenizer, "decode"):
             from transformers import AutoTokenizer
@@ -127,11 +127,11 @@ class DiffusionLM(TemplateLM):
 
     @property
     def device(self):
-        return self.decoder.weight.device
+        return self.view.weight.device
 
     @property
     def eot_token_id(self):
-        return self.decoder.eos_token_id
+        return self.view.eos_token_id
 
     @property
     def prefix_token_id(self):
@@ -194,7 +194,7 @@ class DiffusionLM(TemplateLM):
             sampled = {name: kwargs[name] for name in ("temperature", "top_p") if kwargs.get(name) is not None}
         prompts = [self._fitting(prompt, gen_length) for prompt in prompts]
         width = max(map(len, prompts))
-        input_ids = torch.full((len(prompts), width), self.decoder.pad_token_id, device="cpu")
+        input_ids = torch.full((len(prompts), width), self.view.pad_token_id, device="cpu")
         attention_mask = torch.zeros_like(input_ids)
         for row, prompt in enumerate(prompts):
             input_ids[row, width - len(prompt) :] = torch.tensor(prompt, device="cpu")
@@ -260,10 +260,10 @@ class DiffusionLM(TemplateLM):
     def _log_probs(self, tokens, masked):
         """Summed log-probabilities of the masked tokens of each row; tokens, masked (batch, seqlen) -> batch floats."""
         # choices of one token are one input: its logits are computed once
-        inputs, source = tokens.masked_fill(masked, self.decoder.mask_id).unique(dim=0, return_inverse=True)
+        inputs, source = tokens.masked_fill(masked, self.view.mask_id).unique(dim=0, return_inverse=True)
         logits = self.model(inputs.to(self.device)).logits
         row, column = masked.nonzero(as_tuple=True)
-        logits = logits[source[row], (column - int(self.decoder.family.shifted)).clamp(min=0)]
+        logits = logits[source[row], (column - int(self.view.family.shifted)).clamp(min=0)]
         losses = F.cross_entropy(logits.float(), tokens[row, column].to(self.device), reduction="none")
         sums = torch.zeros(len(tokens), dtype=torch.float64, device="cpu")
         return sums.index_add_(0, row, -losses.double().cpu()).tolist()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from dkv.graphs import nobody_records
+from dkv.cuda_graphs import nobody_records
 
 _MEMORIES = weakref.WeakKeyDictionary()  # model -> `Memory`
 _MERGED = weakref.WeakKeyDictionary()  # storage of a part of a merged tensor -> weak reference to that tensor
@@ -22,7 +22,7 @@ class Memory:
 
     Attributes:
         run: the `dkv.run.Run` that was given back last, or None; session: the `dkv.patch.Session` of a patched model.
-        rope_tables: (headdim, theta) -> device -> cos and sin, of `dkv.decoder.Decoder.rope_tables`.
+        rope_tables: (headdim, theta) -> device -> cos and sin, of `dkv.models.view.ModelView.rope_tables`.
     """
 
     def __init__(self):

@@ -10,17 +10,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dkv.decoder import check_not_wrapped, find_decoder
-from dkv.engine import write_active
-from dkv.forward import Forward
-from dkv.graphs import StepGraphs
+from dkv.active import write_active
+from dkv.cuda_graphs import StepGraphs
 from dkv.guard import Fingerprint, check_containers
 from dkv.inputs import one_of, whole
 from dkv.kernels.checks import IMPLS, Impl
-from dkv.kernels.product import fast_rows
+from dkv.kernels.cpu import padded_rows
 from dkv.kernels.reference import predictors
 from dkv.kernels.rows import Size
 from dkv.memory import memory_of, separate
+from dkv.model_runner import ModelRunner
+from dkv.models import check_not_wrapped, view_of
 from dkv.policy import Decode, NoCache, Policy, checked_policy
 from dkv.rooms import Room, Rooms
 from dkv.state import State
@@ -78,9 +78,9 @@ def replace_attention(
     """
     if hasattr(model, "_orig_mod"):
         raise ValueError("the model is compiled: pass the one that torch.compile was given, model._orig_mod.")
-    decoder = find_decoder(model)
+    view = view_of(model)
     policy = Decode() if policy is None else checked_policy("policy", policy)
-    policy.check(decoder.family.shifted)
+    policy.check(view.family.shifted)
     if policy.needs_order:
         raise ValueError(
             f"{policy!r} must know what a step will decode, which a foreign loop does not say; use generate."
@@ -91,7 +91,7 @@ def replace_attention(
     one_of("impl", impl, IMPLS)
     restore_attention(model)
     before = {name: model.__dict__[name] for name in ("forward", "extra_repr") if name in model.__dict__}
-    model._dkv = Patch(decoder, policy, block_length, impl, before, inspect.signature(model.forward))
+    model._dkv = Patch(view, policy, block_length, impl, before, inspect.signature(model.forward))
     # the model is an argument, so that a copy of the model, or what is unpickled, is a patched model of its own
     model.forward = functools.partial(_forward, model)
     model.forward.__signature__ = model._dkv.signature
@@ -125,7 +125,7 @@ def reset(model: nn.Module) -> None:
         ValueError: an unsupported model, or one that only wraps another.
     """
     _patch_of(model)
-    find_decoder(model)
+    view_of(model)
     _forget(model)
 
 
@@ -159,11 +159,11 @@ class Patch:
         uncached: reason -> calls that ran the model's own forward for it.
     """
 
-    def __init__(self, decoder, policy, block_length, impl, before, signature):
+    def __init__(self, view, policy, block_length, impl, before, signature):
         self.policy, self.block_length, self.impl = policy, block_length, impl
         self.before, self.signature = before, signature
-        self.make_output, self.honours_mask = decoder.make_output, decoder.honours_attention_mask
-        self.shifted = decoder.family.shifted
+        self.make_output, self.honours_mask = view.make_output, view.honours_attention_mask
+        self.shifted = view.family.shifted
         self.uncached = Tally()
 
     def original_forward(self, model):
@@ -211,14 +211,14 @@ class Patch:
         x, mask, positions = map(arguments.get, ("input_ids", "attention_mask", "position_ids"))
         mask = mask if isinstance(mask, torch.Tensor) else None
         session = _take_session(model)
-        if session is None or not session.goes_on(x, mask, positions):
-            decoder = find_decoder(model)
-            check_containers(model, decoder.called, runs_forward=True)
-            beginning = Beginning.read(decoder, x, mask, positions)
-            if session is None or not session.fits(decoder, beginning):
+        if session is None or not session.try_step(x, mask, positions):
+            view = view_of(model)
+            check_containers(model, view.called, runs_forward=True)
+            first_call = FirstCall.read(view, x, mask, positions)
+            if session is None or not session.can_serve(view, first_call):
                 del session  # frees its memory before the next one's is allocated
-                session = Session(decoder, self, beginning)
-            session.start(model, beginning)
+                session = Session(view, self, first_call)
+            session.start(model, first_call)
         logits = session.logits()
         # only now: what failed, or is not done yet, is nothing to go on from; that of another thread may be there
         _take_session(model)
@@ -276,48 +276,48 @@ def _forward(model, *args, **kwargs):
 
 
 @dataclass
-class Beginning:
+class FirstCall:
     """The first call of a session.
 
     Attributes:
         x: (batch, seqlen) int64; mask, given_positions: what came with it, or None.
-        real: (batch, seqlen) bool, what the mask leaves; positions: (batch, seqlen) int64.
+        valid: (batch, seqlen) bool, what the mask leaves; positions: (batch, seqlen) int64.
         masking: "none", "left" (padding on the left) or "columns" (anywhere).
-        real_count: int, how many are real; longest: int, positions that RoPE needs.
+        valid_count: int, how many are valid; longest: int, positions that RoPE needs.
     """
 
     x: torch.Tensor
     mask: torch.Tensor | None
     given_positions: torch.Tensor | None
-    real: torch.Tensor
+    valid: torch.Tensor
     positions: torch.Tensor
     masking: str
-    real_count: int
+    valid_count: int
     longest: int
 
     @classmethod
-    def read(cls, decoder, x, mask, positions):
+    def read(cls, view, x, mask, positions):
         """One host read where a mask or positions are given; `Uncached` for those that no session serves."""
-        if not decoder.honours_attention_mask:
+        if not view.honours_attention_mask:
             mask = None
         mask = None if mask is None else mask.detach().clone()
         given = None if positions is None else positions.clone()
         positions = torch.arange(x.shape[1], device=x.device) if given is None else given
         positions = positions.expand(x.shape)
-        real, is_padding = torch.ones_like(x, dtype=torch.bool), torch.ones((), dtype=torch.bool, device=x.device)
+        valid, is_padding = torch.ones_like(x, dtype=torch.bool), torch.ones((), dtype=torch.bool, device=x.device)
         if mask is None and given is None:
-            return cls(x, None, None, real, positions, "none", x.numel(), x.shape[1])
+            return cls(x, None, None, valid, positions, "none", x.numel(), x.shape[1])
         if mask is not None:
-            real, is_padding = _read_mask(mask, x.shape, added=decoder.family.shifted)
-        left_padded = (real.int().diff(dim=1) >= 0).all()
-        flags = torch.stack((is_padding, left_padded, real.sum(), positions.min(), positions.max()))
-        is_padding, left_padded, real_count, first, last = flags.tolist()
+            valid, is_padding = _read_mask(mask, x.shape, added=view.family.shifted)
+        left_padded = (valid.int().diff(dim=1) >= 0).all()
+        flags = torch.stack((is_padding, left_padded, valid.sum(), positions.min(), positions.max()))
+        is_padding, left_padded, valid_count, first, last = flags.tolist()
         if not is_padding:
             raise Uncached(Uncached.MASK)
-        if first < 0 or last >= max(x.shape[1], decoder.max_positions):
+        if first < 0 or last >= max(x.shape[1], view.max_positions):
             raise Uncached(Uncached.POSITIONS)
         masking = "none" if mask is None else "left" if left_padded else "columns"
-        return cls(x, mask, given, real, positions, masking, real_count, max(x.shape[1], last + 1))
+        return cls(x, mask, given, valid, positions, masking, valid_count, max(x.shape[1], last + 1))
 
 
 def _read_mask(mask, shape, *, added):
@@ -333,13 +333,13 @@ def _read_mask(mask, shape, *, added):
         keeps, drops = mask == 0, mask <= _MASKED_SCORE
     else:
         keeps, drops = mask == 1, mask == 0
-    real, only_drops = keeps, (keeps | drops).all()
+    valid, only_drops = keeps, (keeps | drops).all()
     if mask.dim() == 4:
         keeps = keeps[:, 0].expand(-1, shape[1], -1)
-        real = keeps.diagonal(dim1=1, dim2=2)
-        only_drops = only_drops & ((keeps == real[:, None]) | ~real[:, :, None]).all()
-    real = real.expand(shape)
-    return real, only_drops & real.any(1).all()
+        valid = keeps.diagonal(dim1=1, dim2=2)
+        only_drops = only_drops & ((keeps == valid[:, None]) | ~valid[:, :, None]).all()
+    valid = valid.expand(shape)
+    return valid, only_drops & valid.any(1).all()
 
 
 class Session:
@@ -348,26 +348,26 @@ class Session:
     # outside of inference mode, so that the next session may be outside of it
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __init__(self, decoder, patch, beginning):
-        x, masking = beginning.x, beginning.masking
-        self.decoder, self.policy, self.masking = decoder, patch.policy, masking
-        self.forward, self.longest = Forward(decoder, beginning.longest, patch.impl), beginning.longest
+    def __init__(self, view, patch, first_call):
+        x, masking = first_call.x, first_call.masking
+        self.view, self.policy, self.masking = view, patch.policy, masking
+        self.runner, self.longest = ModelRunner(view, first_call.longest, patch.impl), first_call.longest
         self.block_length = patch.block_length or x.shape[1]
         self.state = State(
             *x.shape,
-            mask_id=decoder.mask_id,
-            shifted=decoder.family.shifted,
-            ops=self.forward.ops,
+            mask_id=view.mask_id,
+            shifted=view.family.shifted,
+            ops=self.runner.ops,
             device=x.device,
             prompt_masks_wait=False,
         )
         leftpad = torch.zeros(x.shape[0], dtype=torch.int32, device=x.device) if masking == "left" else None
-        key_mask = torch.empty_like(beginning.real) if masking == "columns" else None
-        self.cache = decoder.new_cache(*x.shape, leftpad=leftpad, key_mask=key_mask)
-        self.active, self.positions = torch.empty_like(beginning.real), torch.empty_like(x)
+        key_mask = torch.empty_like(first_call.valid) if masking == "columns" else None
+        self.cache = view.new_cache(*x.shape, leftpad=leftpad, key_mask=key_mask)
+        self.active, self.positions = torch.empty_like(first_call.valid), torch.empty_like(x)
         self.sizes = torch.zeros(len(x), len(Size), dtype=torch.int32, device=x.device)
         self.rooms = Rooms(len(x), Room(x.numel(), x.shape[1], 0))
-        self.graphs = StepGraphs(x.device) if self.forward.can_be_recorded else None
+        self.graphs = StepGraphs(x.device) if self.runner.can_be_recorded else None
         self.done = torch.cuda.Event() if x.is_cuda else None
         self.home = torch.cuda.current_stream(x.device) if x.is_cuda else None
         self.stream = None
@@ -379,41 +379,41 @@ class Session:
             if not self.home == self.stream == current:
                 self.done.synchronize()
 
-    def fits(self, decoder, beginning):
+    def can_serve(self, view, first_call):
         """Whether the memory, and what was recorded on it, serve a new session."""
-        same_kind = (self.state.x.shape, self.masking) == (beginning.x.shape, beginning.masking)
-        return same_kind and self.longest >= beginning.longest and self.forward.is_current(decoder)
+        same_kind = (self.state.x.shape, self.masking) == (first_call.x.shape, first_call.masking)
+        return same_kind and self.longest >= first_call.longest and self.runner.is_current(view)
 
-    def start(self, model, beginning):
-        """Begins anew: everything real is active."""
+    def start(self, model, first_call):
+        """Begins anew: everything valid is active."""
         self.fingerprint = Fingerprint(list(model.modules()), values=True)
-        self.mask, self.given_positions = beginning.mask, beginning.given_positions
-        first_generated = _first_generated(self.decoder, beginning)
+        self.mask, self.given_positions = first_call.mask, first_call.given_positions
+        first_generated = _first_generated(self.view, first_call)
         self.state.start(
-            beginning.x,
-            beginning.real,
+            first_call.x,
+            first_call.valid,
             first_generated=first_generated,
             block_length=self.block_length,
-            gen_length=beginning.x.shape[1] - first_generated,
+            gen_length=first_call.x.shape[1] - first_generated,
         )
         self._decide()
-        self.positions.copy_(beginning.positions)
+        self.positions.copy_(first_call.positions)
         if self.cache.leftpad is not None:
             self.cache.leftpad.copy_(self.state.first_column[:, 0])
         if self.cache.key_mask is not None:
-            self.cache.key_mask.copy_(beginning.real)
+            self.cache.key_mask.copy_(first_call.valid)
         # finished rows too
-        self.active.copy_(beginning.real)
-        self.sizes[:, Size.ACTIVE] = beginning.real.sum(1)
-        self.count, self.longest_row = beginning.real_count, beginning.x.shape[1]
+        self.active.copy_(first_call.valid)
+        self.sizes[:, Size.ACTIVE] = first_call.valid.sum(1)
+        self.count, self.longest_row = first_call.valid_count, first_call.x.shape[1]
 
-    def goes_on(self, x, mask, positions):
+    def try_step(self, x, mask, positions):
         """Whether the call is the next step; then decides what it recomputes. One host read, the only one of a step."""
         state = self.state
-        if x.shape != state.x.shape or x.device != state.x.device or not self.fingerprint.holds():
+        if x.shape != state.x.shape or x.device != state.x.device or not self.fingerprint.unchanged():
             return False
         same = ((x == state.x) | state.masked).all() & (x == state.mask_id).any()
-        if self.decoder.honours_attention_mask:
+        if self.view.honours_attention_mask:
             same = _and_equal(same, mask, self.mask)
         same = _and_equal(same, positions, self.given_positions)
         if same is None:
@@ -441,14 +441,14 @@ class Session:
 
     def logits(self):
         """(batch, seqlen, vocab): logits of the recomputed positions, NaN elsewhere."""
-        state, decoder = self.state, self.decoder
-        room = Room(fast_rows(self.count) if state.x.device.type == "cpu" else self.count, self.longest_row, 0)
+        state, view = self.state, self.view
+        room = Room(padded_rows(self.count) if state.x.device.type == "cpu" else self.count, self.longest_row, 0)
         if self.graphs is not None and self.rooms.records(room):
             room = self.rooms.of(room)
             hidden, slots = self.graphs.run(room, lambda: self._hidden(room))
         else:
             hidden, slots = self._hidden(room)
-        values = decoder.logits(hidden[: self.count])
+        values = view.logits(hidden[: self.count])
         if self.count < state.x.numel():
             logits = values.new_full((state.x.numel(), values.shape[-1]), float("nan"))
             values = logits.index_copy_(0, slots[: self.count], values)
@@ -459,7 +459,7 @@ class Session:
 
     def _hidden(self, room):
         state = self.state
-        packed, _ = self.forward.ops.pack_step(
+        packed, _ = self.runner.ops.pack_step(
             self.active,
             state.candidates,
             self.sizes,
@@ -471,13 +471,13 @@ class Session:
             per_row=room.per_row,
             shifted=state.shifted,
         )
-        return self.forward(packed, self.cache, room.per_row), packed.slots
+        return self.runner(packed, self.cache, room.per_row), packed.slots
 
 
-def _first_generated(decoder, beginning):
+def _first_generated(view, first_call):
     """(): the first mask of the row where that is last: other rows may have masks inside their prompts, or for prompts,
     as the unconditional rows of guidance do."""
-    masked = (beginning.x == decoder.mask_id) & beginning.real
+    masked = (first_call.x == view.mask_id) & first_call.valid
     return masked.int().argmax(1).amax()
 
 

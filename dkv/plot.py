@@ -27,13 +27,13 @@ def step_map(output, row=0):
         raise ValueError(f"row must be in 0 .. {output.sequences.shape[0] - 1}, got {row}.")
     active, decoded_step = output.active[:, row].cpu(), output.decoded_step[row].cpu()
     # the first step computes all that is not padding
-    real = active[0]
+    valid = active[0]
     steps = torch.arange(active.shape[0], device=active.device)[:, None]
     masked = decoded_step >= steps
-    full = (active | ~real).all(1, keepdim=True)
+    full = (active | ~valid).all(1, keepdim=True)
     kinds = torch.where(masked, 4 + active.int(), torch.where(full & active, 2, 1 + 2 * active.int()))
     kinds = torch.where(decoded_step == steps, 6, kinds)
-    return torch.where(real, kinds, 0).to(torch.uint8)
+    return torch.where(valid, kinds, 0).to(torch.uint8)
 
 
 def plot_history(output, row=0, ax=None):

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from dkv.active import rule_of, write_active
 from dkv.config import GenerateConfig
-from dkv.engine import rule_of, write_active
-from dkv.forward import Forward
-from dkv.graphs import StepGraphs
-from dkv.kernels.product import fast_rows
+from dkv.cuda_graphs import StepGraphs
+from dkv.kernels.cpu import padded_rows
 from dkv.kernels.rows import Counter, Size
 from dkv.memory import memory_of
+from dkv.model_runner import ModelRunner
 from dkv.policy import Policy
 from dkv.rooms import LateSizes, Room, Rooms
 from dkv.sampling import Sampler, write_order
@@ -64,8 +64,8 @@ class GenerateOutput:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is the same for every prompt: a run and its graphs serve all that have the same plan.
+class RunKey:
+    """What is the same for every prompt: a run and its graphs serve all that have the same key.
 
     Attributes:
         capacity: columns of the memory, of which a shorter batch uses the last ones.
@@ -86,12 +86,12 @@ class Plan:
         return self.sampler.config
 
 
-def take_run(model, plan, decoder):
-    """A `Run` of this plan: the one that the model keeps, if it is of this plan and the weights are where they were."""
+def take_run(model, key, view):
+    """A `Run` of this key: the one that the model keeps, if it is of this key and the weights are where they were."""
     run = memory_of(model).take("run")
-    if run is None or run.plan != plan or not run.forward.is_current(decoder):
+    if run is None or run.key != key or not run.runner.is_current(view):
         run = None  # frees its memory before the next one's is allocated
-        run = Run(decoder, plan)
+        run = Run(view, key)
     run.model = weakref.ref(model)
     return run
 
@@ -102,9 +102,9 @@ def reads_sizes(device):
 
 
 class Run:
-    """Memory, graphs and counters of runs of one `Plan`, one at a time.
+    """Memory, graphs and counters of runs of one `RunKey`, one at a time.
 
-        with take_run(model, plan, decoder) as run:
+        with take_run(model, key, view) as run:
             run.start(...)
             while run.running():
                 run.step()
@@ -122,40 +122,40 @@ class Run:
     # outside of inference mode, so that the next run may be outside of it
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __init__(self, decoder, plan):
-        device, batch, config = decoder.weight.device, plan.batch, plan.config
-        self.decoder, self.plan, self.config, self.sampler = decoder, plan, config, plan.sampler
-        self.shifted = decoder.family.shifted
+    def __init__(self, view, key):
+        device, batch, config = view.weight.device, key.batch, key.config
+        self.view, self.key, self.config, self.sampler = view, key, config, key.sampler
+        self.shifted = view.family.shifted
         self.schedule = Schedule(
             steps=config.steps,
             gen_length=config.gen_length,
             block_length=config.block_length,
-            time_steps=decoder.family.time_steps,
+            time_steps=view.family.time_steps,
             eps=config.eps,
         )
         self.copies = 2 if config.cfg_scale else 1  # rows of the model's batch per sequence
-        self.forward = Forward(decoder, plan.capacity, config.impl, config.fused_products)
-        self.ops = self.forward.ops
+        self.runner = ModelRunner(view, key.capacity, config.impl, config.fused_products)
+        self.ops = self.runner.ops
         self.state = State(
             batch,
-            plan.capacity,
+            key.capacity,
             mask_id=config.mask_id,
             shifted=self.shifted,
             ops=self.ops,
             device=device,
             ordered=config.ordered,
         )
-        self.positions = torch.zeros(batch * self.copies, plan.capacity, dtype=torch.int64, device=device)
-        self.active = torch.zeros_like(self.state.real)
+        self.positions = torch.zeros(batch * self.copies, key.capacity, dtype=torch.int64, device=device)
+        self.active = torch.zeros_like(self.state.valid)
         self.commits = None
         if not (config.by_probability or config.ordered):
             # no row has more masks than columns
-            steps = self.schedule.block_steps or plan.capacity
+            steps = self.schedule.block_steps or key.capacity
             self.commits = torch.zeros(batch, len(self.schedule.lengths), steps, dtype=torch.int64, device=device)
-        self.eos_ids = torch.tensor(plan.eos_ids, device=device) if plan.eos_ids else None
-        self.options = self.sampler.row_options(batch, decoder.weight)
+        self.eos_ids = torch.tensor(key.eos_ids, device=device) if key.eos_ids else None
+        self.options = self.sampler.row_options(batch, view.weight)
         leftpad = torch.zeros(batch * self.copies, dtype=torch.int32, device=device)
-        self.cache = decoder.new_cache(batch * self.copies, plan.capacity, leftpad)
+        self.cache = view.new_cache(batch * self.copies, key.capacity, leftpad)
         self.sizes = torch.zeros(batch, len(Size), dtype=torch.int32, device=device)
         # recomputed positions of each row, and all that it had to compute
         self.totals = torch.zeros(batch, 2, dtype=torch.int64, device=device)
@@ -166,29 +166,29 @@ class Run:
         # is decoded next does read
         policy = config.policy
         known = type(policy).max_active is not Policy.max_active and not (rule is None and policy.needs_order)
-        self.graphs = StepGraphs(device) if config.cuda_graphs and self.forward.can_be_recorded and known else None
+        self.graphs = StepGraphs(device) if config.cuda_graphs and self.runner.can_be_recorded and known else None
         # in a known order the next step's candidates are other ones
-        foreseen = not plan.has_forecasts or rule is None or rule.is_foreseen(self.shifted) or config.ordered
+        foreseen = not key.has_forecasts or rule is None or rule.is_foreseen(self.shifted) or config.ordered
         self.late = None if foreseen or reads_sizes(device) else LateSizes(self.sizes)
 
     @torch.no_grad()
-    def start(self, x, real, *, lengths, prompt_masks, forecasts, first_generated, seed, order):
+    def start(self, x, valid, *, lengths, prompt_masks, forecasts, first_generated, seed, order):
         """Begins with a batch.
 
         Args:
-            x, real: (batch, seqlen) int64 and bool, seqlen up to the capacity: the sequences, and what is not padding.
+            x, valid: (batch, seqlen) int64 and bool, seqlen up to the capacity: the sequences, and what is not padding.
             lengths, prompt_masks: lists of ints, what is not padding in each row, and masks inside its prompt.
-            forecasts: a list of `Forecast`, where the plan has them; else None.
+            forecasts: a list of `Forecast`, where the key has them; else None.
             first_generated: int, the column.
             seed: int; order: as in `dkv.generate`.
         """
-        plan, state = self.plan, self.state
-        self.forecasts, self.weights = forecasts, self.forward.storages()
-        self.longest, self.real_positions = max(lengths), sum(lengths)
-        self.unused = plan.capacity - x.shape[1]
+        key, state = self.key, self.state
+        self.forecasts, self.weights = forecasts, self.runner.storages()
+        self.longest, self.valid_positions = max(lengths), sum(lengths)
+        self.unused = key.capacity - x.shape[1]
         state.start(
             F.pad(x, (self.unused, 0)),
-            F.pad(real, (self.unused, 0)),
+            F.pad(valid, (self.unused, 0)),
             first_generated=first_generated + self.unused,
             block_length=self.config.block_length,
             gen_length=self.config.gen_length,
@@ -197,7 +197,7 @@ class Run:
         positions = (state.columns - state.first_column).clamp(min=0)
         self.positions.copy_(positions.repeat(self.copies, 1))
         self.cache.leftpad.copy_(state.first_column[:, 0].repeat(self.copies))
-        state.counts.fill_(plan.capacity)
+        state.counts.fill_(key.capacity)
         if self.config.ordered:
             write_order(self.sampler, self.schedule, state, order, prompt_masks)
         elif self.commits is not None:
@@ -205,8 +205,8 @@ class Run:
             self.commits.copy_(F.pad(commits, (0, self.commits.shape[-1] - commits.shape[-1])))
         self.bounds = None if forecasts is None else [self._bound(forecast) for forecast in forecasts]
         self.rooms = self._rooms(max(prompt_masks))
-        self.steps, self.sizes_read, self.masks_left = 0, None, [float("inf")] * plan.batch
-        self.most_steps = self.schedule.most_steps(prompt_masks)
+        self.steps, self.sizes_read, self.masks_left = 0, None, [float("inf")] * key.batch
+        self.max_steps = self.schedule.max_steps(prompt_masks)
         self.totals.zero_()
         self.excess.zero_()
         self.began = (self.graphs.captured, self.graphs.capture_seconds) if self.graphs else (0, 0.0)
@@ -293,7 +293,7 @@ class Run:
         else:
             # a step of a schedule may decode none, but the last one leaves none
             must = "be the last one of the schedule"
-            stuck = [row for row, left in enumerate(masks) if left and self.steps >= self.most_steps]
+            stuck = [row for row, left in enumerate(masks) if left and self.steps >= self.max_steps]
         if stuck:
             raise RuntimeError(
                 f"step {self.steps - 1} must {must}, but {[masks[row] for row in stuck]} masks are left in rows "
@@ -304,7 +304,7 @@ class Run:
         """The `Room` of the next step."""
         if reads_sizes(self.sizes.device):
             need, _ = self._read()
-            return Room(fast_rows(need.positions), need.per_row + self.shifted, fast_rows(need.candidates))
+            return Room(padded_rows(need.positions), need.per_row + self.shifted, padded_rows(need.candidates))
         if self.bounds is None or self.bounds[self.steps] is None:
             need, _ = self._read()
             # the first two masks of a row can have the same predictor
@@ -324,20 +324,20 @@ class Run:
             return None
         most = min(most, self.longest) if forecast.step else self.longest
         candidates = forecast.commits if self.config.ordered else forecast.block_masks
-        return Room(min(self.plan.batch * most, self.real_positions), most, self.plan.batch * candidates)
+        return Room(min(self.key.batch * most, self.valid_positions), most, self.key.batch * candidates)
 
     def _rooms(self, prompt_masks):
         """The `Rooms` of the run; prompt_masks: the most of a row."""
-        plan = self.plan
+        key = self.key
         if self.bounds is not None and None not in self.bounds:
-            cached = [bound for bound in self.bounds if bound.positions < self.real_positions]
+            cached = [bound for bound in self.bounds if bound.positions < self.valid_positions]
             candidates = max(bound.candidates for bound in self.bounds)
             positions, per_row, _ = zip(*cached, strict=True) if cached else ([0], [0], [0])
-            return Rooms(plan.batch, Room(max(positions), max(per_row), candidates), positions, self.copies)
+            return Rooms(key.batch, Room(max(positions), max(per_row), candidates), positions, self.copies)
         masks = (self.config.gen_length + prompt_masks) * (1 + self.shifted)
         per_row = min(masks + self.shifted, self.longest)
         candidates = min(self.config.block_length, self.config.gen_length) + prompt_masks
-        return Rooms(plan.batch, Room(plan.batch * per_row, per_row, plan.batch * candidates), copies=self.copies)
+        return Rooms(key.batch, Room(key.batch * per_row, per_row, key.batch * candidates), copies=self.copies)
 
     def compute(self, room):
         """What a step does on the device; it can be recorded."""
@@ -346,9 +346,9 @@ class Run:
         scales = None
         if self.config.temperature:
             # behind the candidates lie those of the unconditional rows, which are not looked at
-            scales = options.scales(wanted.slots.clamp(min=0) // self.plan.capacity % self.plan.batch)
+            scales = options.scales(wanted.slots.clamp(min=0) // self.key.capacity % self.key.batch)
         tokens, scores = self.sampler.predict(
-            self.decoder, hidden, wanted.keys, self.ops, scales, cu_seqlens=wanted.cu_seqlens
+            self.view, hidden, wanted.keys, self.ops, scales, cu_seqlens=wanted.cu_seqlens
         )
         self.ops.commit_tokens(
             state.x,
@@ -365,11 +365,11 @@ class Run:
 
     def _hidden(self, room):
         """The final hidden states (candidates, hidden_size) that predict the candidates, and those as `Packed`."""
-        state, plan = self.state, self.plan
+        state, key = self.state, self.key
         ids = state.x
         if self.copies > 1:
             # the unconditional rows see masks in place of the prompt, which count as prompt all the same
-            ids = torch.cat((ids, torch.where(state.prompt & state.real, state.mask_id, ids)))
+            ids = torch.cat((ids, torch.where(state.prompt & state.valid, state.mask_id, ids)))
         packed, wanted = self.ops.pack_step(
             self.active,
             state.candidates,
@@ -384,21 +384,21 @@ class Run:
             shifted=self.shifted,
             noisy=self.config.noisy,
         )
-        hidden = self.forward(packed, self.cache, room.per_row, wanted)
+        hidden = self.runner(packed, self.cache, room.per_row, wanted)
         if self.copies == 1:
             return hidden, wanted
         # the unconditional rows begin where the conditional ones end
         count = room.candidates
-        cond, behind = hidden[:count], wanted.cu_seqlens[plan.batch]
+        cond, behind = hidden[:count], wanted.cu_seqlens[key.batch]
         uncond = hidden[(torch.arange(count, device=hidden.device) + behind).clamp(max=2 * count - 1)]
         guided = (self.config.cfg_scale + 1) * cond.float() - self.config.cfg_scale * uncond.float()
         keys = None if wanted.keys is None else wanted.keys[:count]
-        slots, cu_seqlens = wanted.slots[:count], wanted.cu_seqlens[: plan.batch + 1]
+        slots, cu_seqlens = wanted.slots[:count], wanted.cu_seqlens[: key.batch + 1]
         return guided.to(cond.dtype), wanted._replace(slots=slots, cu_seqlens=cu_seqlens, keys=keys)
 
     def _decide(self):
         """Takes what was committed, and writes down what the next step recomputes and may commit."""
-        self.state.advance(commits=self.commits, end_ids=self.eos_ids, pad_id=self.plan.pad_id)
+        self.state.advance(commits=self.commits, end_ids=self.eos_ids, pad_id=self.key.pad_id)
         write_active(
             self.config.policy, self.state, self.active, self.sizes, self.totals, foresee=self.late is not None
         )

@@ -47,11 +47,11 @@ class Sampler:
         scales = map(of_rows, self.scales) if config.temperature else (None, None)
         return RowOptions(threshold, factor, *scales)
 
-    def predict(self, decoder, hidden, keys, ops, scales=None, cu_seqlens=None):
+    def predict(self, view, hidden, keys, ops, scales=None, cu_seqlens=None):
         """Tokens and their scores by the remasking rule; higher is committed first.
 
         Args:
-            decoder: `dkv.decoder.Decoder`, for its head.
+            view: `dkv.models.view.ModelView`, for its head.
             hidden: (rows, hidden_size), after the final norm.
             keys: (rows,) int64, the noise key of each row; None where the sampler is not noisy.
             ops: the operators of `dkv.kernels.direct`.
@@ -66,10 +66,10 @@ class Sampler:
         logit_scale, noise_scale = self.scales if scales is None else scales
         keys = keys if self.config.temperature else None
         needs_logits = self.config.top_p is not None or self.config.top_k is not None or self.unconfident_ids
-        if decoder.head_weight is not None and not needs_logits:
+        if view.head_weight is not None and not needs_logits:
             found = ops.lm_head_confidence(
                 hidden,
-                decoder.head_weight,
+                view.head_weight,
                 logit_scale=logit_scale,
                 noise_scale=noise_scale,
                 noise_key=keys,
@@ -77,13 +77,13 @@ class Sampler:
                 cu_seqlens=cu_seqlens,
             )
             return found.token, self._score(found)
-        rows = max(1, LOGITS_AT_A_TIME // decoder.vocab_size)
+        rows = max(1, LOGITS_AT_A_TIME // view.vocab_size)
         parts = []
         for start in range(0, max(len(hidden), 1), rows):
             own = [
                 v[start : start + rows] if isinstance(v, torch.Tensor) else v for v in (keys, logit_scale, noise_scale)
             ]
-            parts.append(self._predict_logits(decoder.logits(hidden[start : start + rows]), *own))
+            parts.append(self._predict_logits(view.logits(hidden[start : start + rows]), *own))
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     def _predict_logits(self, logits, keys, logit_scale, noise_scale):

@@ -71,7 +71,7 @@ class Schedule:
         steps = [1 + after - before for before, after in itertools.pairwise(dealt)]
         self._table, self.block_steps, self._steps = self._timed(steps), max(steps), sum(steps)
 
-    def most_steps(self, prompt_masks):
+    def max_steps(self, prompt_masks):
         """How many steps a row takes at most: an int, for a list of ints, masks inside the prompts."""
         return max(prompt_masks) if self.block_steps is None else self._steps
 

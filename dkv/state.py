@@ -18,7 +18,7 @@ class State:
 
     Attributes:
         x: (batch, seqlen) int64, the sequence before this step.
-        real: (batch, seqlen) bool, False for padding, which is on the left.
+        valid: (batch, seqlen) bool, False for padding, which is on the left.
         decoded_step: (batch, seqlen) int32, the step after which a position was decoded; `PROMPT` and `MASKED` of
             `dkv.kernels.rows` for positions decoded from the start and for masked ones.
         candidates: (batch, seqlen) bool, the masks that this step may decode: those of the current block, or what the
@@ -56,22 +56,22 @@ class State:
 
         self.columns = torch.arange(seqlen, device=device)[None]
         self.x, self.decoded_step = zeros(batch, seqlen), zeros(batch, seqlen, dtype=torch.int32)
-        self.real, self.candidates = (zeros(batch, seqlen, dtype=torch.bool) for _ in range(2))
+        self.valid, self.candidates = (zeros(batch, seqlen, dtype=torch.bool) for _ in range(2))
         self.rank, self.due = (zeros(batch, seqlen, dtype=torch.int32) if ordered else None for _ in range(2))
         self.counters, self.counts = zeros(batch, len(Counter)), zeros(batch)
 
-    def start(self, x, real, *, first_generated, block_length, gen_length, seed=0):
+    def start(self, x, valid, *, first_generated, block_length, gen_length, seed=0):
         """Begins a run of the same shape in the same memory; `advance` then takes it to its first step.
 
         Args:
-            x, real: as above; what is masked in x and not padding will be decoded.
+            x, valid: as above; what is masked in x and not padding will be decoded.
             first_generated, block_length, gen_length, seed: ints, or integer tensors (batch,), of each row.
         """
         self.x.copy_(x)
-        self.real.copy_(real)
-        self.decoded_step.fill_(PROMPT).masked_fill_((x == self.mask_id) & real, MASKED)
+        self.valid.copy_(valid)
+        self.decoded_step.fill_(PROMPT).masked_fill_((x == self.mask_id) & valid, MASKED)
         self.counters.fill_(-1)
-        self.counters[:, Counter.FIRST_COLUMN] = real.int().argmax(1)
+        self.counters[:, Counter.FIRST_COLUMN] = valid.int().argmax(1)
         self.counters[:, Counter.FIRST_GENERATED] = first_generated
         self.counters[:, Counter.BLOCK_LENGTH] = block_length
         self.counters[:, Counter.GENERATED] = gen_length

@@ -10,8 +10,8 @@ it is memory-bound, at 3 * rows * size elements.
 import torch
 
 from dkv.kernels import checks, reference
+from dkv.kernels.configs import swiglu_config
 from dkv.kernels.language import tl, triton
-from dkv.kernels.launch import swiglu_launch
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def _launch(gate_up):
     out = torch.empty((rows, size), dtype=gate_up.dtype, device=gate_up.device)
     if out.numel() == 0:
         return out
-    launch = swiglu_launch(gate_up.dtype)
+    launch = swiglu_config(gate_up.dtype)
     with checks.device_guard(gate_up):
         _swiglu_kernel[(rows * triton.cdiv(size, launch.block),)](
             gate_up_ptr=gate_up,

@@ -12,8 +12,8 @@ registers; it is bound by latency, at some 8 bytes a column. (The rules are thos
 """
 
 from dkv.kernels import checks, rows
+from dkv.kernels.configs import row_config
 from dkv.kernels.language import tl, triton
-from dkv.kernels.launch import row_launch
 from dkv.kernels.rows import (
     BLOCK,
     BLOCK_END,
@@ -87,7 +87,7 @@ def _window_of_nearest(decoded_step, active, to_decode, rank, columns, window, C
 def _active_positions_kernel(
     # pointers
     decoded_step_ptr,
-    real_ptr,
+    valid_ptr,
     candidates_ptr,
     counters_ptr,
     active_ptr,
@@ -119,7 +119,7 @@ def _active_positions_kernel(
     in_row = columns < seqlen
     # scalar bases in 64 bits, offsets within the row in 32
     first = row * seqlen
-    real = tl.load(real_ptr + first + columns, mask=in_row, other=0) != 0
+    valid = tl.load(valid_ptr + first + columns, mask=in_row, other=0) != 0
     candidates = tl.load(candidates_ptr + first + columns, mask=in_row, other=0) != 0
     step = tl.load(counters_ptr + STEP)
     block_step = tl.load(counters_ptr + BLOCK_STEP)
@@ -139,7 +139,7 @@ def _active_positions_kernel(
         later = in_row
     else:
         decoded_ptr = decoded_step_ptr + first
-        # behind the row: padding, which is not real
+        # behind the row: padding, which is not valid
         decoded_step = tl.load(decoded_ptr + columns, mask=in_row, other=PROMPT)
         refresh = (block_step < warmup_steps) | ((interval > 0) & (block_step % tl.maximum(interval, 1) == 0))
         refresh_later = (block_step + 1 < warmup_steps) | (
@@ -192,7 +192,7 @@ def _active_positions_kernel(
 
     if not FORESEE:
         later = in_row
-    computable = real & (masks > 0)
+    computable = valid & (masks > 0)
     active = (active | needed | (step == 0)) & computable
     count = tl.sum(active.to(tl.int32), 0)
     tl.store(active_ptr + first + columns, active, mask=in_row)
@@ -210,7 +210,7 @@ def _active_positions_kernel(
 
 def _launch(
     decoded_step,
-    real,
+    valid,
     candidates,
     counters,
     active,
@@ -224,12 +224,12 @@ def _launch(
     foresee=False,
 ):
     batch, seqlen = decoded_step.shape
-    launch = row_launch(seqlen)
+    launch = row_config(seqlen)
     rule = rows.Rule() if rule is None else rule
     with checks.device_guard(decoded_step):
         _active_positions_kernel[(batch,)](
             decoded_step_ptr=decoded_step,
-            real_ptr=real,
+            valid_ptr=valid,
             candidates_ptr=candidates,
             counters_ptr=counters,
             active_ptr=active,

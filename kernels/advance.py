@@ -13,8 +13,8 @@ blocks are those of Nie et al., LLaDA, arXiv 2502.09992.)
 """
 
 from dkv.kernels import checks, rows
+from dkv.kernels.configs import row_config
 from dkv.kernels.language import tl, triton
-from dkv.kernels.launch import row_launch
 from dkv.kernels.rows import (
     BLOCK,
     BLOCK_END,
@@ -124,7 +124,7 @@ def _launch(
     pad_id=0,
 ):
     batch, seqlen = x.shape
-    launch = row_launch(seqlen)
+    launch = row_config(seqlen)
     _, blocks, block_steps = (0, 1, 1) if commits is None else commits.shape
     with checks.device_guard(x):
         _advance_rows_kernel[(batch,)](

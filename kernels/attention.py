@@ -14,15 +14,15 @@ log-sum-exp (Dao et al., "Flash-Decoding for long-context inference", 2023).
 import torch
 
 from dkv.kernels import checks, reference
-from dkv.kernels.language import gdc_launch_dependents, gdc_wait, tl, triton
-from dkv.kernels.launch import (
+from dkv.kernels.configs import (
     MAX_SPLITS,
-    attention_launch,
-    merge_launch,
+    attention_config,
+    merge_config,
+    num_sms,
     num_splits_heuristic,
-    processors,
     uses_pdl,
 )
+from dkv.kernels.language import gdc_launch_dependents, gdc_wait, tl, triton
 from dkv.kernels.packing import load_bound
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -376,7 +376,7 @@ def _launch(
 
     max_rows = (total if max_seqlen_q is None else max_seqlen_q) * group
     max_keys = seqlen_cache if key_index is None else key_index.shape[1]
-    launch = attention_launch(q.device, q.dtype, max_rows)
+    launch = attention_config(q.device, q.dtype, max_rows)
     # one block at least: it clears the padding queries where no row has a query
     blocks = max(-(-max_rows // launch.block_m), 1)
     if num_splits is None:
@@ -387,7 +387,7 @@ def _launch(
             rows=max_rows,
             row_groups=batch * nheads_k,
             headdim=headdim,
-            processors=processors(q.device),
+            num_sms=num_sms(q.device),
         )
     num_splits = min(num_splits, MAX_SPLITS)
     partial_out, partial_lse = out, lse
@@ -448,7 +448,7 @@ def _launch(
             num_stages=launch.num_stages,
         )
         if num_splits > 1:
-            merge = merge_launch(q.device)
+            merge = merge_config(q.device)
             _merge_splits_kernel[(-(-total * nheads // merge.block_m),)](
                 partial_out_ptr=partial_out,
                 partial_lse_ptr=partial_lse,
@@ -585,11 +585,11 @@ def delayed_attention(
     checks.check_heads(nheads, nheads_k)
     checks.check_same("q", q, k_cache=k_cache, v_cache=v_cache)
     checks.check_last_dim_contiguous(q=q, k_cache=k_cache, v_cache=v_cache)
-    checks.check_index("cu_seqlens_q", cu_seqlens_q, q, (batch + 1,), "(batch + 1,)")
-    checks.check_index("cache_leftpad", cache_leftpad, q, (batch,), "(batch,)")
-    checks.check_index("cache_seqlens", cache_seqlens, q, (batch,), "(batch,)")
-    checks.check_index("key_index", key_index, q, (batch, None), "(batch, max_keys)")
-    checks.check_index("key_mask", key_mask, q, (batch, seqlen_cache), "(batch, seqlen_cache)", torch.bool)
+    checks.check_tensor("cu_seqlens_q", cu_seqlens_q, q, (batch + 1,), "(batch + 1,)")
+    checks.check_tensor("cache_leftpad", cache_leftpad, q, (batch,), "(batch,)")
+    checks.check_tensor("cache_seqlens", cache_seqlens, q, (batch,), "(batch,)")
+    checks.check_tensor("key_index", key_index, q, (batch, None), "(batch, max_keys)")
+    checks.check_tensor("key_mask", key_mask, q, (batch, seqlen_cache), "(batch, seqlen_cache)", torch.bool)
     if max_seqlen_q is None or checks.check_count("max_seqlen_q", max_seqlen_q, 0) > total:
         max_seqlen_q = total
     if num_splits is not None:

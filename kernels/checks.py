@@ -98,7 +98,7 @@ def check_floating(name, tensor):
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}.")
 
 
-def check_index(name, tensor, reference, shape, meaning, *dtypes):
+def check_tensor(name, tensor, reference, shape, meaning, *dtypes):
     """An index tensor of one of `dtypes` (int32 unless given), on the device of `reference`, or None."""
     if tensor is None:
         return
@@ -152,8 +152,8 @@ def check_heads(nheads, nheads_k):
 
 def check_rope(cos, sin, headdim, reference):
     """The tables of the half-split RoPE."""
-    check_index("cos", cos, reference, (None, headdim // 2), "(max_position, headdim // 2)", torch.float32)
-    check_index("sin", sin, reference, tuple(cos.shape), "(max_position, headdim // 2)", torch.float32)
+    check_tensor("cos", cos, reference, (None, headdim // 2), "(max_position, headdim // 2)", torch.float32)
+    check_tensor("sin", sin, reference, tuple(cos.shape), "(max_position, headdim // 2)", torch.float32)
     if cos.shape[0] == 0:
         raise ValueError("cos and sin must have a row for each position, one at least, got none.")
     if cos.stride(0) != sin.stride(0):
@@ -173,7 +173,7 @@ def check_deferred(normed):
         raise ValueError("normed.weighted must have a column at least, got none.")
     sums_dtype = torch.promote_types(weighted.dtype, torch.float32)
     shape, meaning = (-(-in_features // PART), rows), f"(ceil(in_features / {PART}), rows)"
-    check_index("normed.square_sums", square_sums, weighted, shape, meaning, sums_dtype)
+    check_tensor("normed.square_sums", square_sums, weighted, shape, meaning, sums_dtype)
     check_last_dim_contiguous(**{"normed.weighted": weighted})
     if not square_sums.is_contiguous():
         raise ValueError(f"normed.square_sums must be contiguous, got strides {square_sums.stride()}.")

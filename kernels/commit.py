@@ -17,8 +17,8 @@ by n^2 comparisons in rows of n = thousands of entries.
 import torch
 
 from dkv.kernels import checks, reference
+from dkv.kernels.configs import commit_config
 from dkv.kernels.language import tl, triton
-from dkv.kernels.launch import commit_launch
 from dkv.kernels.packing import load_bound
 from dkv.kernels.rows import COUNTERS, NAN_STEP, STEP
 
@@ -132,7 +132,7 @@ def _launch(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=None, fac
     elif factor is not None:
         rule, value = "factor", factor
     limit, limits = checks.float_and_tensor(value)
-    launch = commit_launch(x.device)
+    launch = commit_config(x.device)
     # one block at least, for the padding; slots are distinct, so no row has more entries than columns
     blocks = max(triton.cdiv(min(total, seqlen), launch.block_m), 1)
     with checks.device_guard(x):
@@ -231,18 +231,18 @@ def commit_tokens(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=Non
         >>> chosen = commit_tokens(x, token, log_prob, slots, cu_seqlens, counts)
     """
     checks.check_no_grad(scores=scores)
-    checks.check_index("x", x, x, (None, None), "(batch, seqlen)", torch.int64)
+    checks.check_tensor("x", x, x, (None, None), "(batch, seqlen)", torch.int64)
     if not x.is_contiguous():
         raise ValueError(
             f"x must be contiguous, got strides {x.stride()} for shape {tuple(x.shape)}; "
             "pass x.contiguous() and keep it, for it is written in place."
         )
-    checks.check_index("tokens", tokens, x, (None,), "(total,)", torch.int64)
+    checks.check_tensor("tokens", tokens, x, (None,), "(total,)", torch.int64)
     total = tokens.shape[0]
-    checks.check_index("scores", scores, x, (total,), "(total,)", torch.float32, torch.float64)
-    checks.check_index("slots", slots, x, (total,), "(total,)", torch.int64)
-    checks.check_index("cu_seqlens", cu_seqlens, x, (x.shape[0] + 1,), "(batch + 1,)")
-    checks.check_index("counts", counts, x, (x.shape[0],), "(batch,)", torch.int64, torch.int32)
+    checks.check_tensor("scores", scores, x, (total,), "(total,)", torch.float32, torch.float64)
+    checks.check_tensor("slots", slots, x, (total,), "(total,)", torch.int64)
+    checks.check_tensor("cu_seqlens", cu_seqlens, x, (x.shape[0] + 1,), "(batch + 1,)")
+    checks.check_tensor("counts", counts, x, (x.shape[0],), "(batch,)", torch.int64, torch.int32)
     if threshold is not None and factor is not None:
         raise ValueError("threshold and factor exclude each other; pass one of them.")
     if threshold is None and factor is None and counts is None:
@@ -251,7 +251,7 @@ def commit_tokens(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=Non
     dtypes = (torch.float32,) if scores.dtype == torch.float32 else (torch.float32, torch.float64)
     for name, (_, values) in zip(("threshold", "factor"), limits, strict=True):
         checks.check_no_grad(**{name: values})
-        checks.check_index(name, values, x, (x.shape[0],), "(batch,)", *dtypes)
+        checks.check_tensor(name, values, x, (x.shape[0],), "(batch,)", *dtypes)
     if limits[1][0] is not None and not factor > 0:
         raise ValueError(f"factor must be positive, got {factor}.")
     impl = checks.resolve_impl(impl, _commit_tokens_kernel, scores)

@@ -14,8 +14,8 @@ in_features operations; what the projections give stays on the chip.
 import torch
 
 from dkv.kernels import checks, reference
+from dkv.kernels.configs import product_config
 from dkv.kernels.language import gdc_launch_dependents, gdc_wait, tl, triton
-from dkv.kernels.launch import product_launch
 from dkv.kernels.reference import DeferredNorm
 from dkv.kernels.skinny import (
     is_last_to_arrive,
@@ -102,7 +102,7 @@ def _launch(normed, eps, weight, *, semaphores=None, launch=None):
     out = torch.empty((rows, size), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    launch = launch or product_launch(x.device, x.dtype, "gate_up", rows, weight.shape)
+    launch = launch or product_config(x.device, x.dtype, "gate_up", rows, weight.shape)
     tiles, row_blocks = triton.cdiv(size, launch.block_n), triton.cdiv(rows, launch.block_r)
     splits = launch.splits_of(in_features)
     partial, semaphores = scratch(x, tiles * row_blocks, splits, 2 * launch.block_n * launch.block_r, semaphores)

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 import torch
 
 from dkv.kernels import checks, reference
+from dkv.kernels.configs import lm_head_config, lm_head_merge_config, num_sms
 from dkv.kernels.language import tl, triton
-from dkv.kernels.launch import head_launch, head_merge_launch, processors
 from dkv.kernels.noise import draw, gumbel_of, log1p
 from dkv.kernels.reference import Confidence
 
@@ -148,7 +148,7 @@ def _share_work(
     programs,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    MOST_SLICES: tl.constexpr,
+    MAX_SLICES: tl.constexpr,
 ):
     """How many rows are no padding, their blocks, and how many slices the vocabulary is cut into.
 
@@ -159,7 +159,7 @@ def _share_work(
     real_rows = tl.maximum(tl.minimum(real_rows, rows), 0)
     row_blocks = tl.cdiv(real_rows, BLOCK_R)
     tiles = tl.cdiv(vocab, BLOCK_V)
-    slices = tl.minimum(tl.minimum(programs // tl.maximum(row_blocks, 1), MOST_SLICES), tiles)
+    slices = tl.minimum(tl.minimum(programs // tl.maximum(row_blocks, 1), MAX_SLICES), tiles)
     # no more than give each the same number of tiles
     return real_rows, row_blocks, tl.cdiv(tiles, tl.cdiv(tiles, slices))
 
@@ -202,13 +202,13 @@ def _lm_head_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr,
-    MOST_SLICES: tl.constexpr,
+    MAX_SLICES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     real_rows, row_blocks, slices = _share_work(
-        cu_seqlens_ptr, batch, rows, vocab, programs, BLOCK_R, BLOCK_V, MOST_SLICES
+        cu_seqlens_ptr, batch, rows, vocab, programs, BLOCK_R, BLOCK_V, MAX_SLICES
     )
     if program >= row_blocks * slices:
         return
@@ -309,17 +309,17 @@ def _merge_confidence_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    MOST_SLICES: tl.constexpr,
+    MAX_SLICES: tl.constexpr,
 ):
     """Merges what the programs found for each of BLOCK_M rows; BLOCK_R and BLOCK_V are those of the programs."""
     real_rows, row_blocks, slices = _share_work(
-        cu_seqlens_ptr, batch, rows, vocab, programs, BLOCK_R, BLOCK_V, MOST_SLICES
+        cu_seqlens_ptr, batch, rows, vocab, programs, BLOCK_R, BLOCK_V, MAX_SLICES
     )
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_s = tl.arange(0, MOST_SLICES)
+    offs_s = tl.arange(0, MAX_SLICES)
     in_range = offs_m < rows
     real = offs_m < real_rows
-    # [BLOCK_M, MOST_SLICES]
+    # [BLOCK_M, MAX_SLICES]
     written = real[:, None] & (offs_s < slices)[None, :]
     found_by = (offs_m // BLOCK_R)[:, None] + (offs_s * row_blocks)[None, :]
     offs = (offs_m % BLOCK_R * programs)[:, None] + found_by
@@ -401,10 +401,10 @@ def _launch(
     logit_scale, logit_scales = checks.float_and_tensor(logit_scale)
     noise_scale, noise_scales = checks.float_and_tensor(noise_scale)
     has_noise = noise_scales is not None or noise_scale > 0
-    launch = head_launch(hidden.device, hidden.dtype, rows, has_noise)
-    merge = head_merge_launch(hidden.device)
+    launch = lm_head_config(hidden.device, hidden.dtype, rows, has_noise)
+    merge = lm_head_merge_config(hidden.device)
     # as many as run at once; enough for every block, should all rows be real
-    programs = min(launch.blocks_per_processor * processors(hidden.device), merge.most_slices)
+    programs = min(launch.blocks_per_sm * num_sms(hidden.device), merge.max_slices)
     programs = max(programs, triton.cdiv(rows, launch.block_r))
     values_shape, ids_shape = ((fields, launch.block_r, programs) for fields in ((6, 2) if has_noise else (4, 1)))
     partial_values = torch.empty(values_shape, dtype=torch.float32, device=hidden.device)
@@ -423,7 +423,7 @@ def _launch(
             HAS_NOISE=has_noise,
             BLOCK_R=launch.block_r,
             BLOCK_V=launch.block_v,
-            MOST_SLICES=merge.most_slices,
+            MAX_SLICES=merge.max_slices,
         )
         _lm_head_kernel[(programs,)](
             **shared,
@@ -566,8 +566,8 @@ def lm_head_confidence(
         raise ValueError(
             "noise_scale > 0, or a tensor, needs noise_key; pass a key of dkv.kernels.noise.noise_key for each row."
         )
-    checks.check_index("noise_key", noise_key, hidden, (rows,), "(rows,)", torch.int64)
-    checks.check_index("cu_seqlens", cu_seqlens, hidden, (None,), "(batch + 1,)")
+    checks.check_tensor("noise_key", noise_key, hidden, (rows,), "(rows,)", torch.int64)
+    checks.check_tensor("cu_seqlens", cu_seqlens, hidden, (None,), "(batch + 1,)")
     if cu_seqlens is not None and cu_seqlens.shape[0] == 0:
         raise ValueError("cu_seqlens must have shape (batch + 1,), one element at least, got (0,).")
     exclude_ids = _checked_ids(exclude_ids, weight.shape[0])
@@ -582,7 +582,7 @@ def _check_scale(name, scale, hidden):
     if isinstance(scale, torch.Tensor):
         checks.check_no_grad(**{name: scale})
         dtypes = (torch.float32,) if hidden.dtype != torch.float64 else (torch.float32, torch.float64)
-        checks.check_index(name, scale, hidden, (hidden.shape[0],), "(rows,)", *dtypes)
+        checks.check_tensor(name, scale, hidden, (hidden.shape[0],), "(rows,)", *dtypes)
     elif name == "logit_scale" and not 0 < scale < float("inf"):
         raise ValueError(f"logit_scale must be positive and finite, got {scale}.")
     elif not 0 <= scale < float("inf"):

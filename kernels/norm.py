@@ -13,8 +13,8 @@ the next product applies the scale (skinny.py).
 import torch
 
 from dkv.kernels import checks, reference
+from dkv.kernels.configs import norm_config
 from dkv.kernels.language import tl, triton
-from dkv.kernels.launch import norm_launch
 from dkv.kernels.skinny import PART, empty_deferred
 
 
@@ -59,7 +59,7 @@ def _launch(x, residual, weight, eps):
     normed = torch.empty((rows, size), dtype=x.dtype, device=x.device)
     if normed.numel() == 0:
         return normed
-    launch = norm_launch(x.dtype, size)
+    launch = norm_config(x.dtype, size)
     residual_strides = (0, 0) if residual is None else residual.stride()
     with checks.device_guard(x):
         _add_rms_norm_kernel[(rows,)](
@@ -113,7 +113,7 @@ def _launch_deferred(x, weight):
     weighted, square_sums = normed = empty_deferred(x)
     if weighted.numel() == 0:
         return normed
-    launch = norm_launch(x.dtype, max(size, reference.PART))
+    launch = norm_config(x.dtype, max(size, reference.PART))
     with checks.device_guard(x):
         _deferred_norm_kernel[(rows,)](
             x_ptr=x,

@@ -12,8 +12,8 @@ their applications", 1990); it is bound by latency.
 import torch
 
 from dkv.kernels import checks, reference
+from dkv.kernels.configs import PACK
 from dkv.kernels.language import tl, triton
-from dkv.kernels.launch import PACK
 from dkv.kernels.noise import key_of
 from dkv.kernels.reference import Packed
 from dkv.kernels.rows import COUNTERS, FIRST_COLUMN, REQUEST, SEED, SIZE_CANDIDATES, STEP
@@ -77,7 +77,7 @@ def _pack_positions_kernel(
     candidate_slots_ptr=None,
     candidate_cu_seqlens_ptr=None,
     candidate_positions_ptr=None,
-    places_ptr=None,
+    logits_indices_ptr=None,
     keys_ptr=None,
     candidate_capacity=0,
     per_row=0,
@@ -101,7 +101,7 @@ def _pack_positions_kernel(
             _fill(packed_positions_ptr, place, capacity, 0, BLOCK)
             _fill(candidate_slots_ptr, candidate_place, candidate_capacity, -1, BLOCK)
             _fill(candidate_positions_ptr, candidate_place, candidate_capacity, 0, BLOCK)
-            _fill(places_ptr, candidate_place, candidate_capacity, 0, BLOCK)
+            _fill(logits_indices_ptr, candidate_place, candidate_capacity, 0, BLOCK)
             if keys_ptr is not None:
                 _fill(keys_ptr, candidate_place, candidate_capacity, 0, BLOCK)
             if excess_ptr is not None:
@@ -150,7 +150,7 @@ def _pack_positions_kernel(
                 slots -= before
             # a predictor is always active; what found no room has no place
             places = tl.minimum(tl.maximum(places, 0), tl.maximum(capacity - 1, 0))
-            tl.store(places_ptr + candidate_places, places.to(tl.int64), mask=written)
+            tl.store(logits_indices_ptr + candidate_places, places.to(tl.int64), mask=written)
             positions = tl.load(positions_ptr + slots, mask=written, other=0)
             tl.store(candidate_positions_ptr + candidate_places, positions, mask=written)
         place += tl.sum(active)
@@ -179,9 +179,11 @@ def _launch_step(
 ):
     slots, packed_ids, packed_positions = (_list(active, capacity) for _ in range(3))
     packed = Packed(slots, _ends(active, ids.shape[0]), packed_positions, ids=packed_ids)
-    candidate_slots, candidate_positions, places = (_list(active, candidate_capacity) for _ in range(3))
+    candidate_slots, candidate_positions, logits_indices = (_list(active, candidate_capacity) for _ in range(3))
     keys = _list(active, candidate_capacity) if noisy else None
-    wanted = Packed(candidate_slots, _ends(active, ids.shape[0]), candidate_positions, places=places, keys=keys)
+    wanted = Packed(
+        candidate_slots, _ends(active, ids.shape[0]), candidate_positions, logits_indices=logits_indices, keys=keys
+    )
     _launch_kernel(
         active,
         sizes,
@@ -197,7 +199,7 @@ def _launch_step(
         candidate_slots_ptr=candidate_slots,
         candidate_cu_seqlens_ptr=wanted.cu_seqlens,
         candidate_positions_ptr=candidate_positions,
-        places_ptr=places,
+        logits_indices_ptr=logits_indices,
         keys_ptr=keys,
         candidate_capacity=candidate_capacity,
         per_row=per_row,

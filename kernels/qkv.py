@@ -14,8 +14,8 @@ out_features * in_features elements, for 2 * rows * out_features * in_features o
 import torch
 
 from dkv.kernels import checks, reference
+from dkv.kernels.configs import product_config
 from dkv.kernels.language import gdc_launch_dependents, gdc_wait, tl, triton
-from dkv.kernels.launch import product_launch
 from dkv.kernels.reference import DeferredNorm
 from dkv.kernels.skinny import (
     is_last_to_arrive,
@@ -158,7 +158,7 @@ def _launch(normed, eps, weight, bias, cos, sin, positions, slots, k_cache, v_ca
     q_rotated = torch.empty((rows, nheads, headdim), dtype=x.dtype, device=x.device)
     if rows == 0 or heads == 0:
         return q_rotated
-    launch = launch or product_launch(x.device, x.dtype, "qkv", rows, weight.shape)
+    launch = launch or product_config(x.device, x.dtype, "qkv", rows, weight.shape)
     row_blocks, splits = triton.cdiv(rows, launch.block_r), launch.splits_of(in_features)
     partial, semaphores = scratch(x, heads * row_blocks, splits, headdim * launch.block_r, semaphores)
     with checks.device_guard(x):
@@ -304,8 +304,8 @@ def linear_rope_cache_update(
         checks.check_same("normed.weighted", x, bias=bias)
         checks.check_last_dim_contiguous(bias=bias)
     checks.check_rope(cos, sin, headdim, x)
-    checks.check_index("positions", positions, x, (rows,), "(rows,)", torch.int32, torch.int64)
-    checks.check_index("slots", slots, x, (rows,), "(rows,)", torch.int32, torch.int64)
+    checks.check_tensor("positions", positions, x, (rows,), "(rows,)", torch.int32, torch.int64)
+    checks.check_tensor("slots", slots, x, (rows,), "(rows,)", torch.int32, torch.int64)
     checks.check_last_dim_contiguous(weight=weight, k_cache=k_cache, v_cache=v_cache)
     checks.check_not_expanded(k_cache=k_cache, v_cache=v_cache)
     impl = checks.resolve_impl(impl, _linear_rope_cache_kernel, x)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from dkv.kernels import noise
-from dkv.kernels.product import linear
+from dkv.kernels.cpu import linear
 from dkv.kernels.rows import MASKED, PROMPT, Counter
 
 PART = 64  # columns of a row that a `DeferredNorm` has one sum of squares for
@@ -245,8 +245,8 @@ def pack_step(
     if shifted:
         # a mask in the first column is predicted by its own output
         at = at.add(columns > first_column.clamp(min=0), alpha=-1)
-    places = (active.flatten().cumsum(0)[at] - 1).clamp(0, max(capacity - 1, 0))
-    return packed, Packed(slots, cu_seqlens, positions.flatten()[at], places=places, keys=keys)
+    logits_indices = (active.flatten().cumsum(0)[at] - 1).clamp(0, max(capacity - 1, 0))
+    return packed, Packed(slots, cu_seqlens, positions.flatten()[at], logits_indices=logits_indices, keys=keys)
 
 
 def recomputed(decoded_step, counters, rule, *, shifted, candidates=None, rank=None):
@@ -343,7 +343,7 @@ def predictors(candidates, first_column, *, shifted):
 
 def active_positions(
     decoded_step,
-    real,
+    valid,
     candidates,
     counters,
     active,
@@ -362,7 +362,7 @@ def active_positions(
 
     Args:
         decoded_step: (batch, seqlen) int32, the step that decoded a position, or PROMPT or MASKED.
-        real, candidates: (batch, seqlen) bool, False for padding; the masks that may be committed.
+        valid, candidates: (batch, seqlen) bool, False for padding; the masks that may be committed.
         counters: (batch, len(Counter)) int64.
         active: (batch, seqlen) bool; sizes: (batch, len(Size)) int32.
         totals: (batch, 2) int64, recomputed and computable positions of all steps, or None.
@@ -372,7 +372,7 @@ def active_positions(
         foresee: bool, whether sizes gets LATER by the rule (not of "others"), and not merely all that can be computed.
     """
     masks = counters[:, Counter.MASKS, None]
-    computable = real & (masks > 0)
+    computable = valid & (masks > 0)
     needed = predictors(candidates, counters[:, Counter.FIRST_COLUMN, None], shifted=shifted)
     later = computable
     if rule is not None:
@@ -600,7 +600,7 @@ class Packed(NamedTuple):
         cu_seqlens: (rows + 1,) int32, where each row's begin.
         positions: (total,) int64, for RoPE.
         ids: (total,) int64, their tokens, or None.
-        places: (total,) int64, where they are among other packed positions, or None.
+        logits_indices: (total,) int64, where they are among other packed positions, or None.
         keys: (total,) int64, noise keys, or None.
     """
 
@@ -608,7 +608,7 @@ class Packed(NamedTuple):
     cu_seqlens: torch.Tensor
     positions: torch.Tensor
     ids: torch.Tensor | None = None
-    places: torch.Tensor | None = None
+    logits_indices: torch.Tensor | None = None
     keys: torch.Tensor | None = None
 
 

@@ -12,8 +12,8 @@ memory-bound, at one read of the weight: size * in_features elements, for 2 * ro
 import torch
 
 from dkv.kernels import checks, reference
+from dkv.kernels.configs import product_config
 from dkv.kernels.language import gdc_launch_dependents, gdc_wait, tl, triton
-from dkv.kernels.launch import product_launch
 from dkv.kernels.reference import DeferredNorm
 from dkv.kernels.skinny import (
     PART,
@@ -105,7 +105,7 @@ def _launch(x, weight, residual, norm_weight, *, semaphores=None, launch=None):
     weighted, square_sums = normed = empty_deferred(residual)
     if weighted.numel() == 0:
         return normed
-    launch = launch or product_launch(x.device, x.dtype, "residual", rows, weight.shape)
+    launch = launch or product_config(x.device, x.dtype, "residual", rows, weight.shape)
     tiles, row_blocks = triton.cdiv(size, launch.block_n), triton.cdiv(rows, launch.block_r)
     splits = launch.splits_of(in_features)
     partial, semaphores = scratch(x, tiles * row_blocks, splits, launch.block_n * launch.block_r, semaphores)

@@ -12,8 +12,8 @@ dim contiguous. Each program handles a few heads of one token; it is memory-boun
 import torch
 
 from dkv.kernels import checks, reference
+from dkv.kernels.configs import rope_config
 from dkv.kernels.language import tl, triton
-from dkv.kernels.launch import rope_launch
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def _launch(q, k, v, cos, sin, positions, slots, k_cache, v_cache):
     q_rotated = torch.empty((total, nheads, headdim), dtype=q.dtype, device=q.device)
     if total == 0:
         return q_rotated
-    launch = rope_launch(q.device, headdim)
+    launch = rope_config(q.device, headdim)
     head_blocks = triton.cdiv(nheads, launch.block_h) + triton.cdiv(nheads_k, launch.block_h)
     with checks.device_guard(q):
         _rope_cache_kernel[(triton.cdiv(total, launch.block_t), head_blocks)](
@@ -229,8 +229,8 @@ def rope_cache_update(
     checks.check_shape("v_cache", v_cache, k_cache.shape, cache_shape)
     checks.check_same("q", q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     checks.check_rope(cos, sin, headdim, q)
-    checks.check_index("positions", positions, q, (total,), "(total,)", torch.int32, torch.int64)
-    checks.check_index("slots", slots, q, (total,), "(total,)", torch.int32, torch.int64)
+    checks.check_tensor("positions", positions, q, (total,), "(total,)", torch.int32, torch.int64)
+    checks.check_tensor("slots", slots, q, (total,), "(total,)", torch.int32, torch.int64)
     checks.check_last_dim_contiguous(q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     checks.check_not_expanded(k_cache=k_cache, v_cache=v_cache)
     impl = checks.resolve_impl(impl, _rope_cache_kernel, q)

@@ -17,8 +17,8 @@ next one waits for this one alone, so what this one did not wait for might still
 import torch
 
 from dkv.kernels import reference
+from dkv.kernels.configs import uses_pdl
 from dkv.kernels.language import tl, triton
-from dkv.kernels.launch import uses_pdl
 
 PART = tl.constexpr(reference.PART)
 # what is prefetched into the L2 of a weight row
@@ -157,7 +157,7 @@ def empty_deferred(like):
 
 
 def options_of(launch, in_features, device):
-    """The constants and options that each of these products is launched with; launch: `ProductLaunch`."""
+    """The constants and options that each of these products is launched with; launch: `ProductConfig`."""
     pdl = uses_pdl(device)
     return {
         "BLOCK_R": launch.block_r,

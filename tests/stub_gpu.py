@@ -30,8 +30,14 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 import dkv  # noqa: E402
 from dkv import run  # noqa: E402
-from dkv.kernels import attention, checks, lm_head, packing, product  # noqa: E402
-from dkv.kernels import launch as tables  # noqa: E402
+from dkv.kernels import (  # noqa: E402
+    attention,
+    checks,
+    configs,
+    cpu,
+    lm_head,
+    packing,
+)
 
 ARCH = 90
 # (family, batch, prompt, generated, policy), all in one block
@@ -96,9 +102,9 @@ def stub_gpu():
         for context in (
             mock.patch.object(JITFunction, "_do_compile", compile_nothing(found, kernels)),
             mock.patch.object(checks, "resolve_impl", lambda impl, kernel, tensor: "triton"),
-            mock.patch.object(tables, "architecture", lambda device: ARCH),
-            *(mock.patch.object(module, "processors", lambda device: 132) for module in (tables, attention, lm_head)),
-            mock.patch.object(product, "linear", product_of),
+            mock.patch.object(configs, "architecture", lambda device: ARCH),
+            *(mock.patch.object(module, "num_sms", lambda device: 132) for module in (configs, attention, lm_head)),
+            mock.patch.object(cpu, "linear", product_of),
             # nobody fills the lists
             mock.patch.object(packing, "_list", lambda active, capacity: torch.zeros(capacity, dtype=torch.int64)),
             mock.patch.object(run, "reads_sizes", lambda device: False),

@@ -12,10 +12,10 @@ from utils import cumulative
 
 import dkv
 from dkv import run
-from dkv.generate import prepare
+from dkv.generation import prepare
 from dkv.kernels import commit, lm_head_confidence, reference
+from dkv.kernels.configs import CommitConfig
 from dkv.kernels.direct import TRITON
-from dkv.kernels.launch import CommitLaunch
 from dkv.kernels.noise import gumbel
 from dkv.kernels.noise import noise_key as key_of
 from dkv.kernels.reference import LOWEST
@@ -266,7 +266,7 @@ def committed(ops, rows, before, padding):
 @pytest.mark.parametrize("ops", [TRITON, reference], ids=IMPLS)
 def test_the_first_nan_of_a_row_is_kept(ops, monkeypatch):
     """By whichever program finds it; not that of padding, nor of other rows."""
-    monkeypatch.setattr(commit, "commit_launch", lambda device: CommitLaunch(block_m=16, block_n=32, num_warps=1))
+    monkeypatch.setattr(commit, "commit_config", lambda device: CommitConfig(block_m=16, block_n=32, num_warps=1))
     many = [0.5] * 50
     rows = [many, [NAN], [], [*many, NAN], [NAN] * 40, [NAN, *many], [-INF, INF]]
     found = committed(ops, rows, [-1, -1, -1, -1, 4, 0, -1], padding=40)
@@ -434,7 +434,7 @@ class Hiding(dkv.Policy):
 
     def active(self, state):
         state.candidates.zero_()
-        return state.real
+        return state.valid
 
 
 class Undoing(dkv.Policy):
@@ -446,7 +446,7 @@ class Undoing(dkv.Policy):
         state.decoded_step[row, -5:] = 2**30
         state.candidates[row, -5:] = True
         state.counters[row, Counter.MASKS] = 5
-        return state.real
+        return state.valid
 
 
 @pytest.mark.parametrize("policy", [Hiding(), Undoing()], ids=repr)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from utils import DTYPES, AttentionCase, assert_within_error_budget, cumulative
 
-from dkv.kernels import attention, delayed_attention, launch
+from dkv.kernels import attention, configs, delayed_attention
 
 
 def check(case, **options):
@@ -90,8 +90,8 @@ def test_key_mask_and_key_index_in_short_tiles(device, block_n):
     generator = torch.Generator().manual_seed(0)
     key_mask = (torch.rand(2, 75, generator=generator) < 0.4).to(device)
     key_index = torch.stack([torch.randperm(75, generator=generator)[:50] for _ in range(2)]).int().to(device)
-    tile = launch.AttentionLaunch(16, block_n, num_warps=4, num_stages=2)
-    with mock.patch.object(attention, "attention_launch", lambda *arguments: tile):
+    tile = configs.AttentionConfig(16, block_n, num_warps=4, num_stages=2)
+    with mock.patch.object(attention, "attention_config", lambda *arguments: tile):
         for options in ({"key_mask": key_mask}, {"key_index": key_index}):
             check(case, num_splits=2, **options)
         check(case, key_mask=key_mask, key_index=key_index)
@@ -181,7 +181,7 @@ def test_queries_beyond_the_bound_are_nan(device, monkeypatch):
     case = AttentionCase.random([70, 3], seqlen=32, nheads_k=1, device=device)
     for num_splits in (1, 2):
         out = delayed_attention(*case.tensors(), max_seqlen_q=2, num_splits=num_splits, impl="triton")
-        tile = launch.attention_launch(torch.device(device), torch.float32, 2).block_m
+        tile = configs.attention_config(torch.device(device), torch.float32, 2).block_m
         assert out[tile:70].isnan().all() and not out[:tile].isnan().any() and not out[70:].isnan().any()
 
 
@@ -393,20 +393,20 @@ def test_small_run_for_the_sanitizer(device):
 HEADS = {"LLaDA": (32, 32), "Dream": (28, 4)}
 
 
-def splits(model, batch, queries, seqlen, processors=132):
+def splits(model, batch, queries, seqlen, num_sms=132):
     """What the launcher asks of the rule for bfloat16 on a Hopper GPU."""
     nheads, nheads_k = HEADS[model]
     rows = queries * nheads // nheads_k
-    table = launch.attention_table(90, torch.bfloat16)
+    table = configs.attention_table(90, torch.bfloat16)
     tile = next((tile for tile in table if tile.block_m >= rows), table[-1])
-    return launch.num_splits_heuristic(
+    return configs.num_splits_heuristic(
         programs=-(-rows // tile.block_m) * batch * nheads_k,
         keys=seqlen,
         block_n=tile.block_n,
         rows=rows,
         row_groups=batch * nheads_k,
         headdim=128,
-        processors=processors,
+        num_sms=num_sms,
     )
 
 
@@ -437,12 +437,12 @@ def test_splits_of_real_shapes(model, batch, queries, expected):
     batch=st.integers(1, 16),
     queries=st.integers(0, 300),
     seqlen=st.integers(0, 10_000),
-    processors=st.integers(1, 200),
+    num_sms=st.integers(1, 200),
 )
-def test_bounds_of_the_split_rule(model, batch, queries, seqlen, processors):
-    count = splits(model, batch, queries, seqlen, processors)
-    assert 1 <= count <= min(launch.MAX_SPLITS, max(1, -(-seqlen // 64)))
-    if seqlen <= 256 or batch * HEADS[model][1] > processors // 2:
+def test_bounds_of_the_split_rule(model, batch, queries, seqlen, num_sms):
+    count = splits(model, batch, queries, seqlen, num_sms)
+    assert 1 <= count <= min(configs.MAX_SPLITS, max(1, -(-seqlen // 64)))
+    if seqlen <= 256 or batch * HEADS[model][1] > num_sms // 2:
         assert count == 1, "a short row, or a grid that fills the GPU"
-    assert splits(model, batch + 1, queries, seqlen, processors) <= count
-    assert splits(model, batch, queries, seqlen, processors + 1) >= count
+    assert splits(model, batch + 1, queries, seqlen, num_sms) <= count
+    assert splits(model, batch, queries, seqlen, num_sms + 1) >= count

@@ -73,7 +73,7 @@ def test_floors_by_hand():
 
 def test_sizes_of_the_true_models():
     settings = checkpoints.settings_of(checkpoints.TRUE_SIZE["LLaDA"][1])
-    sizes = Sizes.of(SimpleNamespace(settings=settings, dtype=torch.bfloat16))
+    sizes = Sizes.of(SimpleNamespace(model_config=settings, dtype=torch.bfloat16))
     weights = sizes.layers * sizes.layer_weights + 2 * sizes.vocabulary * sizes.hidden
     assert weights == pytest.approx(8.02e9, rel=0.01)
     # the floor of a cached step of one row: its weights but for the embedding, at 3 TB/s
@@ -118,7 +118,7 @@ def test_the_work_of_a_run_is_what_it_did(family, label):
     assert outcome.sequences == output.sequences.tolist()
     assert [step.active for step in system.work] == output.active.sum((1, 2)).tolist()
     assert [positions for positions, _ in outcome.steps] == [step.active for step in system.work]
-    committed = 2 * 12 - (output.history == system.model.settings.mask_id).sum((1, 2))
+    committed = 2 * 12 - (output.history == system.model.model_config.mask_id).sum((1, 2))
     first_of_step = torch.cat((torch.zeros(1, dtype=torch.int64), committed[:-1]))
     if label == "Greedy":
         assert [step.candidates for step in system.work] == (committed - first_of_step).tolist()

@@ -14,8 +14,7 @@ from checkpoints import dream, llada
 from fake_gpu import Launch, fake_gpu, fake_model, fake_run, on_gpu
 
 import dkv
-from dkv.kernels import launch as tables
-from dkv.kernels import reference
+from dkv.kernels import configs, reference
 
 CUDA = torch.device("cuda", 0)
 SIZES = {"hidden": 128, "mlp": 384, "layers": 1, "heads": 2, "vocabulary": 256, "mask": 255, "eos": 254}
@@ -34,19 +33,19 @@ def small(monkeypatch, standing_clock):
 @pytest.fixture
 def as_h100(monkeypatch, small):
     """A CPU that is taken for the GPU that the table is about; the twins run."""
-    monkeypatch.setattr(tables, "architecture", lambda device: 90)
-    monkeypatch.setattr(tables, "processors", lambda device: 132)
+    monkeypatch.setattr(configs, "architecture", lambda device: 90)
+    monkeypatch.setattr(configs, "num_sms", lambda device: 132)
 
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
     """The path of a table in place of kernels/fused_products.json, empty as that one is before anything was measured."""
-    monkeypatch.setattr(tables, "__file__", str(tmp_path / "launch.py"))
-    tables._measured_products.cache_clear()
+    monkeypatch.setattr(configs, "__file__", str(tmp_path / "configs.py"))
+    configs._measured_products.cache_clear()
     path = tmp_path / "fused_products.json"
     path.write_text('{"products": []}')
     yield path
-    tables._measured_products.cache_clear()
+    configs._measured_products.cache_clear()
 
 
 def swept(path, *options, rows="16,32", status=0):
@@ -55,7 +54,7 @@ def swept(path, *options, rows="16,32", status=0):
     assert product_sweep.main(["--rows", rows, "--table", str(path), "--out", str(out), *options]) == status
     environment, *lines = map(json.loads, out.read_text().splitlines())
     assert environment["device"].startswith("CPU")
-    tables._measured_products.cache_clear()
+    configs._measured_products.cache_clear()
     return lines, json.loads(path.read_text())
 
 
@@ -97,15 +96,15 @@ def test_a_sweep_writes_the_table_that_is_read(table, as_h100, measured, monkeyp
         assert row["launch"] in tried and row["us"] in (60 + stages, 120 + stages)
         shape = row["out_features"], row["in_features"]
         for rows in (row["rows"] - 5, row["rows"]):
-            launch = tables.product_launch(CUDA, torch.bfloat16, row["kind"], rows, shape)
-            assert launch == tables.ProductLaunch(**row["launch"])
+            launch = configs.product_config(CUDA, torch.bfloat16, row["kind"], rows, shape)
+            assert launch == configs.ProductConfig(**row["launch"])
         assert stages == min(each["num_stages"] for each in tried)
     for rows, pays in ((1, True), (16, True), (17, False), (32, False), (33, False)):
-        assert tables.fused_products_pay(CUDA, torch.bfloat16, rows, LAYER) is pays
+        assert configs.fused_products_pay(CUDA, torch.bfloat16, rows, LAYER) is pays
     # no float32, no other GPU
-    assert not tables.fused_products_pay(CUDA, torch.float32, 16, LAYER)
-    monkeypatch.setattr(tables, "architecture", lambda device: 100)
-    assert not tables.fused_products_pay(CUDA, torch.bfloat16, 16, LAYER)
+    assert not configs.fused_products_pay(CUDA, torch.float32, 16, LAYER)
+    monkeypatch.setattr(configs, "architecture", lambda device: 100)
+    assert not configs.fused_products_pay(CUDA, torch.bfloat16, 16, LAYER)
 
 
 # microseconds by kind, where the library takes 100 for each of the four
@@ -114,7 +113,7 @@ def test_generate_goes_by_the_table(us, fused, table, as_h100, measured, monkeyp
     measured(lambda case, launch: us.get(case.kind, 60.0))
     swept(table)
     monkeypatch.undo()
-    monkeypatch.setattr(tables, "__file__", str(table.with_name("launch.py")))
+    monkeypatch.setattr(configs, "__file__", str(table.with_name("configs.py")))
     for rows, ours in ((32, fused), (40, False)):
         with fake_gpu(90) as launches, torch.no_grad():
             current = fake_run(fake_model(MODELS["LLaDA"][1]), dkv.NoCache(), batch=1, prompt=8, gen_length=rows - 8)
@@ -236,12 +235,12 @@ def test_a_rehearsal_without_a_gpu(table, small):
 def test_candidates_fit_and_differ(kind, shape, arch):
     """Few enough to be compiled and timed; the launch that is taken today is among them."""
     limits = product_cases.ARCHITECTURES[arch]
-    tiles = tables.WEIGHT_TILES[kind]
+    tiles = configs.WEIGHT_TILES[kind]
     with on_gpu(arch):
         for rows in product_cases.ROWS_GPU:
             found = product_cases.candidates(CUDA, kind, rows, shape)
-            assert found[0] == tables.product_launch(CUDA, torch.bfloat16, kind, rows, shape)
-            assert len(set(found)) == len(found) and 3 <= len(found) <= 1 + product_cases.MOST_CANDIDATES
+            assert found[0] == configs.product_config(CUDA, torch.bfloat16, kind, rows, shape)
+            assert len(set(found)) == len(found) and 3 <= len(found) <= 1 + product_cases.MAX_CANDIDATES
             for launch in found:
                 assert launch.block_r >= min(rows, 64)
                 bytes_of_a_stage = 2 * launch.block_k * (tiles * launch.block_n + launch.block_r)

@@ -11,8 +11,7 @@ import torch
 from checkpoints import FAMILIES, TRUE_SIZE, tiny, with_layers
 from fake_gpu import Launch, fake_gpu, fake_model
 
-from dkv.kernels import launch as tables
-from dkv.kernels import reference
+from dkv.kernels import configs, reference
 
 WAYS = {way.name: way for way in step_points.ways(90)}
 
@@ -71,7 +70,7 @@ def test_steps_use_pdl_where_a_gpu_can(unpoisoned):
         "fused": set(),
         "fused, PDL": products | {"delayed_attention", "merge_splits"},
     }
-    assert tables.PDL is False
+    assert configs.PDL is False
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from tiny import MASK_ID as MASK
 from utils import pairwise
 
 import dkv
-from dkv.engine import rule_of, write_active
+from dkv.active import rule_of, write_active
 from dkv.kernels import reference
 from dkv.kernels.direct import TRITON
 from dkv.kernels.noise import noise_key
@@ -235,7 +235,7 @@ def test_a_step_is_packed(ops, family, copies, room, device):
         found, ends, wanted_ends = packed_by_hand(books, positions, room[0], copies)
         lists = {"slots": packed.slots, "ids": packed.ids, "positions": packed.positions}
         lists |= {"wanted slots": wanted.slots, "wanted positions": wanted.positions}
-        lists |= {"places": wanted.places, "keys": wanted.keys}
+        lists |= {"places": wanted.logits_indices, "keys": wanted.keys}
         for name, got in lists.items():
             want = found[name][: len(got)]
             assert got[: len(want)].tolist() == want, name

@@ -21,8 +21,8 @@ from triton.runtime import interpreter
 
 import dkv.kernels
 from dkv.kernels import DeferredNorm, commit, gate_up, packing, qkv, reference, residual
+from dkv.kernels.configs import CommitConfig, PackConfig, ProductConfig
 from dkv.kernels.direct import TRITON
-from dkv.kernels.launch import CommitLaunch, PackLaunch, ProductLaunch
 from dkv.kernels.reference import Packed
 from dkv.kernels.rows import MASKED, PROMPT, Counter, Rule, Size
 
@@ -122,17 +122,17 @@ def addresses(tensor):
 def watch():
     """Small tiles besides, so that a few entries take several programs and turns of the loops."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commit, "commit_launch", lambda device: CommitLaunch(block_m=16, block_n=16, num_warps=1))
-        patch.setattr(packing, "PACK", PackLaunch(block=16, num_warps=1))
+        patch.setattr(commit, "commit_config", lambda device: CommitConfig(block_m=16, block_n=16, num_warps=1))
+        patch.setattr(packing, "PACK", PackConfig(block=16, num_warps=1))
         for product in (gate_up, qkv, residual):
-            patch.setattr(product, "product_launch", small_product)
+            patch.setattr(product, "product_config", small_product)
         yield Watch(patch)
 
 
 def small_product(device, dtype, kind, rows, shape, tiles=None):
     """Tiles of 16 rows and one part of the square sums, or two; one to three splits."""
     block_n, splits = 64 * (1 + shape[0] % 2), 1 + rows % 3
-    return ProductLaunch(block_n, 16, 64, num_warps=4, num_stages=2, splits=splits)
+    return ProductConfig(block_n, 16, 64, num_warps=4, num_stages=2, splits=splits)
 
 
 @dataclass
@@ -391,7 +391,7 @@ class Random:
         given = self.rng.random() < 0.2
         arguments = {
             "decoded_step": self.decoded_step(batch, seqlen),
-            "real": self.flags(batch, seqlen),
+            "valid": self.flags(batch, seqlen),
             "candidates": self.flags(batch, seqlen),
             "counters": self.counters(batch, seqlen),
             "active": torch.zeros(batch, seqlen, dtype=torch.bool, device=self.device),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from utils import cumulative
 
 from dkv.kernels import commit, commit_tokens, pack_positions
-from dkv.kernels.launch import CommitLaunch
+from dkv.kernels.configs import CommitConfig
 
 IMPLS = ["triton", "reference"]
 NAN, INF = math.nan, math.inf
@@ -101,7 +101,7 @@ def random_rows(*lengths, ties=False):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several blocks of entries per row, each compared with several tiles."""
-    monkeypatch.setattr(commit, "commit_launch", lambda device: CommitLaunch(block_m=16, block_n=32, num_warps=1))
+    monkeypatch.setattr(commit, "commit_config", lambda device: CommitConfig(block_m=16, block_n=32, num_warps=1))
 
 
 RULES = [("counts", [3, 0, 99, 1]), ("threshold", 0.75), ("factor", 0.6)]
@@ -237,7 +237,7 @@ def test_any_scores(device, data):
     else:
         value = data.draw(st.floats(0.01, 50))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commit, "commit_launch", lambda device: CommitLaunch(block_m=16, block_n=16, num_warps=1))
+        patch.setattr(commit, "commit_config", lambda device: CommitConfig(block_m=16, block_n=16, num_warps=1))
         for impl in IMPLS:
             check(rows, rule, value, impl, padding=data.draw(st.integers(0, 3)), device=device)
 

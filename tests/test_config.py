@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dkv
-from dkv.generate import prepare
+from dkv.generation import prepare
 from dkv.schedule import Schedule
 
 MASK, PAD = tiny.MASK_ID, tiny.EOS_ID
@@ -63,7 +63,7 @@ def test_generate_has_the_options_of_the_config():
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sys.modules["dkv.generate"], "prepare", note)
+        patch.setattr(sys.modules["dkv.generation"], "prepare", note)
         dkv.generate(None, None, order=1, generator=2, **values)
     assert passed == values | {"order": 1, "generator": 2}
 
@@ -412,7 +412,7 @@ def test_the_memory_of_infilling_serves_the_next():
     fewer = ids.clone()
     fewer[2, 2] = 5
     assert (fewer == MASK).sum() < (ids == MASK).sum()
-    assert len({prepare(model("dream"), each, real, gen_length=0).plan for each in (ids, fewer)}) == 1
+    assert len({prepare(model("dream"), each, real, gen_length=0).key for each in (ids, fewer)}) == 1
 
 
 # ---- pad tokens without an attention mask

@@ -17,7 +17,7 @@ from torch import nn
 
 import dkv
 from dkv.inputs import eos_ids_of
-from dkv.models import find_decoder, from_config, from_pretrained, native
+from dkv.models import from_config, from_pretrained, native, view_of
 
 CONFIG, GENERATION, WEIGHTS, INDEX = (
     "config.json",
@@ -485,11 +485,11 @@ def test_many_hostile_folders(part, tmp_path, events):
 
 
 def loaded(tmp_path, files, **options):
-    return find_decoder(from_pretrained(write(tmp_path / "legal", files), device="cpu", **options))
+    return view_of(from_pretrained(write(tmp_path / "legal", files), device="cpu", **options))
 
 
-def ids_of(decoder):
-    return decoder.mask_id, decoder.eos_ids, decoder.pad_token_id
+def ids_of(view):
+    return view.mask_id, view.eos_ids, view.pad_token_id
 
 
 @pytest.mark.parametrize("family", FIELDS)
@@ -518,12 +518,12 @@ def test_end_pad_and_mask_tokens(family, config, generation, want, tmp_path):
     edit(files, CONFIG, **config)
     if generation is not None:
         edit(files, GENERATION, **generation)
-    decoder = loaded(tmp_path, files)
-    assert ids_of(decoder) == want and decoder.eos_token_id == want[1][0]
+    view = loaded(tmp_path, files)
+    assert ids_of(view) == want and view.eos_token_id == want[1][0]
     # as it is saved, without generation_config.json
     model = from_pretrained(tmp_path / "legal", device="cpu")
     model.save_pretrained(tmp_path / "again")
-    assert ids_of(find_decoder(from_pretrained(tmp_path / "again", device="cpu"))) == want
+    assert ids_of(view_of(from_pretrained(tmp_path / "again", device="cpu"))) == want
 
 
 def test_each_of_several_tokens_ends_a_text():
@@ -532,7 +532,7 @@ def test_each_of_several_tokens_ends_a_text():
     text = dkv.generate(model, prompt, **options).sequences[0, 8:].tolist()
     last = text[3]
     several = tiny_model("llada", eos_token_id=[250, last], pad_token_id=None)
-    assert eos_ids_of(None, find_decoder(several)) == [250, last]
+    assert eos_ids_of(None, view_of(several)) == [250, last]
     stopped = dkv.generate(several, prompt, eos_early_stop=True, **options).sequences[0, 8:].tolist()
     end = text.index(last) + 1
     assert stopped == text[:end] + [250] * (12 - end)
@@ -660,19 +660,19 @@ def test_a_mask_among_ids_that_the_head_does_not_have(options, device):
     got = generated(mask_id=290)
     assert got.shape == (1, 13) and torch.equal(got[:, :5], prompt) and bool((got[:, 5:] < 256).all())
     model.config.mask_token_id = 290
-    assert find_decoder(model).mask_id == 290 and torch.equal(generated(), got)
+    assert view_of(model).mask_id == 290 and torch.equal(generated(), got)
     with pytest.raises(ValueError, match="mask_id must be in the vocabulary, 0 .. 299, got 300"):
         generated(mask_id=300)
     model.config.mask_token_id = 300
     with pytest.raises(ValueError, match="Lookalike: mask_token_id must be an int in 0 .. 299, got 300"):
-        find_decoder(model)
+        view_of(model)
 
 
 def test_a_head_that_predicts_more_than_the_embedding_has():
     model = Lookalike(tiny_model("llada"))
     model.model.transformer.ff_out = nn.Linear(64, 300, bias=False)
     with pytest.raises(ValueError, match="transformer.ff_out predicts 300 ids, but model.transformer.wte has 256 rows"):
-        find_decoder(model)
+        view_of(model)
 
 
 @pytest.mark.parametrize("family", FIELDS)
@@ -688,4 +688,4 @@ def test_the_config_of_a_live_model(family, kind, values):
         for value in values:
             model.config = SimpleNamespace(**CONFIGS[family](**{name: value}))
             with pytest.raises(ValueError, match=f"^Lookalike: .*{name}"):
-                find_decoder(model)
+                view_of(model)

@@ -16,7 +16,7 @@ from torch import nn
 
 import dkv
 from dkv.memory import memory_of
-from dkv.models import find_decoder
+from dkv.models import view_of
 
 MASK, SEQLEN, LOWEST = tiny.MASK_ID, 10, torch.finfo(torch.float32).min
 NAMES = ["llada", "llada remote", "dream", "dream remote"]
@@ -74,7 +74,7 @@ def remote(request):
 
 
 def is_dream(model):
-    return find_decoder(model).family.shifted
+    return view_of(model).family.shifted
 
 
 def sequence(*prompt, length=SEQLEN):
@@ -257,23 +257,23 @@ def test_positions_are_angles_and_not_places_in_a_table():
         torch.testing.assert_close(call(model, x, None, columns[None] + shift).logits, expected, atol=1e-2, rtol=1e-2)
     far = columns[None] + 2**40
     assert call(model, x, None, far).logits.isfinite().all()
-    assert max(len(cos) for cos, _ in find_decoder(model)._tables.values()) == SEQLEN, "no table of the far positions"
+    assert max(len(cos) for cos, _ in view_of(model)._tables.values()) == SEQLEN, "no table of the far positions"
 
 
 def test_angles_are_those_of_the_tables():
     """To the bit, and so are their cosines, whatever the shape."""
-    decoder = find_decoder(load("dream"))
+    view = view_of(load("dream"))
     for length in (1, 7, 64, 1001):
-        cos, sin = decoder.rope_tables(length, torch.device("cpu"))
+        cos, sin = view.rope_tables(length, torch.device("cpu"))
         for positions in (torch.arange(length), torch.randperm(length)[None].expand(2, -1)):
-            angles = decoder.rope_angles(positions)
+            angles = view.rope_angles(positions)
             assert torch.equal(angles.cos(), cos[positions]) and torch.equal(angles.sin(), sin[positions])
 
 
 @pytest.mark.parametrize("name", ["dream", "dream remote"])
 def test_positions_that_no_cache_serves(name):
     model, x, columns = load(name), sequence(1, 2), torch.arange(SEQLEN)[None]
-    longest = find_decoder(model).max_positions
+    longest = view_of(model).max_positions
     cases = {
         "served": [columns, columns.int(), columns.to(torch.uint8), columns + longest - SEQLEN],
         "uncached": [columns - 1, columns + longest, columns + 2**62, columns + 0.5, columns[0], columns.tolist()],
@@ -628,9 +628,9 @@ def move_when_called(model):
 
 OFFLOADS = {
     "all": (offload, "offloaded: dkv needs all weights on the one device"),
-    "head": (lambda model: offload(find_decoder(model).head), "offloaded"),
-    "norm": (lambda model: offload(find_decoder(model).final_norm), "offloaded"),
-    "layer": (lambda model: offload(find_decoder(model).layers[1].q), "one device.* load it without offloading"),
+    "head": (lambda model: offload(view_of(model).head), "offloaded"),
+    "norm": (lambda model: offload(view_of(model).final_norm), "offloaded"),
+    "layer": (lambda model: offload(view_of(model).layers[1].q), "one device.* load it without offloading"),
     "whole, when called": (move_when_called, "offloaded"),
 }
 

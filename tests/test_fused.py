@@ -15,12 +15,12 @@ from torch import nn
 from utils import assert_within_error_budget, pairwise
 
 import dkv
-from dkv import forward
-from dkv.generate import prepare
-from dkv.kernels import launch, reference
+from dkv import model_runner
+from dkv.generation import prepare
+from dkv.kernels import configs, reference
 from dkv.kernels.direct import TRITON
 from dkv.layers import NORM_EPS, Fused
-from dkv.models import find_decoder
+from dkv.models import view_of
 from dkv.sampling import Sampler
 
 CASES = [(family, name) for family in ("llada", "dream") for name in oracle.cases(family)]
@@ -51,7 +51,7 @@ def test_trajectory(family, name, device):
 def test_tokens_in_half_precision(family, name, device, monkeypatch):
     """The kernels of the products, in float16: as the library's products, up to the first tie."""
     monkeypatch.setattr(test_oracle, "model", half_precision_model)
-    monkeypatch.setattr(forward, "direct", only_products_by_kernels)
+    monkeypatch.setattr(model_runner, "direct", only_products_by_kernels)
     # the twins read from the device
     ways = [scored(family, name, device, fused_products=fused, cuda_graphs=False) for fused in (True, False)]
     (fused, fused_scores), (library, library_scores) = ways
@@ -91,7 +91,7 @@ TWO_LAYERS = {"llada": {"n_layers": 2}, "dream": {"num_hidden_layers": 2}}
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_cached_pass(family, device, monkeypatch):
     """The hidden states of its candidates by the error budget against float64, and the cache of its last layer."""
-    monkeypatch.setattr(forward, "direct", only_products_by_kernels)
+    monkeypatch.setattr(model_runner, "direct", only_products_by_kernels)
     ids, real = prompts(9, 6, device=device)
     tokens, found = {}, {}
     for name, dtype, fused in (
@@ -100,7 +100,7 @@ def test_a_cached_pass(family, device, monkeypatch):
         ("exact", torch.float64, False),
     ):
         llm = tiny.tiny_model(family, dtype=torch.float16, device=device, **TWO_LAYERS[family]).to(dtype)
-        for layer in find_decoder(llm).layers:
+        for layer in view_of(llm).layers:
             for norm, eps in zip(layer.norms, (0.1, 0.3), strict=True):
                 setattr(norm, NORM_EPS[type(norm).__name__], eps)
         options = {"gen_length": 6, "policy": dkv.Decode(8), "remasking": "random", "fused_products": fused}
@@ -144,7 +144,7 @@ def test_where_the_table_says_that_they_pay(family, loop, device, monkeypatch):
         asked.append(rows)
         return rows < 40
 
-    monkeypatch.setattr(launch, "fused_products_pay", pays)
+    monkeypatch.setattr(configs, "fused_products_pay", pays)
     ids, real = prompts(16, 16, device=device)
     options = {"gen_length": 8, "policy": dkv.Decode(3)}
     chosen, library = (generate(family, ids, real, device, fused_products=way, **options) for way in (None, False))
@@ -163,9 +163,9 @@ def test_where_the_table_says_that_they_pay(family, loop, device, monkeypatch):
 
 
 def test_they_take_few_rows():
-    decoder = find_decoder(tiny.tiny_model("llada"))
-    asked, left_to_the_table, refused = (forward.Forward(decoder, 64, "auto", way) for way in (True, None, False))
-    most = launch.MOST_PRODUCT_ROWS
+    view = view_of(tiny.tiny_model("llada"))
+    asked, left_to_the_table, refused = (model_runner.ModelRunner(view, 64, "auto", way) for way in (True, None, False))
+    most = configs.MAX_PRODUCT_ROWS
     assert isinstance(asked.way_for(most), Fused) and asked.way_for(most + 1) is asked.library
     # no GPU has shown anything for float32
     assert left_to_the_table.way_for(1) is left_to_the_table.library and refused.way_for(1) is refused.library
@@ -204,26 +204,26 @@ WHAT_THEY_CANNOT_RUN = {
 def test_what_they_cannot_run(change):
     """Asked for it they refuse; else the library runs it."""
     llm = tiny.tiny_model("llada")
-    forward.Forward(find_decoder(llm), 64, "auto", True)
-    change(find_decoder(llm).layers)
-    assert_refused(find_decoder(llm))
+    model_runner.ModelRunner(view_of(llm), 64, "auto", True)
+    change(view_of(llm).layers)
+    assert_refused(view_of(llm))
 
 
 def test_a_headdim_without_kernels_is_refused():
-    assert_refused(find_decoder(tiny.tiny_model("llada", d_model=96)))
+    assert_refused(view_of(tiny.tiny_model("llada", d_model=96)))
 
 
-def assert_refused(decoder):
+def assert_refused(view):
     with pytest.raises(ValueError, match="fused_products=True needs, in every layer, plain nn.Linear"):
-        forward.Forward(decoder, 64, "auto", True)
-    assert forward.Forward(decoder, 64, "auto", None).fused is None
+        model_runner.ModelRunner(view, 64, "auto", True)
+    assert model_runner.ModelRunner(view, 64, "auto", None).fused is None
 
 
 @pytest.mark.parametrize("arch, pdl", [(90, False), (90, True), (80, True)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kernel_of_a_layer_waits_for_the_one_in_front(family, arch, pdl, monkeypatch):
     """With PDL, where a GPU has it, from the first product to the last one."""
-    monkeypatch.setattr(launch, "PDL", pdl)
+    monkeypatch.setattr(configs, "PDL", pdl)
     with fake_gpu(arch) as launches, torch.no_grad():
         llm = fake_model(CONFIGS[family]())
         run = fake_run(llm, dkv.Decode(8), batch=1, prompt=48, gen_length=16, fused_products=True)

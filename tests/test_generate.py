@@ -12,9 +12,9 @@ from tiny import MASK_ID as MASK
 from utils import pairwise
 
 import dkv
-from dkv.decoder import find_decoder
-from dkv.generate import prepare
-from dkv.kernels import product, reference
+from dkv.generation import prepare
+from dkv.kernels import cpu, reference
+from dkv.models import view_of
 
 
 class Identity:
@@ -123,13 +123,13 @@ def test_cached_outputs_by_the_definition(family, policy, device):
 
 def assert_by_the_definition(llm, ids, run, tolerance=0.0):
     """Every committed token has the largest logit; tolerance: how far below the largest one it may be."""
-    decoder = find_decoder(llm)
+    view = view_of(llm)
     x = F.pad(ids, (0, run.sequences.shape[1] - ids.shape[1]), value=MASK)
     recorded = None
     for after, active in zip(run.history, run.active, strict=True):
-        outputs, recorded = slow_step(decoder, x[0], active[0], recorded)
+        outputs, recorded = slow_step(view, x[0], active[0], recorded)
         (columns,) = (x != after)[0].nonzero(as_tuple=True)
-        predicted_by = (columns - 1).clamp(min=0) if decoder.family.shifted else columns
+        predicted_by = (columns - 1).clamp(min=0) if view.family.shifted else columns
         logits = outputs[predicted_by]
         logits[:, MASK] = float("-inf")
         assert active[0, predicted_by].all(), "a commit rests on an output that was not recomputed"
@@ -137,14 +137,14 @@ def assert_by_the_definition(llm, ids, run, tolerance=0.0):
         x = after
 
 
-def slow_step(decoder, x, active, recorded):
+def slow_step(view, x, active, recorded):
     """Logits (seqlen, vocab) of one sequence, and K, V of every layer; stable positions keep their recorded K, V."""
-    cos, sin = (t[: len(x), None].double() for t in decoder.rope_tables(len(x), x.device))
+    cos, sin = (t[: len(x), None].double() for t in view.rope_tables(len(x), x.device))
 
     def norm(module, h):
         return (
             h
-            / (h.square().mean(-1, keepdim=True) + (1e-5 if decoder.family.name == "LLaDA" else 1e-6)).sqrt()
+            / (h.square().mean(-1, keepdim=True) + (1e-5 if view.family.name == "LLaDA" else 1e-6)).sqrt()
             * module.weight.double()
         )
 
@@ -156,23 +156,23 @@ def slow_step(decoder, x, active, recorded):
         a, b = h.chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
-    hidden, kv = decoder.embed(x).double(), []
-    for index, layer in enumerate(decoder.layers):
+    hidden, kv = view.embed(x).double(), []
+    for index, layer in enumerate(view.layers):
         h = norm(layer.attn_norm, hidden)
-        q, k, v = (linear(m, h).unflatten(-1, (-1, decoder.headdim)) for m in (layer.q, layer.k, layer.v))
+        q, k, v = (linear(m, h).unflatten(-1, (-1, view.headdim)) for m in (layer.q, layer.k, layer.v))
         q, k = rotate(q), rotate(k)
         if recorded is not None:
             k, v = (
                 torch.where(active[:, None, None], new, old) for new, old in zip((k, v), recorded[index], strict=True)
             )
         kv.append((k, v))
-        group = decoder.nheads // decoder.nheads_k
-        scores = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(group, 1)) * decoder.headdim**-0.5
+        group = view.nheads // view.nheads_k
+        scores = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(group, 1)) * view.headdim**-0.5
         mixed = torch.einsum("hij,jhd->ihd", scores.softmax(-1), v.repeat_interleave(group, 1))
         hidden = hidden + linear(layer.o, mixed.flatten(1))
         h = norm(layer.mlp_norm, hidden)
         hidden = hidden + linear(layer.down, F.silu(linear(layer.gate, h)) * linear(layer.up, h))
-    return linear(decoder.head, norm(decoder.final_norm, hidden)), kv
+    return linear(view.head, norm(view.final_norm, hidden)), kv
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -182,8 +182,8 @@ def test_kernels_and_layouts_give_the_same_tokens(family, device, monkeypatch):
     options = {"gen_length": 3, "block_length": 2, "policy": dkv.Decode(2, warmup_steps=1), "device": device}
     expected = generate(family, ids, real, impl="reference", **options)
     for weight_first, unit in ((range(0), 1), (range(2, 513), 8)):
-        monkeypatch.setattr(product, "WEIGHT_FIRST_ROWS", weight_first)
-        monkeypatch.setattr(product, "UNIT", unit)
+        monkeypatch.setattr(cpu, "WEIGHT_FIRST_ROWS", weight_first)
+        monkeypatch.setattr(cpu, "ROW_MULTIPLE", unit)
         assert torch.equal(generate(family, ids, real, impl="reference", **options).history, expected.history)
     assert torch.equal(generate(family, ids, real, impl="triton", **options).history, expected.history)
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dkv import graphs
+from dkv import cuda_graphs
 from dkv.rooms import CACHED_SIZES, TILE, LateSizes, Room, Rooms, padded, power_of_two, round_up
 
 
@@ -65,7 +65,7 @@ def streams(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Stream", stream)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    monkeypatch.setattr(graphs, "_TAKEN", set())
+    monkeypatch.setattr(cuda_graphs, "_TAKEN", set())
 
 
 def handles(sets):
@@ -73,39 +73,39 @@ def handles(sets):
 
 
 def test_no_two_living_sets_of_graphs_share_a_stream(streams):
-    sets = [graphs.StepGraphs(torch.device("cuda", 0)) for _ in range(64)]
+    sets = [cuda_graphs.StepGraphs(torch.device("cuda", 0)) for _ in range(64)]
     assert len(set(handles(sets))) == 64
     with pytest.raises(RuntimeError, match=r"64 sets of CUDA graphs are alive.*dkv.reset\(model\)"):
-        graphs.StepGraphs(torch.device("cuda", 0))
+        cuda_graphs.StepGraphs(torch.device("cuda", 0))
     freed = handles(sets[10:12])
     # a cycle of garbage does not keep its stream
     sets[10].itself = sets[10]
     del sets[10:12]
-    new = [graphs.StepGraphs(torch.device("cuda", 0)) for _ in range(2)]
+    new = [cuda_graphs.StepGraphs(torch.device("cuda", 0)) for _ in range(2)]
     assert sorted(handles(new)) == sorted(freed)
 
 
 def test_a_stream_is_free_only_when_its_graphs_are_gone(streams):
-    one = graphs.StepGraphs(torch.device("cuda", 0))
+    one = cuda_graphs.StepGraphs(torch.device("cuda", 0))
     (handle,) = handles([one])
     taken_when_graphs_end = []
 
     class Graph:
         def __del__(self):
-            taken_when_graphs_end.append((0, handle) in graphs._TAKEN)
+            taken_when_graphs_end.append((0, handle) in cuda_graphs._TAKEN)
 
     one._graphs["key"] = Graph(), None
     del one
     gc.collect()
-    assert taken_when_graphs_end == [True] and not graphs._TAKEN
+    assert taken_when_graphs_end == [True] and not cuda_graphs._TAKEN
 
 
 def test_too_many_graphs_are_dropped_together(streams, monkeypatch):
     """From PyTorch 2.12 on the end of one graph frees the workspace of all that were recorded on its stream."""
-    monkeypatch.setattr(graphs, "MOST_GRAPHS", 3)
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 3)
     pools = iter(range(100))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
-    one = graphs.StepGraphs(torch.device("cuda", 0))
+    one = cuda_graphs.StepGraphs(torch.device("cuda", 0))
     monkeypatch.setattr(one, "_capture", lambda function: (mock.Mock(), (function(), one.pool)))
     monkeypatch.setattr(torch.cuda, "device", lambda device: mock.MagicMock())
     for key in range(5):
@@ -131,7 +131,7 @@ def test_graphs_outlive_those_of_others(device):
         outputs[0].copy_(torch.nn.functional.linear(x, weight))
         outputs[1].copy_(torch.nn.functional.linear(x, weight, bias))
 
-    sets = [graphs.StepGraphs(torch.device(device, 0)) for _ in found]
+    sets = [cuda_graphs.StepGraphs(torch.device(device, 0)) for _ in found]
     for _ in range(2):  # eagerly, then recorded
         for one, outputs in zip(sets, found, strict=True):
             one.run("products", lambda outputs=outputs: products(outputs))

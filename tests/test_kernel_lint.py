@@ -12,8 +12,8 @@ from fake_gpu import Launch, PointerArgument, on_gpu, recording
 from kernel_lint import Case, matrix_rows, streamed_bytes
 from triton.language.extra.cuda import gdc_wait
 
-from dkv.kernels import attention, gate_up, launch, lm_head, norm, qkv, residual
-from dkv.kernels.launch import AttentionLaunch
+from dkv.kernels import attention, configs, gate_up, lm_head, norm, qkv, residual
+from dkv.kernels.configs import AttentionConfig
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def compilers():
 def lint_tile(arch, tile):
     """Lints attention, LLaDA's shapes, with a tile that no table has."""
     case = Case("delayed_attention", arch, queries=tile.block_m)
-    with mock.patch.object(attention, "attention_launch", lambda *arguments: tile):
+    with mock.patch.object(attention, "attention_config", lambda *arguments: tile):
         return kernel_lint.lint_case(case)
 
 
@@ -137,12 +137,12 @@ def test_tuned_cases_pass(compilers, cases):
     "lint, arguments, failure",
     [
         # 128 x 128 float32 accumulators in 4 warps
-        (lint_tile, (80, AttentionLaunch(128, 64, num_warps=4, num_stages=2)), "spills inside loops"),
-        (lint_tile, (86, AttentionLaunch(16, 64, num_warps=4, num_stages=4)), "102 KiB of shared memory, sm_86 has 99"),
+        (lint_tile, (80, AttentionConfig(128, 64, num_warps=4, num_stages=2)), "spills inside loops"),
+        (lint_tile, (86, AttentionConfig(16, 64, num_warps=4, num_stages=4)), "102 KiB of shared memory, sm_86 has 99"),
         (lint_odd_stride, (80,), "only 0% of the streamed bytes come in loads of 16"),
         (lint_scores, (80, torch.float16, False, True), "no tensor-core instruction"),
         # wgmma takes four warps
-        (lint_tile, (90, AttentionLaunch(64, 32, num_warps=2, num_stages=2)), "HMMA where wgmma is possible"),
+        (lint_tile, (90, AttentionConfig(64, 32, num_warps=2, num_stages=2)), "HMMA where wgmma is possible"),
         # float32 operands are rounded to TF32 unless input_precision says otherwise
         (lint_scores, (80, torch.float32, True, False), "must be exact in float32"),
         (lint_merge_in_turn, (90,), "100% of the loads are issued after a wait for others"),
@@ -304,7 +304,7 @@ def test_cases_cover_the_tables_of_products():
     """Every tile, once with one split and once with several, and where there is PDL both ways."""
     for arch in kernel_lint.ARCHITECTURES:
         cases = [case for case in kernel_lint.all_cases((arch,)) if case.kernel in kernel_lint.PRODUCTS]
-        table = launch.PRODUCT[{80: 80, 90: 90, 100: 90}.get(arch, 86)]
+        table = configs.PRODUCT[{80: 80, 90: 90, 100: 90}.get(arch, 86)]
         for kernel in kernel_lint.PRODUCTS:
             rows = {case.options["rows"] for case in cases if case.kernel == kernel and case.dtype == "bf16"}
             assert len(rows) == len(table[1 if kernel == "linear_add_norm" else 2])
@@ -321,13 +321,13 @@ def test_cases_cover_the_tables():
         for name, dtype in kernel_lint.DTYPES.items():
             queries = kernel_lint.tile_queries(arch, name, group=1)
             with on_gpu(arch):
-                tiles = {launch.attention_launch(device, dtype, count) for count in queries}
-            assert tiles == set(launch.attention_table(arch, dtype))
+                tiles = {configs.attention_config(device, dtype, count) for count in queries}
+            assert tiles == set(configs.attention_table(arch, dtype))
             for noise in (False, True):
                 rows = kernel_lint.head_rows(arch, name, noise)
                 with on_gpu(arch):
-                    tiles = {launch.head_launch(device, dtype, count, noise) for count in rows}
-                assert tiles == set(launch.head_table(arch, dtype, noise))
+                    tiles = {configs.lm_head_config(device, dtype, count, noise) for count in rows}
+                assert tiles == set(configs.lm_head_table(arch, dtype, noise))
     cases = kernel_lint.all_cases()
     assert len({f"{case.kernel} {case} {case.arch}" for case in cases}) == len(cases)
     sizes = {"delayed_attention": "d", "merge_splits": "d", "rope_cache": "d", "linear_rope_cache": "headdim"}

@@ -11,7 +11,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from utils import DTYPES, cumulative
 
 from dkv.kernels import Confidence, lm_head, lm_head_confidence, reference
-from dkv.kernels.launch import HEAD_INTERPRETER, HeadLaunch, HeadMergeLaunch
+from dkv.kernels.configs import LM_HEAD_INTERPRETER, LMHeadConfig, LMHeadMergeConfig
 from dkv.kernels.noise import gumbel
 from dkv.kernels.noise import noise_key as keys_of
 
@@ -325,15 +325,15 @@ def test_scales_of_rows(device, impl, rows):
         torch.testing.assert_close(found.log_prob[row], alone.log_prob[0])
 
 
-def tiles_of(monkeypatch, *, merge=None, processors=3, **sizes):
-    """Small tiles, so that a few rows have several blocks, on a GPU of `processors` that hold one block each."""
-    launch = HeadLaunch(
-        **(dict(block_r=16, block_v=64, block_d=64) | sizes), num_warps=4, num_stages=2, blocks_per_processor=1
+def tiles_of(monkeypatch, *, merge=None, num_sms=3, **sizes):
+    """Small tiles, so that a few rows have several blocks, on a GPU of `num_sms` SMs that hold one block each."""
+    launch = LMHeadConfig(
+        **(dict(block_r=16, block_v=64, block_d=64) | sizes), num_warps=4, num_stages=2, blocks_per_sm=1
     )
-    monkeypatch.setattr(lm_head, "head_launch", lambda *arguments: launch)
-    monkeypatch.setattr(lm_head, "processors", lambda device: processors)
+    monkeypatch.setattr(lm_head, "lm_head_config", lambda *arguments: launch)
+    monkeypatch.setattr(lm_head, "num_sms", lambda device: num_sms)
     if merge is not None:
-        monkeypatch.setattr(lm_head, "head_merge_launch", lambda device: merge)
+        monkeypatch.setattr(lm_head, "lm_head_merge_config", lambda device: merge)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -383,7 +383,7 @@ def test_counts_beyond_the_rows(device, monkeypatch, impl):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="watches the interpreter")
 def test_padding_costs_no_tile(monkeypatch):
     """It is not read, its blocks multiply nothing, and their programs share the work of the others evenly."""
-    tiles_of(monkeypatch, processors=4)
+    tiles_of(monkeypatch, num_sms=4)
     hidden, weight = inputs(60, 300)
     tiles, add_tile = [], lm_head._add_tile
 
@@ -403,7 +403,7 @@ def test_padding_costs_no_tile(monkeypatch):
 @pytest.mark.parametrize("count", [16, 40])
 def test_no_more_slices_than_the_merge_has_room_for(device, monkeypatch, count):
     """Many blocks of which few are real leave each of those more programs than that."""
-    tiles_of(monkeypatch, merge=HeadMergeLaunch(block_m=4, most_slices=2, num_warps=1))
+    tiles_of(monkeypatch, merge=LMHeadMergeConfig(block_m=4, max_slices=2, num_warps=1))
     hidden, weight = inputs(70, device=device)
     found = lm_head_confidence(hidden, weight, cu_seqlens=cumulative([count], device), impl="triton")
     for one, other in zip(found, check(hidden[:count], weight, "reference"), strict=True):
@@ -417,7 +417,7 @@ def test_any_number_of_programs(device, monkeypatch, rows, noise_scale):
     keys = keys_for(rows, device) if noise_scale else None
     expected = None
     for processors in (0, 1, 9):
-        monkeypatch.setattr(lm_head, "processors", lambda device, count=processors: count)
+        monkeypatch.setattr(lm_head, "num_sms", lambda device, count=processors: count)
         found = check(hidden, weight, noise_scale=noise_scale, noise_key=keys)
         assert expected is None or torch.equal(found.token, expected)
         expected = found.token
@@ -601,7 +601,7 @@ def test_compiles_without_a_graph_break(device):
 
 
 def test_the_interpreter_tries_both_orientations():
-    assert [launch.block_r for launch in HEAD_INTERPRETER] == [32, 64]
+    assert [launch.block_r for launch in LM_HEAD_INTERPRETER] == [32, 64]
 
 
 @pytest.mark.gpu

@@ -14,11 +14,11 @@ from torch import nn
 
 import dkv
 from dkv import memory
-from dkv.decoder import find_decoder
-from dkv.generate import prepare
+from dkv.generation import prepare
 from dkv.guard import Fingerprint
 from dkv.linear import is_plain
 from dkv.memory import memory_of
+from dkv.models import view_of
 
 FAMILIES = ["llada", "dream"]
 MASK = tiny.MASK_ID
@@ -58,7 +58,7 @@ def by_save_pretrained(llm, folder):
 
 def by_safetensors(llm, folder):
     save_model(llm, str(folder / "model.safetensors"))
-    other = tiny.tiny_model(find_decoder(llm).family.name.lower(), seed=1)
+    other = tiny.tiny_model(view_of(llm).family.name.lower(), seed=1)
     assert load_model(other, folder / "model.safetensors") == (set(), [])
     return other.state_dict()
 
@@ -146,14 +146,14 @@ def test_weights_are_merged_and_held_once(llm):
     """Q, K and V lie next to each other, as gate and up do; each parameter has a storage of its own size."""
     storages = [weakref.ref(parameter.untyped_storage()) for parameter in llm.parameters()]
     generated(llm)
-    for layer in find_decoder(llm).layers:
+    for layer in view_of(llm).layers:
         for modules in ((layer.q, layer.k, layer.v), (layer.gate, layer.up)):
             for one, next_one in zip(modules, modules[1:], strict=False):
                 assert one.weight.data_ptr() + one.weight.nbytes == next_one.weight.data_ptr()
     sizes = [(p.untyped_storage().nbytes(), p.nbytes) for p in llm.parameters()]
     assert all(held == needed for held, needed in sizes)
     gc.collect()
-    merged = 5 + 3 * any(layer.q.bias is not None for layer in find_decoder(llm).layers)
+    merged = 5 + 3 * any(layer.q.bias is not None for layer in view_of(llm).layers)
     assert sum(storage() is None for storage in storages) == 3 * merged, "the old memory of what is merged is gone"
 
 
@@ -187,7 +187,7 @@ def test_nothing_of_the_old_weights_stays_alive(use, move):
 
 def test_a_part_that_is_replaced_is_merged_anew(llm):
     generated(llm)
-    layer = find_decoder(llm).layers[1]
+    layer = view_of(llm).layers[1]
     with torch.no_grad():
         layer.k.weight.data = 3 * layer.k.weight.data
     assert torch.equal(generated(llm), generated(copy.deepcopy(llm)))
@@ -199,7 +199,7 @@ def test_a_part_that_is_replaced_is_merged_anew(llm):
 @pytest.mark.parametrize("swap", ["parameter", "data"])
 def test_memory_that_is_used_again_is_other_memory(llm, swap):
     """A weight that comes to lie where the last one lay, never changed in place: what was cached with that is void."""
-    weight = find_decoder(llm).layers[0].o
+    weight = view_of(llm).layers[0].o
     memory = weight.weight.detach().numpy().copy()
     weight.weight = torch.nn.Parameter(torch.from_numpy(memory))
     dkv.replace_attention(llm, dkv.Decode(None))
@@ -222,7 +222,7 @@ def test_memory_that_is_used_again_is_other_memory(llm, swap):
 
 
 def test_two_models_that_share_modules(llm):
-    other = tiny.tiny_model(find_decoder(llm).family.name.lower(), seed=1)
+    other = tiny.tiny_model(view_of(llm).family.name.lower(), seed=1)
     for name, child in llm.named_children():
         setattr(other, name, child)
     want = generated(llm)
@@ -379,7 +379,7 @@ def test_a_model_is_freed_with_its_last_reference(llm):
 
 
 def test_a_weight_that_is_transposed_in_its_memory(llm):
-    q = find_decoder(llm).layers[0].q
+    q = view_of(llm).layers[0].q
     generated(llm)
     q.weight.data = q.weight.data.t()
     assert torch.equal(generated(llm), generated(copy.deepcopy(llm)))
@@ -389,19 +389,19 @@ def test_a_weight_that_is_transposed_in_its_memory(llm):
 def test_no_kernel_reads_a_weight_whose_features_do_not_lie_together(family):
     """It is multiplied as it is, and nothing is recorded."""
     llm = tiny.tiny_model(family)
-    expected, decoder = generated(llm), find_decoder(llm)
-    norm, head = decoder.final_norm, decoder.embed if decoder.head is None else decoder.head
-    assert is_plain(head, (type(head),)) and is_plain(norm, (type(norm),)) and decoder.head_weight is head.weight
+    expected, view = generated(llm), view_of(llm)
+    norm, head = view.final_norm, view.embed if view.head is None else view.head
+    assert is_plain(head, (type(head),)) and is_plain(norm, (type(norm),)) and view.head_weight is head.weight
     head.weight = nn.Parameter(head.weight.detach().t().contiguous().t())
     norm.weight = nn.Parameter(norm.weight.detach().repeat_interleave(2)[::2])
-    decoder = find_decoder(llm)
-    assert decoder.head_weight is None and not is_plain(norm, (type(norm),))
+    view = view_of(llm)
+    assert view.head_weight is None and not is_plain(norm, (type(norm),))
     assert torch.equal(generated(llm), expected)
 
 
 def test_parameters_that_share_memory_stay_where_they_are(llm):
     """Tied layers, parts of one storage, memory of several processes."""
-    layers = find_decoder(llm).layers
+    layers = view_of(llm).layers
     layers[1].k.weight = layers[0].k.weight
     layers[2].v.weight.data = layers[2].k.weight.data
     layers[0].gate.weight.share_memory_()
@@ -419,14 +419,14 @@ def test_parameters_that_share_memory_stay_where_they_are(llm):
 def test_weights_that_consist_of_other_tensors(llm):
     """They may move afterwards, and a change of what they consist of is seen."""
     two_tensor = pytest.importorskip("torch.testing._internal.two_tensor")
-    o = find_decoder(llm).layers[0].o
+    o = view_of(llm).layers[0].o
     o.weight = torch.nn.Parameter(two_tensor.TwoTensor(o.weight.detach(), o.weight.detach().clone()))
     fingerprint = Fingerprint([o], values=True)
-    assert fingerprint.holds()
+    assert fingerprint.unchanged()
     o.weight.data.a = 2 * o.weight.data.a
     generated(llm)
     llm.to(torch.float64)
-    assert o.weight.dtype == torch.float64 and not fingerprint.holds()
+    assert o.weight.dtype == torch.float64 and not fingerprint.unchanged()
 
 
 def test_a_replaced_forward_of_any_kind(llm):
@@ -437,7 +437,7 @@ def test_a_replaced_forward_of_any_kind(llm):
             return 2 * torch.nn.functional.linear(x, self.linear.weight, self.linear.bias)
 
     want = generated(llm)
-    down = find_decoder(llm).layers[0].down
+    down = view_of(llm).layers[0].down
     doubled = Doubled()
     doubled.linear = down
     down.forward = doubled

@@ -20,7 +20,7 @@ from tiny import CONFIGS, EOS_ID, MASK_ID, Lookalike, tiny_model
 from torch import nn
 
 import dkv.models.native
-from dkv.models import find_decoder, from_config, from_pretrained
+from dkv.models import from_config, from_pretrained, view_of
 
 WEIGHTS = {"llada": oracle.weights_path("llada_mha_s0"), "dream": oracle.weights_path("dream_gqa_s0")}
 FAMILIES = list(WEIGHTS)
@@ -217,7 +217,7 @@ def test_forward_refuses_what_it_does_not_do(family):
             model(ids, position_ids=torch.zeros(2, 3, dtype=torch.long))
 
 
-def check_parts(decoder, family, model):
+def check_parts(view, family, model):
     """Every role is the module at the official path."""
     paths = {
         "llada": "attn_norm q_proj k_proj v_proj attn_out ff_norm ff_proj up_proj ff_out",
@@ -231,35 +231,35 @@ def check_parts(decoder, family, model):
     else:
         layers = model.model.layers
         ends = (model.model.embed_tokens, model.model.norm, model.lm_head)
-    assert (decoder.embed, decoder.final_norm, decoder.head) == ends
-    assert len(decoder.layers) == len(layers) == 3
-    for layer, module in zip(decoder.layers, layers, strict=True):
+    assert (view.embed, view.final_norm, view.head) == ends
+    assert len(view.layers) == len(layers) == 3
+    for layer, module in zip(view.layers, layers, strict=True):
         assert all(getattr(layer, role) is module.get_submodule(path) for role, path in zip(roles, paths, strict=True))
-    assert decoder.family.name.lower() == family and decoder.family.shifted == (family == "dream")
-    assert (decoder.nheads, decoder.nheads_k, decoder.headdim) == (4, 2 if family == "dream" else 4, 16)
-    assert decoder.rope_theta == (1e6 if family == "dream" else 5e5)
-    assert (decoder.vocab_size, decoder.max_positions) == (256, 512)
-    assert (decoder.mask_id, decoder.eos_token_id, decoder.pad_token_id) == (MASK_ID, EOS_ID, EOS_ID)
+    assert view.family.name.lower() == family and view.family.shifted == (family == "dream")
+    assert (view.nheads, view.nheads_k, view.headdim) == (4, 2 if family == "dream" else 4, 16)
+    assert view.rope_theta == (1e6 if family == "dream" else 5e5)
+    assert (view.vocab_size, view.max_positions) == (256, 512)
+    assert (view.mask_id, view.eos_token_id, view.pad_token_id) == (MASK_ID, EOS_ID, EOS_ID)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parts_of_native_models_and_lookalikes(family):
     model = native(family)
-    check_parts(find_decoder(model), family, model)
-    assert type(find_decoder(model).make_output(torch.zeros(1))) is type(model(random_ids()))
+    check_parts(view_of(model), family, model)
+    assert type(view_of(model).make_output(torch.zeros(1))) is type(model(random_ids()))
     theirs = Lookalike(model)
-    check_parts(find_decoder(theirs), family, theirs)
-    assert find_decoder(theirs).honours_attention_mask and find_decoder(model).honours_attention_mask
+    check_parts(view_of(theirs), family, theirs)
+    assert view_of(theirs).honours_attention_mask and view_of(model).honours_attention_mask
     copied = copy.deepcopy(model)
-    check_parts(find_decoder(copied), family, copied)
-    assert find_decoder(copied).embed is not find_decoder(model).embed
-    assert find_decoder(model).rope_tables(8, "cpu")[0] is find_decoder(model).rope_tables(4, "cpu")[0]
+    check_parts(view_of(copied), family, copied)
+    assert view_of(copied).embed is not view_of(model).embed
+    assert view_of(model).rope_tables(8, "cpu")[0] is view_of(model).rope_tables(4, "cpu")[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_output_of_remote_code_is_transformers_own(family):
     transformers = pytest.importorskip("transformers")
-    output = find_decoder(Lookalike(native(family))).make_output(torch.zeros(1, 2, 3))
+    output = view_of(Lookalike(native(family))).make_output(torch.zeros(1, 2, 3))
     name = "MaskedLMOutput" if family == "dream" else "CausalLMOutputWithPast"
     assert isinstance(output, getattr(transformers.modeling_outputs, name)) and output.logits.shape == (1, 2, 3)
 
@@ -268,27 +268,27 @@ def test_output_of_remote_code_is_transformers_own(family):
 def test_parts_of_the_official_models(kind):
     family = kind.split("_")[0]
     model = hub.load(kind, WEIGHTS[family])
-    decoder = find_decoder(model)
-    check_parts(decoder, family, model)
-    assert decoder.honours_attention_mask == (kind != "llada_v1")
-    assert type(decoder.make_output(torch.zeros(1))) is type(model(random_ids()))
+    view = view_of(model)
+    check_parts(view, family, model)
+    assert view.honours_attention_mask == (kind != "llada_v1")
+    assert type(view.make_output(torch.zeros(1))) is type(model(random_ids()))
 
     class Finetune(hub.model_class(kind)):
         pass
 
-    assert find_decoder(Finetune(model.config)).family.name.lower() == family
+    assert view_of(Finetune(model.config)).family.name.lower() == family
 
 
 def test_head_of_a_tied_model_is_the_embedding():
     for family, name in (("llada", "weight_tying"), ("dream", "tie_word_embeddings")):
         model = tiny_model(family, **{name: True})
-        decoder, ids = find_decoder(model), random_ids()
-        assert decoder.head is None and "head" not in " ".join(model.state_dict())
+        view, ids = view_of(model), random_ids()
+        assert view.head is None and "head" not in " ".join(model.state_dict())
         assert_close(logits(model, ids), logits(Lookalike(model), ids))
     model.lm_head = nn.Linear(64, 256, bias=False)
-    assert find_decoder(model).head is model.lm_head  # untied since
+    assert view_of(model).head is model.lm_head  # untied since
     model.lm_head.weight = model.model.embed_tokens.weight
-    assert find_decoder(model).head is None
+    assert view_of(model).head is None
 
 
 def test_head_of_an_official_tied_llada_is_the_embedding():
@@ -296,13 +296,13 @@ def test_head_of_an_official_tied_llada_is_the_embedding():
     cls = hub.model_class("llada_v2")
     model = cls(cls.config_class(**CONFIGS["llada"](weight_tying=True)))
     model.tie_weights()
-    assert find_decoder(model).head is None
+    assert view_of(model).head is None
 
 
 def test_resized_embedding():
     model = tiny_model("dream")
     model.model.embed_tokens, model.lm_head = nn.Embedding(300, 64), nn.Linear(64, 300, bias=False)
-    assert find_decoder(model).vocab_size == 300
+    assert view_of(model).vocab_size == 300
 
 
 UNSUPPORTED = {
@@ -347,7 +347,7 @@ def test_unsupported_config_is_named(family, field):
     theirs = Lookalike(native(family))
     setattr(theirs.config, field, value)
     with pytest.raises(ValueError, match=f"Lookalike.*{field}"):
-        find_decoder(theirs)
+        view_of(theirs)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -355,18 +355,18 @@ def test_fields_with_official_defaults_may_be_missing(family):
     optional = {"dream": "rope_scaling use_sliding_window hidden_act tie_word_embeddings pad_token_id rms_norm_eps"}
     optional["llada"] = "alibi block_group_size bias_for_layer_norm input_emb_norm pad_token_id embedding_size"
     config = {name: value for name, value in CONFIGS[family]().items() if name not in optional[family].split()}
-    assert find_decoder(from_config(config)).pad_token_id == EOS_ID
+    assert view_of(from_config(config)).pad_token_id == EOS_ID
     for name in ("mask_token_id", "d_model" if family == "llada" else "hidden_size"):
         theirs = Lookalike(native(family))
         delattr(theirs.config, name)
         with pytest.raises(ValueError, match=f"Lookalike: the config has no {name}"):
-            find_decoder(theirs)
+            view_of(theirs)
 
 
 def test_rope_parameters_of_transformers_5():
     config = CONFIGS["dream"]()
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
-    assert find_decoder(from_config(config)).rope_theta == 1e6
+    assert view_of(from_config(config)).rope_theta == 1e6
     with pytest.raises(ValueError, match="default RoPE"):
         from_config(config | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}})
 
@@ -397,10 +397,10 @@ def replaced(family, path, module):
 def test_unsupported_structure_is_named(family, path, module, message):
     model = replaced(family, path, module)
     if message is None:  # further modules may hang below, as of adapters
-        find_decoder(model)
+        view_of(model)
         return
     with pytest.raises(ValueError, match=f"Lookalike: .*{message}"):
-        find_decoder(model)
+        view_of(model)
 
 
 class LLaDAMoEModelLM(nn.Module):
@@ -418,7 +418,7 @@ class LLaDAMoEModelLM(nn.Module):
 def test_other_models_are_refused_by_name():
     for model in (LLaDAMoEModelLM(), nn.Linear(2, 2), object()):
         with pytest.raises(ValueError, match=f"{type(model).__name__} is not supported: dkv runs LLaDA .* and Dream"):
-            find_decoder(model)
+            view_of(model)
 
 
 @pytest.mark.parametrize("name", ["GPT2", "Llama", "Qwen2"])
@@ -430,7 +430,7 @@ def test_causal_models_of_transformers_are_refused_by_name(name):
     config = getattr(transformers, f"{name}Config")(**sizes)
     cls = getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")
     with pytest.raises(ValueError, match=f"{cls.__name__} is not supported"):
-        find_decoder(cls(config))
+        view_of(cls(config))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -465,7 +465,7 @@ def test_a_tied_model_whose_file_holds_the_head(tmp_path):
     head = tensors["model.embed_tokens.weight"]
     save_file(tensors | {"lm_head.weight": head.double()}, tmp_path / "model.safetensors")
     again = from_pretrained(tmp_path, dtype="float32", device="cpu")
-    assert find_decoder(again).head is None and all(map(torch.equal, again.parameters(), model.parameters()))
+    assert view_of(again).head is None and all(map(torch.equal, again.parameters(), model.parameters()))
     for other in (head + 1, head[:-1].clone()):
         save_file(tensors | {"lm_head.weight": other}, tmp_path / "model.safetensors")
         with pytest.raises(
@@ -491,13 +491,11 @@ def test_a_config_with_a_number_that_cannot_be(family, field, value):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_tensor_under_two_names_is_saved_under_both(family, tmp_path):
     model = tiny_model(family)
-    decoder = find_decoder(model)
-    decoder.head.weight = decoder.embed.weight
+    view = view_of(model)
+    view.head.weight = view.embed.weight
     model.save_pretrained(tmp_path)
-    again = find_decoder(from_pretrained(tmp_path, device="cpu"))
-    assert torch.equal(again.head.weight, decoder.embed.weight) and torch.equal(
-        again.embed.weight, decoder.embed.weight
-    )
+    again = view_of(from_pretrained(tmp_path, device="cpu"))
+    assert torch.equal(again.head.weight, view.embed.weight) and torch.equal(again.embed.weight, view.embed.weight)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -691,7 +689,7 @@ def test_repository_of_the_hub(monkeypatch):
 def test_neither_transformers_nor_the_hub_is_imported():
     code = f"""
 import sys
-from dkv.models import find_decoder, from_pretrained
+from dkv.models import view_of, from_pretrained
 model = from_pretrained({str(WEIGHTS["dream"])!r})
 model(model.model.embed_tokens.weight.new_zeros(1, 3).long())
 assert not {{"transformers", "huggingface_hub"}} & sys.modules.keys()
@@ -712,5 +710,5 @@ def test_random_models(family, device):
         else:
             assert bool((parameter == (0 if name.endswith("bias") else 1)).all())
     config = SimpleNamespace(**CONFIGS[family]())
-    assert find_decoder(from_config(config)).family.name.lower() == family
+    assert view_of(from_config(config)).family.name.lower() == family
     assert native(family).state_dict().keys() == model.state_dict().keys()

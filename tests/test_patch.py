@@ -14,8 +14,8 @@ from tiny import MASK_ID as MASK
 from tiny import dream_loop, llada_loop, prompts
 
 import dkv
-from dkv.decoder import find_decoder
 from dkv.memory import memory_of
+from dkv.models import view_of
 
 LLADAS, DREAMS = ["LLaDA", "llada_lookalike", "llada_v1", "llada_v2"], ["Dream", "dream_lookalike", "dream"]
 NAMES = LLADAS + DREAMS
@@ -32,7 +32,7 @@ def load(name):
 
 
 def shifted(model):
-    return find_decoder(model).family.shifted
+    return view_of(model).family.shifted
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_llada_padding_as_the_wrapped_file_has_it(model, cfg_scale):
     run = LLADA_RUN | {"cfg_scale": cfg_scale}
     with_mask = llada_loop(model, ids, real.long(), **run)
     honoured = not torch.equal(with_mask, llada_loop(model, ids, **run))
-    assert honoured == ("llada_v1" not in type(model).__module__) == find_decoder(model).honours_attention_mask
+    assert honoured == ("llada_v1" not in type(model).__module__) == view_of(model).honours_attention_mask
     dkv.replace_attention(model, dkv.Decode(1))
     assert torch.equal(llada_loop(model, ids, real.long(), **run), with_mask)
     right = torch.flip(real, (1,))
@@ -221,7 +221,7 @@ def test_merged_weights_are_the_models_own(model, tmp_path):
     dkv.replace_attention(model, dkv.Decode(8))
     with torch.no_grad():
         model(x)
-    q, k = (getattr(find_decoder(model).layers[0], name).weight for name in "qk")
+    q, k = (getattr(view_of(model).layers[0], name).weight for name in "qk")
     assert q.data_ptr() + q.nbytes == k.data_ptr(), "nothing was merged"
     assert all(dict(model.named_parameters())[name] is p for name, p in parameters.items())
     state = model.state_dict()
@@ -246,7 +246,7 @@ def test_stale_merged_weights_are_noticed(model, change):
     ids, _ = prompts(6)
     options = {"gen_length": 4, "policy": dkv.NoCache(), "output_history": True}
     calls, before = [], dkv.generate(model, ids, **options).sequences
-    k = find_decoder(model).layers[1].k
+    k = view_of(model).layers[1].k
     if change == "data":
         k.weight.data = torch.randn_like(k.weight) * 3
     elif change == "in place":

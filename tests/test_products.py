@@ -10,8 +10,8 @@ from utils import DTYPES, assert_within_error_budget, pairwise, rope_tables
 
 import dkv.kernels
 from dkv.kernels import deferred_norm, reference
+from dkv.kernels.configs import ProductConfig
 from dkv.kernels.direct import TRITON
-from dkv.kernels.launch import ProductLaunch
 from dkv.kernels.reference import PART
 
 EPS = 1e-5
@@ -23,7 +23,7 @@ FEATURES = (24, 130, 192)
 
 
 def small(splits=1, block_n=64):
-    return ProductLaunch(block_n, 16, 64, num_warps=4, num_stages=2, splits=splits)
+    return ProductConfig(block_n, 16, 64, num_warps=4, num_stages=2, splits=splits)
 
 
 # the table's, and small tiles: with one split, several, and more than there are steps
@@ -244,7 +244,7 @@ def launch_of(tile, splits, dtype):
     if dtype == torch.float32:
         # without tensor cores a large tile takes a minute to compile
         block_n, block_r, block_k = 64, min(block_r, 32), 32
-    return ProductLaunch(block_n, block_r, block_k, num_warps=4, num_stages=2, splits=splits)
+    return ProductConfig(block_n, block_r, block_k, num_warps=4, num_stages=2, splits=splits)
 
 
 @any_shape(max_examples=8)

@@ -31,9 +31,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from utils import pairwise
 
 import dkv
-from dkv import forward, patch, rooms, run
-from dkv.generate import prepare
-from dkv.graphs import recording
+from dkv import model_runner, patch, rooms, run
+from dkv.cuda_graphs import recording
+from dkv.generation import prepare
 from dkv.kernels import reference
 from dkv.kernels.reference import LOGITS_AT_A_TIME
 from dkv.memory import memory_of
@@ -157,7 +157,7 @@ def test_what_reads_from_the_device_is_not_recorded(monkeypatch):
         def active(self, state):
             return super().active(state) | state.masked
 
-    monkeypatch.setattr(forward.Forward, "can_be_recorded", True)
+    monkeypatch.setattr(model_runner.ModelRunner, "can_be_recorded", True)
     monkeypatch.setattr(run, "StepGraphs", lambda device: SimpleNamespace(captured=0, capture_seconds=0.0))
     options = {"gen_length": 4, "remasking": "random"}
     for policy, recorded in ((dkv.Greedy(3, 2), True), (Wider(3, 2), False)):
@@ -249,7 +249,7 @@ class TapedOperators:
 
 def take_tapes(monkeypatch, owner):
     """Instances of `owner` get `TapedGraphs` for graphs, and each of our operators is one operation on the tapes."""
-    monkeypatch.setattr(forward, "direct", lambda impl, tensor: TapedOperators())
+    monkeypatch.setattr(model_runner, "direct", lambda impl, tensor: TapedOperators())
     taped = property(lambda self: self.__dict__.setdefault("taped", TapedGraphs()), lambda self, value: None)
     monkeypatch.setattr(owner, "graphs", taped, raising=False)
 
@@ -358,10 +358,10 @@ def fake_tiny_run(family, policy, dtype=torch.bfloat16, **settings):
 @pytest.mark.parametrize("policy", [dkv.Decode(4), dkv.Greedy()], ids=repr)
 def test_a_fake_run_is_planned_as_a_real_one(family, policy):
     with fake_gpu():
-        found = fake_tiny_run(family, policy).plan
+        found = fake_tiny_run(family, policy).key
     options = {"gen_length": 16, "block_length": 8, "steps": 6, "policy": policy, "cuda_graphs": False}
     options["remasking"] = "random" if policy.needs_order else None
-    assert found == prepare(tiny.tiny_model(family), torch.ones(3, 24, dtype=torch.int64), **options).plan
+    assert found == prepare(tiny.tiny_model(family), torch.ones(3, 24, dtype=torch.int64), **options).key
 
 
 @pytest.mark.parametrize(
@@ -419,7 +419,7 @@ def test_no_step_waits_for_the_host(family, policy, settings):
     with fake_gpu(), torch.no_grad():
         current = fake_tiny_run(family, POLICIES[policy](family), **SETTINGS[settings])
         with OnlyOnTheDevice():
-            if current.plan.has_forecasts:
+            if current.key.has_forecasts:
                 while current.running():
                     current.step()
                 assert current.steps == len(current.forecasts) == 6

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dkv
-from dkv.models import find_decoder, from_config
+from dkv.models import from_config, view_of
 
 MASK_ID, EOS_ID = 255, 254
 
@@ -62,7 +62,7 @@ class Lookalike(nn.Module):
         self.eval()
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None, return_dict=None):
-        parts = find_decoder(self)
+        parts = view_of(self)
         x = parts.embed(input_ids)
         batch, seqlen = input_ids.shape
         headdim, half = parts.headdim, parts.headdim // 2

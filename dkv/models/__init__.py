@@ -7,17 +7,48 @@ from types import SimpleNamespace
 
 import torch
 
-from dkv.decoder import FAMILIES, find_decoder
 from dkv.kernels.checks import FLOAT_DTYPES
 from dkv.models.dream import Dream
 from dkv.models.folder import read_config
 from dkv.models.llada import LLaDA
 from dkv.models.native import NativeModel
 
-__all__ = ["Dream", "LLaDA", "NativeModel", "find_decoder", "from_config", "from_pretrained"]
+__all__ = ["Dream", "LLaDA", "NativeModel", "view_of", "from_config", "from_pretrained"]
 
-_NATIVE = (LLaDA, Dream)
-FAMILIES[:] = [native.find for native in _NATIVE]
+NATIVE = (LLaDA, Dream)
+
+
+def view_of(model):
+    """The `ModelView` of a supported model; any other is a ValueError that names its class."""
+    check_not_wrapped(model)
+    for native in NATIVE:
+        view = native.find(model)
+        if view is not None:
+            _check_not_offloaded(model, view)
+            return view
+    name = type(getattr(model, "_orig_mod", model)).__name__
+    raise ValueError(
+        f"{name} is not supported: dkv runs LLaDA (LLaDA-8B, LLaDA-1.5) and Dream (Dream-v0, "
+        "Dream-Coder, DiffuCoder), native or of Hugging Face's remote code, and finetunes of the same module structure."
+    )
+
+
+def check_not_wrapped(model):
+    """Raises ValueError for wrappers other than torch.compile's (DataParallel, PEFT): dkv would skip what they add."""
+    for attribute, inner in (("get_base_model", "model.get_base_model()"), ("module", "model.module")):
+        if hasattr(model, attribute):
+            raise ValueError(f"{type(model).__name__} wraps the model that dkv runs: pass {inner}.")
+
+
+def _check_not_offloaded(model, view):
+    outer = (view.embed, view.final_norm, view.head)
+    # accelerate's hook that moves a whole model when it is called
+    moved = hasattr(model.__dict__.get("_hf_hook"), "prev_module_hook")
+    if moved or any(p.is_meta for module in outer if module is not None for p in module.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} is offloaded: dkv needs all weights on the one device that it computes on; load "
+            "the model without offloading and without a device_map."
+        )
 
 
 def from_pretrained(path_or_repo, *, dtype=None, device=None):
@@ -92,7 +123,7 @@ def _native_class(config, owner):
         raise ValueError(f"{owner}: model_type must be a string, got {shown(model_type)}.")
     if names is not None and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
         raise ValueError(f"{owner}: architectures must be a list of strings, got {shown(names)}.")
-    for native in _NATIVE:
+    for native in NATIVE:
         if native.describes(config):
             return native
     names = [f"model_type {model_type!r}", *(names or [])]

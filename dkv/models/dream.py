@@ -4,9 +4,9 @@ from reprlib import repr as shown
 
 import torch
 
-from dkv.decoder import Family
-from dkv.models.layout import Fields, Layout, Settings, module_at, read_decoder
+from dkv.models.layout import Fields, Layout, ModelConfig, module_at, read_view
 from dkv.models.native import NativeModel, Output
+from dkv.models.view import Family
 
 FAMILY = Family(
     name="Dream",
@@ -39,8 +39,8 @@ LAYOUT = Layout(
 )
 
 
-def read_settings(config, owner, rows=None):
-    """The `Settings` of a config; ValueError naming the owner for what is missing or not supported.
+def read_model_config(config, owner, rows=None):
+    """The `ModelConfig` of a config; ValueError naming the owner for what is missing or not supported.
 
     rows: those of the embedding, where there is one: a config need not follow when it is resized.
     """
@@ -58,7 +58,7 @@ def read_settings(config, owner, rows=None):
     rope_theta = fields.get("rope_theta", None)
     rope_theta = fields.check_positive("rope_theta", rope.get("rope_theta", 1e4) if rope_theta is None else rope_theta)
     rows = rows or fields.count("vocab_size")
-    return Settings(
+    return ModelConfig(
         **fields.heads("hidden_size", "num_attention_heads", "num_key_value_heads"),
         **fields.token_ids(rows),
         mlp_size=fields.count("intermediate_size"),
@@ -81,14 +81,14 @@ def describes(config):
 
 
 def find(model):
-    """The `Decoder` of a Dream, native or of Hugging Face's remote code; None for any other model."""
+    """The `ModelView` of a Dream, native or of Hugging Face's remote code; None for any other model."""
     embed = module_at(model, LAYOUT.embed)
     if embed is None or not describes(getattr(model, "config", None)):
         return None
-    return read_decoder(
+    return read_view(
         model,
         LAYOUT,
-        read_settings(model.config, type(model).__name__, rows=len(embed.weight)),
+        read_model_config(model.config, type(model).__name__, rows=len(embed.weight)),
         family=FAMILY,
         make_output=Output if isinstance(model, Dream) else _hugging_face_output,
     )
@@ -103,7 +103,7 @@ def _hugging_face_output(logits, return_dict=True):
 class Dream(NativeModel):
     """A Dream of the official checkpoint layout; `dkv.from_pretrained` makes it."""
 
-    layout, read_settings, find = LAYOUT, staticmethod(read_settings), staticmethod(find)
+    layout, read_model_config, find = LAYOUT, staticmethod(read_model_config), staticmethod(find)
     describes = staticmethod(describes)
 
     def forward(

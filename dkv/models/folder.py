@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-MOST_JSON = 10_000_000  # bytes; a header of 8 billion parameters has 40,000
+MAX_JSON = 10_000_000  # bytes; a header of 8 billion parameters has 40,000
 _ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -84,7 +84,7 @@ def _read_header(file):
     size = os.path.getsize(file)
     with open(file, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
-        text = f.read(length) if 8 + length <= size and length <= MOST_JSON else b""
+        text = f.read(length) if 8 + length <= size and length <= MAX_JSON else b""
     if not text.startswith(b"{"):
         raise ValueError(
             f"{file} is not a safetensors file, or is truncated: no header of {length} bytes; download it again."
@@ -126,8 +126,8 @@ def _read_header(file):
 
 
 def _read_object(path):
-    if os.path.getsize(path) > MOST_JSON:
-        raise ValueError(f"{path} must have at most {MOST_JSON} bytes, got {os.path.getsize(path)}.")
+    if os.path.getsize(path) > MAX_JSON:
+        raise ValueError(f"{path} must have at most {MAX_JSON} bytes, got {os.path.getsize(path)}.")
     return _parse_object(path, path.read_bytes())
 
 

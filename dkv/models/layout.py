@@ -7,12 +7,12 @@ from reprlib import repr as shown
 import torch
 from torch import nn
 
-from dkv.decoder import Decoder, Layer
 from dkv.memory import memory_of
+from dkv.models.view import Layer, ModelView
 
 _REQUIRED = object()
 _TOO_MANY = 2**30  # for a size: the bytes of a matrix of two smaller ones can still be counted in 64 bits
-NORMS = ("attn_norm", "mlp_norm")  # of the roles of `dkv.decoder.Layer`; the others are linear
+NORMS = ("attn_norm", "mlp_norm")  # of the roles of `dkv.models.view.Layer`; the others are linear
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Layout:
     Attributes:
         embed, layers, final_norm, head: paths from the model; `layers` is a list of modules.
         layer: `Layer` role -> path from one of the layers.
-        layers_field, tied_field: the config's names of `Settings.layers` and `Settings.tied`.
+        layers_field, tied_field: the config's names of `ModelConfig.layers` and `ModelConfig.tied`.
     """
 
     embed: str
@@ -35,7 +35,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Settings:
+class ModelConfig:
     """What a config says, in one language for all families.
 
     Attributes:
@@ -161,8 +161,8 @@ def module_at(root, path):
     return root
 
 
-def read_decoder(model, layout, settings, **what_differs):
-    """The `Decoder` of a model whose config has been read.
+def read_view(model, layout, settings, **what_differs):
+    """The `ModelView` of a model whose config has been read.
 
     Raises:
         ValueError: a module is missing, of another shape than the config says, or of a kind the engine does not run.
@@ -211,7 +211,7 @@ def read_decoder(model, layout, settings, **what_differs):
                 f"{prefix}* on {device}; load it without offloading and without a device_map."
             )
         layers.append(Layer(**roles))
-    return Decoder(
+    return ModelView(
         embed=embed,
         layers=tuple(layers),
         final_norm=final_norm,
@@ -225,7 +225,7 @@ def read_decoder(model, layout, settings, **what_differs):
         mask_id=settings.mask_id,
         eos_ids=settings.eos_ids,
         pad_token_id=settings.pad_token_id,
-        # a `Decoder` is read anew at each call, its tables are kept
+        # a `ModelView` is read anew at each call, its tables are kept
         _tables=memory_of(model).rope_tables.setdefault((settings.headdim, settings.rope_theta), {}),
         **what_differs,
     )

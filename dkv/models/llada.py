@@ -2,9 +2,9 @@
 
 import torch
 
-from dkv.decoder import Family
-from dkv.models.layout import Fields, Layout, Settings, module_at, read_decoder
+from dkv.models.layout import Fields, Layout, ModelConfig, module_at, read_view
 from dkv.models.native import NativeModel, Output
+from dkv.models.view import Family
 
 FAMILY = Family(
     name="LLaDA",
@@ -37,8 +37,8 @@ LAYOUT = Layout(
 )
 
 
-def read_settings(config, owner, rows=None):
-    """The `Settings` of a config; ValueError naming the owner for what is missing or not supported.
+def read_model_config(config, owner, rows=None):
+    """The `ModelConfig` of a config; ValueError naming the owner for what is missing or not supported.
 
     rows: those of the embedding, where there is one: a config need not follow when it is resized.
     """
@@ -64,7 +64,7 @@ def read_settings(config, owner, rows=None):
     mlp_size = fields.count("mlp_hidden_size", None)
     if mlp_size is None:
         mlp_size = fields.check_count("mlp_ratio * d_model", fields.count("mlp_ratio", 4) * heads["hidden_size"])
-    return Settings(
+    return ModelConfig(
         **heads,
         **fields.token_ids(rows),
         mlp_size=mlp_size,
@@ -79,17 +79,17 @@ def read_settings(config, owner, rows=None):
 
 
 def find(model):
-    """The `Decoder` of a LLaDA, native or of Hugging Face's remote code; None for a model of another structure."""
+    """The `ModelView` of a LLaDA, native or of Hugging Face's remote code; None for a model of another structure."""
     embed = module_at(model, LAYOUT.embed)
     if embed is None:
         return None
     inner = model.model
     # the first revision of the official file builds a mask and leaves it unused; its methods tell the two apart
     ignores_mask = hasattr(inner, "get_alibi_attention_bias") and not hasattr(inner, "get_bidirectional_attention_bias")
-    return read_decoder(
+    return read_view(
         model,
         LAYOUT,
-        read_settings(getattr(model, "config", None), type(model).__name__, rows=len(embed.weight)),
+        read_model_config(getattr(model, "config", None), type(model).__name__, rows=len(embed.weight)),
         family=FAMILY,
         make_output=Output if isinstance(model, LLaDA) else _hugging_face_output,
         honours_attention_mask=not ignores_mask,
@@ -107,7 +107,7 @@ def _hugging_face_output(logits, return_dict=True):
 class LLaDA(NativeModel):
     """A LLaDA of the official checkpoint layout; `dkv.from_pretrained` makes it."""
 
-    layout, read_settings, find = LAYOUT, staticmethod(read_settings), staticmethod(find)
+    layout, read_model_config, find = LAYOUT, staticmethod(read_model_config), staticmethod(find)
 
     @staticmethod
     def describes(config):
@@ -135,8 +135,10 @@ class LLaDA(NativeModel):
                     f"attention_mask must have shape (batch, seqlen) = {tuple(x.shape[:2])}, "
                     f"got {tuple(attention_mask.shape)}."
                 )
-            real = attention_mask.bool()
-            if not bool(real.all()):
+            valid = attention_mask.bool()
+            if not bool(valid.all()):
                 # the smallest finite value: with -inf, rows without keys would be NaN
-                bias = torch.zeros_like(real, dtype=x.dtype).masked_fill(~real, torch.finfo(x.dtype).min)[:, None, None]
+                bias = torch.zeros_like(valid, dtype=x.dtype).masked_fill(~valid, torch.finfo(x.dtype).min)[
+                    :, None, None
+                ]
         return self._run(x, attn_mask=bias)

@@ -52,14 +52,14 @@ class NativeModel(nn.Module):
 
     Attributes:
         config: the fields of config.json.
-        settings: what they mean, `dkv.models.layout.Settings`.
+        settings: what they mean, `dkv.models.layout.ModelConfig`.
     """
 
     def __init__(self, config, owner="config"):
         """Builds the modules without memory (on the meta device); config: a namespace of config.json's fields."""
         super().__init__()
-        self.config, self.settings = config, self.read_settings(config, owner)
-        settings, layout = self.settings, self.layout
+        self.config, self.model_config = config, self.read_model_config(config, owner)
+        settings, layout = self.model_config, self.layout
         self._place(layout.embed, nn.Embedding(settings.vocab_size, settings.hidden_size, device="meta"))
         self._place(layout.layers, nn.ModuleList(nn.Module() for _ in range(settings.layers)))
         for index in range(settings.layers):
@@ -106,16 +106,16 @@ class NativeModel(nn.Module):
 
     def _run(self, x, positions=None, attn_mask=None):
         """x (batch, seqlen, hidden_size); positions (batch or 1, seqlen), None: columns; attn_mask: as of SDPA."""
-        decoder = self.find(self)
+        view = self.find(self)
         if positions is None:
-            cos, sin = (table[None, : x.shape[1], None] for table in decoder.rope_tables(x.shape[1], x.device))
+            cos, sin = (table[None, : x.shape[1], None] for table in view.rope_tables(x.shape[1], x.device))
         else:
-            angles = decoder.rope_angles(positions)[:, :, None]
+            angles = view.rope_angles(positions)[:, :, None]
             cos, sin = angles.cos(), angles.sin()
-        groups = decoder.nheads // decoder.nheads_k
-        for layer in decoder.layers:
+        groups = view.nheads // view.nheads_k
+        for layer in view.layers:
             h = layer.attn_norm(x)
-            q, k, v = (project(h).unflatten(-1, (-1, decoder.headdim)) for project in (layer.q, layer.k, layer.v))
+            q, k, v = (project(h).unflatten(-1, (-1, view.headdim)) for project in (layer.q, layer.k, layer.v))
             # in float32 as LLaDA does; Dream's own code rotates in the model's dtype, which rounds more below float32
             q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
             if groups > 1:
@@ -124,7 +124,7 @@ class NativeModel(nn.Module):
             x = x + layer.o(attended.transpose(1, 2).flatten(2))
             h = layer.mlp_norm(x)
             x = x + layer.down(F.silu(layer.gate(h)) * layer.up(h))
-        return Output(decoder.logits(decoder.final_norm(x)))
+        return Output(view.logits(view.final_norm(x)))
 
     @classmethod
     def random(cls, config, *, seed, dtype, device):
@@ -147,7 +147,7 @@ class NativeModel(nn.Module):
         Args:
             folder: a Path; config, owner: of its `dkv.models.folder.read_config`.
         """
-        layout, settings = cls.layout, cls.read_settings(config, owner)
+        layout, settings = cls.layout, cls.read_model_config(config, owner)
         stored = read_tensors(folder)
         if settings.layers > len(stored):  # building that many could take for ever
             raise ValueError(

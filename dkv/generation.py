@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dkv.config import GenerateConfig, Remasking
-from dkv.decoder import find_decoder
 from dkv.guard import check_containers
 from dkv.inputs import checked_order, eos_ids_of, in_vocabulary, left_padded
 from dkv.kernels.checks import Impl
+from dkv.models import view_of
 from dkv.policy import Policy
-from dkv.run import GenerateOutput, GenerateStats, Plan, Run, capacity_for, take_run
+from dkv.run import GenerateOutput, GenerateStats, Run, RunKey, capacity_for, take_run
 from dkv.sampling import Sampler
 
 __all__ = ["GenerateOutput", "GenerateStats", "generate", "prepare"]
@@ -181,41 +181,41 @@ def prepare(
     config = GenerateConfig(**options)
     if not (generator is None or isinstance(generator, torch.Generator)):
         raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}.")
-    decoder = find_decoder(model)
-    check_containers(model, decoder.called, runs_forward=False)
+    view = view_of(model)
+    check_containers(model, view.called, runs_forward=False)
     if model.training:
         raise ValueError("generate needs the model in eval mode, got training mode; call model.eval() first.")
-    input_ids, real = left_padded(input_ids, attention_mask, decoder)
+    input_ids, valid = left_padded(input_ids, attention_mask, view)
     batch, prompt_length = input_ids.shape
     seqlen = prompt_length + config.gen_length
-    if seqlen > decoder.max_positions:
+    if seqlen > view.max_positions:
         raise ValueError(
-            f"prompt and generated tokens must fit the model's {decoder.max_positions} positions, got "
+            f"prompt and generated tokens must fit the model's {view.max_positions} positions, got "
             f"{prompt_length} + {config.gen_length}; shorten the prompt or gen_length."
         )
-    config = resolved(config, decoder)
-    prompt_masks = ((input_ids == config.mask_id) & real).sum(1).tolist()
+    config = resolved(config, view)
+    prompt_masks = ((input_ids == config.mask_id) & valid).sum(1).tolist()
     if config.gen_length == 0 and not any(prompt_masks):
         raise ValueError(
             f"with gen_length=0 the prompts must hold masks to fill in, but input_ids has no token {config.mask_id} "
             "that is not padding; put some in, or pass a gen_length of at least 1."
         )
     order = checked_order(order, config, input_ids, any(prompt_masks))
-    plan = plan_of(config, decoder, batch=batch, seqlen=seqlen, has_prompt_masks=any(prompt_masks))
+    key = run_key(config, view, batch=batch, seqlen=seqlen, has_prompt_masks=any(prompt_masks))
     x = F.pad(input_ids, (0, config.gen_length), value=config.mask_id)
-    real = F.pad(real, (0, config.gen_length), value=True)
-    lengths = real.sum(1).tolist()
+    valid = F.pad(valid, (0, config.gen_length), value=True)
+    lengths = valid.sum(1).tolist()
     seed = 0
     if config.noisy or (config.ordered and order is None):
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device if generator else "cpu"))
     with contextlib.ExitStack() as stack:
-        run = stack.enter_context(take_run(model, plan, decoder))
+        run = stack.enter_context(take_run(model, key, view))
         run.start(
             x,
-            real,
+            valid,
             lengths=lengths,
             prompt_masks=prompt_masks,
-            forecasts=run.schedule.forecasts(max(lengths), run.shifted) if plan.has_forecasts else None,
+            forecasts=run.schedule.forecasts(max(lengths), run.shifted) if key.has_forecasts else None,
             first_generated=prompt_length,
             seed=seed,
             order=order,
@@ -224,35 +224,35 @@ def prepare(
     return run
 
 
-def resolved(config, decoder):
+def resolved(config, view):
     """The `GenerateConfig` with what the model says where it has None, and the length of the blocks there are."""
-    family, columns = decoder.family, max(config.gen_length, 1)
+    family, columns = view.family, max(config.gen_length, 1)
     remasking = family.remasking_by_probability if config.by_probability else family.remasking
     return replace(
         config,
         remasking=config.remasking or remasking,
-        mask_id=in_vocabulary("mask_id", decoder.mask_id if config.mask_id is None else config.mask_id, decoder),
+        mask_id=in_vocabulary("mask_id", view.mask_id if config.mask_id is None else config.mask_id, view),
         block_length=min(config.block_length or columns, columns),
     )
 
 
-def plan_of(config, decoder, *, batch, seqlen, has_prompt_masks):
-    """The `Plan` of a batch of sequences, prompts and generated tokens, for a config as it is `resolved`."""
-    config.policy.check(decoder.family.shifted)
-    eos_ids = eos_ids_of(config.eos_token_id, decoder)
-    end_of_text = decoder.eos_ids if config.eos_token_id is None else eos_ids
+def run_key(config, view, *, batch, seqlen, has_prompt_masks):
+    """The `RunKey` of a batch of sequences, prompts and generated tokens, for a config as it is `resolved`."""
+    config.policy.check(view.family.shifted)
+    eos_ids = eos_ids_of(config.eos_token_id, view)
+    end_of_text = view.eos_ids if config.eos_token_id is None else eos_ids
     sampler = Sampler(
         config,
-        divides_logits=decoder.family.divides_logits,
-        excluded_ids=decoder.predictable((config.mask_id, *(end_of_text if config.logits_eos_inf else ()))),
-        unconfident_ids=decoder.predictable(eos_ids) if config.confidence_eos_eot_inf else (),
+        divides_logits=view.family.divides_logits,
+        excluded_ids=view.predictable((config.mask_id, *(end_of_text if config.logits_eos_inf else ()))),
+        unconfident_ids=view.predictable(eos_ids) if config.confidence_eos_eot_inf else (),
     )
     counts_are_known = not (config.by_probability or config.remasking == "origin" or config.eos_early_stop)
-    return Plan(
+    return RunKey(
         batch=batch,
         capacity=capacity_for(seqlen),
         sampler=sampler,
-        pad_id=decoder.pad_token_id,
+        pad_id=view.pad_token_id,
         eos_ids=tuple(eos_ids) if config.eos_early_stop else (),
         has_forecasts=counts_are_known and not has_prompt_masks,
     )

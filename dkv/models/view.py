@@ -11,41 +11,6 @@ from dkv.cache import KVCache
 from dkv.linear import is_plain, linear
 from dkv.memory import setting_up, wait_for
 
-FAMILIES = []  # functions model -> Decoder or None, filled by `dkv.models`
-
-
-def find_decoder(model):
-    """The `Decoder` of a supported model; ValueError naming its class for any other, and what to pass of a wrapper."""
-    check_not_wrapped(model)
-    for find in FAMILIES:
-        decoder = find(model)
-        if decoder is not None:
-            _check_not_offloaded(model, decoder)
-            return decoder
-    name = type(getattr(model, "_orig_mod", model)).__name__
-    raise ValueError(
-        f"{name} is not supported: dkv runs LLaDA (LLaDA-8B, LLaDA-1.5) and Dream (Dream-v0, "
-        "Dream-Coder, DiffuCoder), native or of Hugging Face's remote code, and finetunes of the same module structure."
-    )
-
-
-def check_not_wrapped(model):
-    """Raises ValueError for wrappers other than torch.compile's (DataParallel, PEFT): dkv would skip what they add."""
-    for attribute, inner in (("get_base_model", "model.get_base_model()"), ("module", "model.module")):
-        if hasattr(model, attribute):
-            raise ValueError(f"{type(model).__name__} wraps the model that dkv runs: pass {inner}.")
-
-
-def _check_not_offloaded(model, decoder):
-    outer = (decoder.embed, decoder.final_norm, decoder.head)
-    # accelerate's hook that moves a whole model when it is called
-    moved = hasattr(model.__dict__.get("_hf_hook"), "prev_module_hook")
-    if moved or any(p.is_meta for module in outer if module is not None for p in module.parameters()):
-        raise ValueError(
-            f"{type(model).__name__} is offloaded: dkv needs all weights on the one device that it computes on; load "
-            "the model without offloading and without a device_map."
-        )
-
 
 @dataclass(frozen=True)
 class Layer:
@@ -93,7 +58,7 @@ class Family:
 
 
 @dataclass(frozen=True, eq=False)
-class Decoder:
+class ModelView:
     """A LLaDA or Dream, native or of Hugging Face's remote code, by the roles of its modules.
 
     Attributes:

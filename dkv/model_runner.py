@@ -1,4 +1,4 @@
-"""One forward pass of packed active tokens over the cache: the layers of a `Decoder` in fused operators."""
+"""One forward pass of packed active tokens over the cache: the layers of a `ModelView` in fused operators."""
 
 from collections import Counter
 
@@ -6,18 +6,18 @@ import torch
 from torch import nn
 
 from dkv.guard import Fingerprint
+from dkv.kernels.configs import MAX_PRODUCT_ROWS
 from dkv.kernels.direct import direct
-from dkv.kernels.launch import MOST_PRODUCT_ROWS
 from dkv.layers import Fused, Library, MergedLayer, is_plain_norm, norm_eps
-from dkv.linear import Projection, is_plain
+from dkv.linear import MergedLinear, is_plain
 from dkv.memory import setting_up, storages_of
 
 
-class Forward:
-    """The layers and the final norm of a `Decoder`, ready to run: merged projections, fused norms, RoPE tables.
+class ModelRunner:
+    """The layers and the final norm of a `ModelView`, ready to run: merged projections, fused norms, RoPE tables.
 
     Args:
-        decoder: `dkv.decoder.Decoder`.
+        view: `dkv.models.view.ModelView`.
         length: the number of RoPE positions.
         impl: as in `dkv.kernels`.
         fused_products: whether passes of few rows run on our own products; None: where a GPU has shown that it pays.
@@ -26,21 +26,21 @@ class Forward:
         ValueError: fused_products=True for layers that they cannot run.
     """
 
-    def __init__(self, decoder, length, impl, fused_products=None):
-        self.decoder, self.impl, self.ops = decoder, impl, direct(impl, decoder.weight)
-        angles = decoder.rope_tables(length, decoder.weight.device)
+    def __init__(self, view, length, impl, fused_products=None):
+        self.view, self.impl, self.ops = view, impl, direct(impl, view.weight)
+        angles = view.rope_tables(length, view.weight.device)
         with setting_up():
-            self.layers = _merged_layers(decoder)
+            self.layers = _merged_layers(view)
             # values may change: a pass reads them anew
-            self._fingerprint, self._kinds = Fingerprint(decoder.called, values=False), _kinds(decoder)
-        self.library, self.fused, self.fused_products = Library(decoder, self.ops, angles), None, fused_products
-        if fused_products is not False and Fused.can_run(self.layers, decoder):
-            self.fused = Fused(decoder, self.ops, angles)
+            self._fingerprint, self._kinds = Fingerprint(view.called, values=False), _kinds(view)
+        self.library, self.fused, self.fused_products = Library(view, self.ops, angles), None, fused_products
+        if fused_products is not False and Fused.can_run(self.layers, view):
+            self.fused = Fused(view, self.ops, angles)
         elif fused_products:
             raise ValueError(
                 "fused_products=True needs, in every layer, plain nn.Linear and RMSNorm modules of the embedding's "
                 "dtype, weights that share no memory, biases for queries, keys and values alone, and a headdim of 16, "
-                f"32, 64 or 128 (got {decoder.headdim}); pass fused_products=None for this model."
+                f"32, 64 or 128 (got {view.headdim}); pass fused_products=None for this model."
             )
 
     def __call__(self, active, cache, max_seqlen, wanted=None):
@@ -57,7 +57,7 @@ class Forward:
         """
         way = self.way_for(active.ids.shape[0])
         tokens, last = active, len(self.layers) - 1
-        x, normed = way.first_norm(self.layers[0].attn_norm, self.decoder.embed(active.ids))
+        x, normed = way.first_norm(self.layers[0].attn_norm, self.view.embed(active.ids))
         for index, layer in enumerate(self.layers):
             caches = cache.k[index], cache.v[index]
             if index < last or wanted is None:
@@ -70,13 +70,13 @@ class Forward:
             normed = way.add_norm(layer.o, attended, x, layer.mlp_norm)
             h = way.gate_up(layer, normed)
             normed = way.add_norm(layer.down, h, x, layer.next_norm)
-        return way.last_norm(self.decoder.final_norm, normed, x)
+        return way.last_norm(self.view.final_norm, normed, x)
 
     def way_for(self, rows):
         """The way in which so many rows go through the layers: `Library` or `Fused`."""
-        if self.fused is None or rows > MOST_PRODUCT_ROWS:
+        if self.fused is None or rows > MAX_PRODUCT_ROWS:
             return self.library
-        weight = self.decoder.weight
+        weight = self.view.weight
         pays = self.fused_products or self.fused.pays(self.layers[0], weight.device, weight.dtype, rows)
         return self.fused if pays else self.library
 
@@ -94,14 +94,14 @@ class Forward:
 
     def storages(self):
         """The storages of all weights."""
-        tensors = [p for module in self.decoder.called for p in module.parameters(recurse=False)]
+        tensors = [p for module in self.view.called for p in module.parameters(recurse=False)]
         return [storage for tensor in tensors for storage in storages_of(tensor)]
 
-    def is_current(self, decoder):
-        """Whether `decoder`, read just now, has the modules, parameters and RoPE that this was built from, unmoved."""
+    def is_current(self, view):
+        """Whether `view`, read just now, has the modules, parameters and RoPE that this was built from, unmoved."""
         with setting_up():
-            same = self._fingerprint.covers(decoder.called) and self._fingerprint.holds()
-        return same and (decoder.rope_theta, _kinds(decoder)) == (self.decoder.rope_theta, self._kinds)
+            same = self._fingerprint.covers(view.called) and self._fingerprint.unchanged()
+        return same and (view.rope_theta, _kinds(view)) == (self.view.rope_theta, self._kinds)
 
     @property
     def can_be_recorded(self):
@@ -109,40 +109,40 @@ class Forward:
 
         The PyTorch twins read from the device, and float64 has no kernels.
         """
-        weight = self.decoder.weight
+        weight = self.view.weight
         has_kernels = weight.is_cuda and weight.dtype != torch.float64 and self.impl != "reference"
         return has_kernels and all(plain for plain, _ in self._kinds)
 
 
-def _merged_layers(decoder):
-    shared = _shared(decoder)
-    norms = [layer.attn_norm for layer in decoder.layers] + [decoder.final_norm]
+def _merged_layers(view):
+    shared = _shared(view)
+    norms = [layer.attn_norm for layer in view.layers] + [view.final_norm]
     return [
         MergedLayer(
             attn_norm=layer.attn_norm,
-            qkv=Projection((layer.q, layer.k, layer.v), shared),
+            qkv=MergedLinear((layer.q, layer.k, layer.v), shared),
             o=layer.o,
             mlp_norm=layer.mlp_norm,
-            gate_up=Projection((layer.gate, layer.up), shared),
+            gate_up=MergedLinear((layer.gate, layer.up), shared),
             down=layer.down,
             next_norm=next_norm,
         )
-        for layer, next_norm in zip(decoder.layers, norms[1:], strict=True)
+        for layer, next_norm in zip(view.layers, norms[1:], strict=True)
     ]
 
 
-def _shared(decoder):
+def _shared(view):
     """Ids of the storages that several parameters of the merged layers lie in, or other processes."""
-    modules = [module for layer in decoder.layers for module in (layer.q, layer.k, layer.v, layer.gate, layer.up)]
+    modules = [module for layer in view.layers for module in (layer.q, layer.k, layer.v, layer.gate, layer.up)]
     storages = [s for module in modules for p in module.parameters(recurse=False) for s in storages_of(p)]
     times = Counter(map(id, storages))
     return {id(s) for s in storages if times[id(s)] > 1 or (s.device.type == "cpu" and s.is_shared())}
 
 
-def _kinds(decoder):
+def _kinds(view):
     """(whether it is plain, the eps of a norm) for every module that runs."""
-    dtype = decoder.weight.dtype
+    dtype = view.weight.dtype
     return [
         (is_plain(module, (nn.Linear, nn.Embedding)) or is_plain_norm(module, dtype), norm_eps(module))
-        for module in decoder.called
+        for module in view.called
     ]

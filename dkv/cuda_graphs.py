@@ -9,7 +9,7 @@ import weakref
 import torch
 import torch.nn.functional as F
 
-MOST_GRAPHS = 32
+MAX_GRAPHS = 32
 STREAMS_IN_A_POOL = 32  # of PyTorch's, for each priority
 _RECORDING = threading.Lock()
 _STREAMS = threading.Lock()
@@ -20,7 +20,7 @@ class StepGraphs:
     """Runs functions by key: eagerly at first, which compiles and warms up, then recorded and replayed.
 
     The graphs share one memory pool, since they never run at the same time: what a function returns must be used before
-    the next call. Beyond `MOST_GRAPHS` all are dropped, and recorded again as they come up.
+    the next call. Beyond `MAX_GRAPHS` all are dropped, and recorded again as they come up.
 
     Attributes:
         captured: graphs recorded so far; capture_seconds: the time that took.
@@ -38,7 +38,7 @@ class StepGraphs:
             self._seen.add(key)
             return function()
         if key not in self._graphs:
-            if len(self._graphs) == MOST_GRAPHS:
+            if len(self._graphs) == MAX_GRAPHS:
                 self._graphs.clear()
                 # PyTorch takes a pool back for good once all of its graphs are gone
                 self.pool = torch.cuda.graph_pool_handle()

@@ -24,7 +24,7 @@ def write_active(policy, state, active, sizes, totals=None, *, foresee=False):
     rule = rule_of(policy, state.shifted)
     state.ops.active_positions(
         state.decoded_step,
-        state.real,
+        state.valid,
         state.candidates,
         state.counters,
         active,
@@ -43,9 +43,9 @@ def _chosen(policy, state):
     if not isinstance(active, torch.Tensor) or active.dtype != torch.bool:
         raise TypeError(f"{type(policy).__name__}.active must return a bool tensor, got {active!r}.")
     try:
-        return active.expand_as(state.real).contiguous()
+        return active.expand_as(state.valid).contiguous()
     except RuntimeError:
         raise ValueError(
-            f"{type(policy).__name__}.active must return shape (batch, seqlen) = {tuple(state.real.shape)} or one "
+            f"{type(policy).__name__}.active must return shape (batch, seqlen) = {tuple(state.valid.shape)} or one "
             f"that broadcasts to it, got {tuple(active.shape)}."
         ) from None

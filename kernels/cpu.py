@@ -13,14 +13,14 @@ import torch.nn.functional as F
 # numbers; and the unit of rows of which the first kind is fast: 63 rows take 1.5 times as long as 64.
 # Measured in float32 on 2 cores each of an AMD EPYC (AVX2) and of Intel Xeons (AVX512).
 if torch.backends.cpu.get_cpu_capability() == "AVX2":
-    WEIGHT_FIRST_ROWS, ONEDNN_ROWS, UNIT = range(16, 513), range(1, 16), 8
+    WEIGHT_FIRST_ROWS, ONEDNN_ROWS, ROW_MULTIPLE = range(16, 513), range(1, 16), 8
 else:
-    WEIGHT_FIRST_ROWS, ONEDNN_ROWS, UNIT = range(8, 33), range(0), 1
+    WEIGHT_FIRST_ROWS, ONEDNN_ROWS, ROW_MULTIPLE = range(8, 33), range(0), 1
 
 
-def fast_rows(count):
+def padded_rows(count):
     """The number of rows, at least `count`, that products on a CPU should have: padding costs less than it saves."""
-    return -(-count // UNIT) * UNIT if count in WEIGHT_FIRST_ROWS else count
+    return -(-count // ROW_MULTIPLE) * ROW_MULTIPLE if count in WEIGHT_FIRST_ROWS else count
 
 
 def linear(x, weight, bias=None):
@@ -42,7 +42,7 @@ def linear(x, weight, bias=None):
     return F.linear(x, weight, bias)
 
 
-def like_products(x):
+def feature_major(x):
     """x (rows, features) in the layout that products of so many rows have, so that sums with them take no copies."""
     return x.t().contiguous().t() if _is_weight_first(x) else x
 
