@@ -43,7 +43,7 @@ from peer import PEERS  # noqa: E402
 STAGES = ("first", "second", "third", "sweep")
 KERNEL_TESTS = ("attention", "lm_head", "rope_cache", "norm_activation", "products", "commit", "packing", "bookkeeping")
 SANITIZED_TESTS = (*KERNEL_TESTS, "bounds")
-ENGINE_TESTS = ("graphs", "run", "fused", "patch", "generate", "first_engine", "operators")
+ENGINE_TESTS = ("graphs", "run", "fused", "patch", "generate", "minimal", "operators")
 # the one test of a file for the CPU that needs a GPU
 LOADING_TEST = "tests/test_models.py::test_loading_to_a_gpu_holds_the_weights_once"
 PRODUCT_ROWS = "16,32,64,128,256,512"

@@ -1,9 +1,10 @@
-"""A decoder layer of a diffusion model of your own, in five calls over a delayed cache.
+"""A decoder layer of your own over a delayed cache, in five calls.
 
     python examples/custom_layer.py
 
-A few active tokens of two rows go through a stack of layers whose caches hold all tokens of both; what comes out is
-compared with the same layers in plain PyTorch over all tokens. On a GPU the kernels run, elsewhere their PyTorch twins.
+The caches of a stack of layers hold all tokens of two rows. A few active tokens go through the stack, and the result is
+compared with the same layers in plain PyTorch over all tokens. On a GPU this runs the Triton kernels, on a CPU their
+PyTorch twins.
 """
 
 import torch
@@ -24,7 +25,7 @@ EPS = 1e-5
 
 
 class Layer(nn.Module):
-    """LLaMA's: grouped heads, RoPE, SwiGLU, an RMSNorm before attention and before the feed-forward part."""
+    """A LLaMA layer: grouped heads, RoPE, SwiGLU, an RMSNorm before the attention and one before the MLP."""
 
     def __init__(self, dim: int, nheads: int, nheads_k: int, mlp: int):
         super().__init__()
@@ -36,19 +37,27 @@ class Layer(nn.Module):
         self.down = nn.Linear(mlp, dim, bias=False)
 
     def cached(self, x: Tensor, normed: DeferredNorm, next_norm: Tensor, tokens: dict, caches: tuple) -> DeferredNorm:
-        """x (total, dim): the residual stream of the active tokens, updated in place; `normed` is its attn_norm.
+        """The layer for the active tokens alone; all other keys and values come from the caches.
 
-        Returns next_norm of it, for the next layer.
+        Args:
+            x: (total, dim), the residual stream, updated in place.
+            normed: attn_norm of x.
+            next_norm: (dim,), the weight of the norm that follows the layer.
+            tokens: RoPE tables, positions, slots and cu_seqlens_q of the active tokens.
+            caches: k_cache and v_cache, updated in place.
+
+        Returns:
+            The next norm of x, for the next layer.
         """
-        places = tokens["cos"], tokens["sin"], tokens["positions"], tokens["slots"]
-        q = linear_rope_cache_update(normed, EPS, self.qkv.weight, self.qkv.bias, *places, *caches)
+        rope = tokens["cos"], tokens["sin"], tokens["positions"]
+        q = linear_rope_cache_update(normed, EPS, self.qkv.weight, self.qkv.bias, *rope, tokens["slots"], *caches)
         attended = delayed_attention(q, *caches, tokens["cu_seqlens_q"])
         normed = linear_add_norm(attended.flatten(1), self.out.weight, x, self.mlp_norm)
         h = linear_swiglu(normed, EPS, self.gate_up.weight)
         return linear_add_norm(h, self.down.weight, x, next_norm)
 
     def plain(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """The same for all tokens, x (batch, seqlen, dim), without a cache."""
+        """The layer for all tokens, x (batch, seqlen, dim), without a cache."""
 
         def rotated(heads):
             first, second = heads.chunk(2, dim=-1)
@@ -64,7 +73,7 @@ class Layer(nn.Module):
 
 @torch.no_grad()
 def main() -> float:
-    """The largest difference of an active token's output."""
+    """Returns the largest difference between the cached and the plain output of the active tokens."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch, seqlen, dim, nheads, nheads_k = 2, 48, 256, 4, 2
@@ -76,7 +85,7 @@ def main() -> float:
     caches = [tuple(torch.zeros(batch, seqlen, nheads_k, headdim, device=device) for _ in "kv") for _ in layers]
 
     def step(x, columns):
-        """Recomputes some columns of each row, (batch, active), whose embeddings are x (batch, active, dim)."""
+        """Recomputes columns (batch, active) of each row from their embeddings x (batch, active, dim)."""
         active = columns.shape[1]
         tokens = {"cos": cos, "sin": sin, "positions": columns.flatten()}
         tokens["slots"] = (torch.arange(batch, device=device)[:, None] * seqlen + columns).flatten()
@@ -90,8 +99,8 @@ def main() -> float:
 
     x = torch.randn(batch, seqlen, dim, device=device)
     everything = torch.arange(seqlen, device=device).expand(batch, seqlen)
-    # a full step fills the caches, a cached one recomputes five columns of each row
-    step(x, everything)
+    step(x, everything)  # a full step fills the caches
+    # a cached step recomputes five columns of each row
     columns = torch.stack([torch.randperm(seqlen, device=device)[:5] for _ in range(batch)])
     got = step(x.gather(1, columns[..., None].expand(-1, -1, dim)), columns)
 
@@ -102,4 +111,4 @@ def main() -> float:
 
 
 if __name__ == "__main__":
-    print(f"largest difference to plain PyTorch: {main():.1e}")
+    print(f"largest difference from plain PyTorch: {main():.1e}")

@@ -1,54 +1,281 @@
-"""The README's examples run as printed, on a tiny checkpoint that lies where they look for the real one."""
+"""The README is true: its snippets run, its figures are the committed ones, its paths and links lead somewhere."""
 
+import itertools
+import json
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
+import pytest
 import tiny
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from utils import ROOT
 
+import dkv
 from dkv.models import from_config
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+BENCHMARKS = (ROOT / "benchmarks" / "README.md").read_text()
+RESULTS = ROOT / "benchmarks" / "results" / "cpu-intel-xeon"
+LLADA, DREAM = "GSAI-ML/LLaDA-8B-Instruct", "Dream-org/Dream-v0-Instruct-7B"
+TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+)
+# Dream's tokenizer is remote code, so this one is too
+DREAM_TOKENIZER = '''
+from transformers import PreTrainedTokenizer
 
 
-def tiny_checkpoint(folder):
-    """A LLaDA of 256 tokens with a tokenizer of letters, in the official layout."""
+class DreamTokenizer(PreTrainedTokenizer):
+    """One token a character."""
+
+    model_input_names = ["input_ids", "attention_mask"]
+    vocab_size = 256
+
+    def get_vocab(self):
+        return {chr(i): i for i in range(254)} | {"<end>": 254, "<mask>": 255}
+
+    def _tokenize(self, text):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return self.get_vocab().get(token, 0)
+
+    def _convert_id_to_token(self, index):
+        return chr(index)
+
+    def save_vocabulary(self, *args, **kwargs):
+        return ()
+'''
+
+
+def llada_folder(folder):
+    """A LLaDA of 256 tokens with a fast tokenizer of letters, in the official layout."""
     from transformers import PreTrainedTokenizerFast
 
-    folder.mkdir(parents=True)
     from_config(tiny.llada_config(), device="cpu").save_pretrained(folder)
     vocabulary = {chr(i): i for i in range(250)} | {"<unk>": 250, "<end>": tiny.EOS_ID, "<mask>": tiny.MASK_ID}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
     special = {"unk_token": "<unk>", "pad_token": "<end>", "eos_token": "<end>", "mask_token": "<mask>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
 
 
-def test_examples_run_as_printed(tmp_path):
-    tiny_checkpoint(tmp_path / "GSAI-ML" / "LLaDA-8B-Instruct")
-    first, *blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert first == "dkv.replace_attention(model)\n" and len(blocks) == 5
-    (tmp_path / "readme.py").write_text("\n".join(blocks))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+def dream_folder(folder):
+    """A Dream of 256 tokens with a tokenizer of letters in remote code, in the official layout."""
+    from_config(tiny.dream_config(), device="cpu").save_pretrained(folder)
+    special = {"pad_token": "<end>", "eos_token": "<end>", "mask_token": "<mask>"}
+    config = {
+        "tokenizer_class": "DreamTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | special | {"chat_template": TEMPLATE}))
+    (folder / "tokenization_dream.py").write_text(DREAM_TOKENIZER)
+
+
+def test_snippets_run_as_printed(tmp_path):
+    """For a LLaDA and for a Dream, on tiny checkpoints that lie where the README looks for the real ones."""
+    for repository, make in ((LLADA, llada_folder), (DREAM, dream_folder)):
+        (tmp_path / repository).mkdir(parents=True)
+        make(tmp_path / repository)
+    quick_start, *others = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert f'repo = "{LLADA}"' in quick_start and DREAM in quick_start and len(others) == 2
+    llada = "\n".join((quick_start, *others))
+    (tmp_path / "readme.py").write_text(llada + llada.replace(f'repo = "{LLADA}"', f'repo = "{DREAM}"'))
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    environment |= {"HF_HOME": str(tmp_path / "hub")}
     environment.pop("TRITON_INTERPRET", None)
     run = subprocess.run(
         [sys.executable, "readme.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 0, run.stderr
-    assert "GenerateStats(steps=128" in run.stdout and "torch.Size([3, 64])" in run.stdout
+    assert "UserWarning" not in run.stderr
+    assert run.stdout.count("GenerateStats(steps=128") == 2 and run.stdout.count(", 4, 32])") == 2
+    assert "<end>" not in run.stdout
 
 
-def test_links_lead_somewhere():
-    """To files that exist, and to headings of the page."""
-    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", README) if not link.startswith(("http://", "https://"))]
-    headings = {
-        re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.+)", README, re.M)
-    }
-    assert links
-    for link in links:
-        path, _, heading = link.partition("#")
-        assert (ROOT / path).exists() and (path or heading in headings), link
+def test_links_are_absolute():
+    """They work on a package index, too."""
+    links = re.findall(r"\]\(([^)\s]+)\)", README)
+    assert links and all(link.startswith("https://") for link in links)
+
+
+def paths(text):
+    """What looks like a path of the repository in code, and the paths of the trees."""
+    code = [
+        path for path in re.findall(r"`([\w./*-]+)`", text) if re.match(r"(\w+|\.\w+)/|[\w-]+\.(md|cff|toml)$", path)
+    ]
+    yield from (path for path in code if path not in (LLADA, DREAM))
+    folder = ""
+    for line in text.splitlines():
+        if match := re.match(r"    (  )?([\w.-]+/|[\w.-]+\.\w+)   *\S", line):
+            folder = folder if match[1] else match[2]
+            yield folder + match[2] if match[1] else folder
+
+
+@pytest.mark.parametrize("document", ["README.md"])
+def test_paths_exist(document):
+    """Named from the top of the repository, or from where the document is; NAME stands for any."""
+    document = ROOT / document
+    found = [path.replace("NAME", "*") for path in paths(document.read_text())]
+    assert found and not [path for path in found if not any(list(top.glob(path)) for top in (ROOT, document.parent))]
+
+
+def test_policy_of_contributing_runs():
+    (ids, _), model = tiny.prompts(9), tiny.tiny_model("llada")
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    names = {"dkv": dkv, "model": model, "prompt": ids}
+    exec(block, names)
+    assert names["output"].stats.steps == 32 and 0 < names["output"].stats.cache_ratio < 0.5
+
+
+def test_relative_links_of_the_benchmarks_lead_somewhere():
+    folder = ROOT / "benchmarks"
+    links = re.findall(r"\]\(([^)\s]+)\)", (folder / "README.md").read_text())
+    relative = [link for link in links if not link.startswith("https://")]
+    assert relative and all((folder / link).exists() for link in relative)
+
+
+def results(name):
+    """The rows of a committed record."""
+    return json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+
+
+def generations():
+    """(model, batch, label) -> system -> row of the committed runs, in the order of the tables."""
+    found = {}
+    for row in sorted(results("generate_speed_batch_1") + results("generate_speed_batch_4"), key=lambda r: r["batch"]):
+        found.setdefault((row["model"].removesuffix("-small"), row["batch"], row["label"]), {})[row["system"]] = row
+    return dict(sorted(found.items(), key=lambda item: item[0][0] == "Dream"))
+
+
+LABELS = {
+    "NoCache": "`NoCache()`",
+    "Decode": "`Decode(8)`",
+    "Decode block": "`Decode(8, scope='block')`",
+    "DualCache": "`DualCache()`",
+}
+
+
+def cell(systems, name):
+    return f"{systems[name]['seconds']:.1f} s" if name in systems else ""
+
+
+def generation_rows():
+    """The lines of the README's table of whole generations."""
+    runs = generations()
+    for (model, batch, label), systems in runs.items():
+        if label == "Decode" or (model, label) == ("LLaDA", "DualCache"):
+            cells = model, str(batch), LABELS[label], cell(runs[model, batch, "NoCache"], "official")
+            cells += cell(systems, "dkv-cache"), cell(systems, "dkv"), f"{systems['dkv']['speedup']:.2f}x"
+            yield f"| {' | '.join(cells)} |"
+
+
+def all_generation_rows():
+    """The lines of the table in benchmarks/README.md."""
+    for (model, batch, label), systems in generations().items():
+        cells = model, str(batch), LABELS[label], *(cell(systems, name) for name in ("official", "dkv-cache", "dkv"))
+        cells += tuple(f"{systems['dkv'][key]:.2f}x" for key in ("speedup", "cap"))
+        yield f"| {' | '.join(cells)} |"
+
+
+def attention_rows():
+    """The lines of the table of one layer's attention in benchmarks/README.md."""
+    points = {}
+    for row in results("attn_speed"):
+        point = row["model"], row["batch"], row["ragged"], row["seqlen"], row["active"]
+        points.setdefault(point, {})[row["family"]] = row["ms"]
+    shapes = [(1, False, 1024), (1, False, 2048), (8, False, 512), (8, True, 512)]
+    for model, (batch, ragged, seqlen) in itertools.product(("LLaDA-8B", "Dream-7B"), shapes):
+        ms = points[model, batch, ragged, seqlen, 32]
+        ratios = (ms[name] / ms["ours"] for name in ("full recompute", "authors' way", "cheap fix"))
+        cells = model, f"{batch}{', ragged' * ragged}", str(seqlen), "32", f"{ms['ours']:.2f} ms"
+        cells += tuple(f"{ratio:.{digits}f}x" for ratio, digits in zip(ratios, (1, 1, 2), strict=True))
+        yield f"| {' | '.join(cells)} |"
+
+
+def chart():
+    """The bars of one layer's attention, equal lengths and ragged."""
+    point = {"model": "LLaDA-8B", "batch": 8, "seqlen": 512, "active": 32}
+    rows = [row for row in results("attn_speed") if all(row[key] == value for key, value in point.items())]
+    labels = {"full recompute": "no cache", "authors' way": "authors' way", "cheap fix": "static cache", "ours": "dkv"}
+    longest = max(row["ms"] for row in rows)
+    for ragged, title in ((False, "rows of equal length"), (True, "ragged rows")):
+        yield f"    {title}"
+        times = {row["provider"]: row["ms"] for row in rows if row["ragged"] == ragged}
+        for provider, label in labels.items():
+            eighths = round(8 * 50 * times[provider] / longest)
+            bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+            yield f"      {label:<14}{bar} {times[provider]:.1f} ms"
+
+
+@pytest.mark.parametrize(
+    "document, make",
+    [
+        (README, generation_rows),
+        (README, chart),
+        (BENCHMARKS, attention_rows),
+        (BENCHMARKS, all_generation_rows),
+    ],
+)
+def test_figures_are_the_committed_ones(document, make):
+    lines = "\n".join(make())
+    assert lines in document, f"it must have these lines:\n{lines}"
+
+
+def test_quality_figures_are_the_committed_ones():
+    """Each row of the table, found in the record by its policy and its way of decoding."""
+    rows = results("quality")
+
+    def printed(family, policy, decoding):
+        settings = {name: value for name, value in vars(policy).items() if name in rows[0]}
+        if hasattr(policy, "refresh_interval"):
+            settings["refresh_interval"] = policy.refresh_interval or "never"
+        if (family, type(policy), settings.get("scope")) == ("dream", dkv.Decode, "all"):
+            settings["shift"] = policy.shift or "un_right"
+        decoding = "confidence" if (family, decoding) == ("llada", "blocks") else decoding or "confidence"
+        wanted = settings | {"model": family, "policy": type(policy).__name__, "decoding": decoding}
+        row = next(row for row in rows if all(row[key] == value for key, value in wanted.items()))
+        difference = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(100 * v for v in (row["difference"], *row["ci95"])))
+        cached = f"{100 * row['cache_ratio']:.0f} %"
+        return cached, f"{100 * row['exact_match']:.1f} %", "" if row["policy"] == "NoCache" else difference
+
+    table = re.findall(
+        r"^\| `(\w+\([^`]*\))`[,:]? ?([^|]*) \| (\d+ %) \|(.*) \|(.*) \|(.*) \|(.*) \|$", BENCHMARKS, re.M
+    )
+    assert len(table) == 15
+    for policy, how, cached, *cells in table:
+        policy, cells = eval(f"dkv.{policy}"), [text.strip() for text in cells]
+        decoding = how if how in ("blocks", "left to right") else ""
+        dream = printed("dream", policy, decoding)
+        llada = printed("llada", policy, decoding) if cells[0] else (dream[0], "", "")
+        assert (cached, *cells) == (llada[0], *llada[1:], *dream[1:]), policy
+
+
+def test_sentences_with_figures_are_true():
+    speedups = [s["dkv"]["speedup"] for (*_, label), s in generations().items() if label != "NoCache"]
+    assert f"{min(speedups):.1f}x to {max(speedups):.1f}x as fast as the families' own loops" in " ".join(
+        README.split()
+    )
+    summary = json.loads((RESULTS / "attn_speed.json").read_text())["summary"]["all points"]["cheap fix"]
+    assert f"The worst of {summary['points']} points is {summary['least']:.2f}x" in README
+
+
+def test_cache_ratios_are_what_generate_reports():
+    """The columns of few steps."""
+    model, (ids, _) = tiny.tiny_model("llada"), tiny.prompts(256)
+    for policy in ("Decode(8)", "Decode(8, warmup_steps=1)", "DualCache()"):
+        (*_, at_32, at_16) = re.search(rf"^\| `{re.escape(policy)}` \|(( 0\.\d\d \|)+)$", README, re.M)[1].split("|")[
+            :-1
+        ]
+        for steps, printed in ((32, at_32), (16, at_16)):
+            settings = {"gen_length": 256, "block_length": 32, "steps": steps}
+            output = dkv.generate(model, ids, policy=eval(f"dkv.{policy}"), **settings)
+            assert f"{output.stats.cache_ratio:.2f}" == printed.strip()
+    model, (ids, _) = tiny.tiny_model("dream"), tiny.prompts(256)
+    ratio = dkv.generate(model, ids, gen_length=256, steps=32, policy=dkv.Decode(8)).stats.cache_ratio
+    assert 0.59 <= round(ratio, 2) <= 0.60 and "0.59 to 0.60 with `Decode(8)`" in README

@@ -1,6 +1,7 @@
 """Shared by the tests: inputs, the error budget that decides whether a result is right, and samples of large grids."""
 
 import collections
+import importlib.util
 import itertools
 import os
 import subprocess
@@ -17,6 +18,14 @@ DTYPES = [
     pytest.param(torch.float16, id="fp16"),
     pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.gpu),
 ]
+
+
+def example(name):
+    """The module of examples/NAME.py."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def thinned(cases, features):
