@@ -1,19 +1,32 @@
-"""The position-indexed K/V cache of one batch: slot j of row b holds K (rotated) and V of column j of row b."""
+"""`KVCache`: K and V of a batch by position; slot j of row b holds column j of row b, with K rotated."""
 
 import torch
+from torch import Tensor
 
 
 class KVCache:
     """K and V of every layer, allocated once and written in place.
 
     Attributes:
-        k, v: for each layer (batch, seqlen, nheads_k, headdim), in a layout with one contiguous stream per head.
-        leftpad: (batch,) int32, the first valid column of each row, or None: the first.
-        key_mask: (batch, seqlen) bool, the valid columns where they are not contiguous, or None.
-        nbytes: int, bytes of all layers.
+        k, v: for each layer (batch, seqlen, nheads_k, headdim); in memory, each head is contiguous.
+        leftpad: (batch,) int32, the first valid column of each row. None: the first column.
+        key_mask: (batch, seqlen) bool, the valid columns if they are not contiguous, or None.
+        nbytes: bytes of all layers.
     """
 
-    def __init__(self, layers, batch, seqlen, nheads_k, headdim, *, leftpad, key_mask, dtype, device):
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        seqlen: int,
+        nheads_k: int,
+        headdim: int,
+        *,
+        leftpad: Tensor | None,
+        key_mask: Tensor | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
         storage = torch.empty((layers, 2, batch, nheads_k, seqlen, headdim), dtype=dtype, device=device)
         self.k = [layer[0].transpose(1, 2) for layer in storage]
         self.v = [layer[1].transpose(1, 2) for layer in storage]

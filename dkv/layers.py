@@ -1,25 +1,27 @@
-"""What a decoder layer does besides attention, in one of two ways with the same methods.
+"""A decoder layer without its attention, in two ways with the same methods: `Library` and `Fused`.
 
-`Library`: products by the library at hand, with launches of our own around them. `Fused`: products of few rows by our
-own kernels, which do what is around them too. What `first_norm` and `add_norm` return as a norm, normed rows or a
-`dkv.kernels.DeferredNorm`, is for the other methods of the same way alone.
+`Library` calls PyTorch's matrix products, with kernels of our own around them. `Fused` has kernels for products of few
+rows that do the work around them too. The norms that `first_norm` and `add_norm` return, normed rows or a
+`dkv.kernels.DeferredNorm`, are only for the other methods of the same way.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dkv.kernels import checks, configs
 from dkv.kernels.cpu import feature_major
+from dkv.kernels.reference import DeferredNorm, Packed
 from dkv.linear import MergedLinear, is_plain, linear
+from dkv.models.view import ModelView
 
-# norms of this kind: weight * rounded(x / rms(x)); the attribute that holds their eps
+# class of a norm that computes weight * rounded(x / rms(x)) -> the attribute that holds its eps
 NORM_EPS = {"RMSNorm": "eps", "RMSLayerNorm": "eps", "DreamRMSNorm": "variance_epsilon"}
 
 
 class MergedLayer(NamedTuple):
-    """The modules of a decoder layer in the order in which they run, those of one input as one.
+    """The modules of a decoder layer in the order in which they run; linear layers with the same input are merged.
 
     Attributes:
         next_norm: the next layer's attn_norm, or the model's final norm.
@@ -35,44 +37,58 @@ class MergedLayer(NamedTuple):
 
 
 class Library:
-    """Products by the library at hand, for any modules and any number of rows."""
+    """PyTorch's matrix products, for any modules and any number of rows.
 
-    def __init__(self, view, ops, angles):
+    Args:
+        ops: the operators of `dkv.kernels.direct.direct`.
+        angles: cos and sin of `ModelView.rope_tables`.
+    """
+
+    def __init__(self, view: ModelView, ops: Any, angles: tuple[Tensor, Tensor]):
         self.view, self.ops, self.angles = view, ops, angles
 
-    def first_norm(self, norm, x):
-        """(x, which the residual stream becomes, and its norm)."""
+    def first_norm(self, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream, made from x (rows, hidden_size), and its norm."""
         x = feature_major(x)
         return x, self._norm(norm, None, x)
 
-    def qkv(self, layer, normed, tokens, caches):
-        """Rotated queries (rows, nheads, headdim); keys and values go into the caches."""
+    def qkv(self, layer: MergedLayer, normed: Tensor, tokens: Packed, caches: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotated queries (rows, nheads, headdim); writes keys and values into the caches."""
         nheads, nheads_k = self.view.nheads, self.view.nheads_k
         q, k, v = self._heads(layer.qkv(normed), nheads, nheads_k, nheads_k)
         return self._rope(q, k, v, tokens, *caches)
 
-    def last_qkv(self, layer, normed, x, tokens, wanted, caches):
-        """The queries of `wanted` alone, and their rows of x; keys and values of all go into the caches."""
+    def last_qkv(
+        self,
+        layer: MergedLayer,
+        normed: Tensor,
+        x: Tensor,
+        tokens: Packed,
+        wanted: Packed,
+        caches: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """The queries of `wanted` alone, and their rows of x; writes keys and values of all tokens into the caches."""
+        # the operator takes any number of heads, even none: without queries here, without keys and values below
         k, v = self._heads(layer.qkv(normed, first=1), self.view.nheads_k, self.view.nheads_k)
         self._rope(k[:, :0], k, v, tokens, *caches)
         (q,) = self._heads(layer.qkv(normed[wanted.logits_indices], last=1), self.view.nheads)
         q = self._rope(q, q[:, :0], q[:, :0], wanted, *(cache[:, :, :0] for cache in caches))
         return q, feature_major(x[wanted.logits_indices])
 
-    def add_norm(self, module, h, x, norm):
-        """The norm of x + module(h), which x becomes."""
+    def add_norm(self, module: nn.Module, h: Tensor, x: Tensor, norm: nn.Module) -> Tensor:
+        """Adds module(h) to x in place; returns the norm of the sum."""
         return self._norm(norm, linear(module, h), x)
 
-    def gate_up(self, layer, normed):
-        """The gated activation."""
+    def gate_up(self, layer: MergedLayer, normed: Tensor) -> Tensor:
+        """The gated activation (rows, mlp_size)."""
         return self.ops.swiglu(layer.gate_up(normed))
 
-    def last_norm(self, norm, normed, x):
-        """The norm of x, of which `normed` is what `add_norm` returned."""
+    def last_norm(self, norm: nn.Module, normed: Tensor, x: Tensor) -> Tensor:
+        """The norm of x (rows, hidden_size); `normed` is the last result of `add_norm`."""
         return normed.contiguous()
 
     def _heads(self, projected, *heads):
-        """(rows, heads, headdim) each, of a projection's outputs beside each other."""
+        """Splits the outputs of a merged projection: (rows, heads, headdim) for each number of heads."""
         projected = projected.contiguous().unflatten(-1, (-1, self.view.headdim))
         return projected.split(heads, dim=1)
 
@@ -80,24 +96,27 @@ class Library:
         return self.ops.rope_cache_update(q, k, v, *self.angles, tokens.positions, tokens.slots, k_cache, v_cache)
 
     def _norm(self, norm, h, x):
-        """The norm of x + h, which x becomes; h may be None."""
+        """Adds h, if it is not None, to x in place; returns the norm of the sum."""
         if is_plain_norm(norm, x.dtype):
             added, residual = (x, None) if h is None else (h, x)
             return self.ops.add_rms_norm(added, residual, norm.weight, norm_eps(norm))
-        # norms in float32 of a model in half precision return float32, which its products take under autocast only
+        # a float32 norm of a model in half precision returns float32, which its products accept under autocast only
         return norm(x if h is None else x.add_(h)).to(x.dtype)
 
 
 class Fused:
-    """Products of up to `dkv.kernels.configs.MAX_PRODUCT_ROWS` rows by our kernels, for layers as `can_run` says."""
+    """Our own matrix products, for up to `dkv.kernels.configs.MAX_PRODUCT_ROWS` rows and the layers of `can_run`.
 
-    def __init__(self, view, ops, angles):
+    Its arguments are those of `Library`.
+    """
+
+    def __init__(self, view: ModelView, ops: Any, angles: tuple[Tensor, Tensor]):
         self.ops, self.angles = ops, angles
         self.semaphores = torch.zeros(configs.SEMAPHORES, dtype=torch.int32, device=view.weight.device)
 
     @staticmethod
-    def can_run(layers, view):
-        """Whether nothing but plain layers of one dtype is there, biases with queries, keys and values alone."""
+    def can_run(layers: list[MergedLayer], view: ModelView) -> bool:
+        """Whether all modules are plain and of one dtype, and only queries, keys and values have biases."""
         dtype = view.weight.dtype
         projections = [projection for layer in layers for projection in (layer.qkv, layer.gate_up)]
         modules = [module for layer in layers for module in (layer.o, layer.down)]
@@ -112,19 +131,19 @@ class Fused:
         )
 
     @staticmethod
-    def pays(layer, device, dtype, rows):
-        """Whether a GPU has shown that it is the faster way for layers like this one and so many rows."""
+    def pays(layer: MergedLayer, device: torch.device, dtype: torch.dtype, rows: int) -> bool:
+        """Whether this way has been measured to be faster on such a GPU, for layers of these shapes and `rows` rows."""
         kinds = {"qkv": layer.qkv, "gate_up": layer.gate_up}
         products = [(kind, tuple(projection.weight.shape)) for kind, projection in kinds.items()]
         products += [("residual", tuple(module.weight.shape)) for module in (layer.o, layer.down)]
         return configs.fused_products_pay(device, dtype, rows, products)
 
-    def first_norm(self, norm, x):
-        """(x, which the residual stream becomes, and its norm)."""
+    def first_norm(self, norm: nn.Module, x: Tensor) -> tuple[Tensor, DeferredNorm]:
+        """The residual stream, made from x (rows, hidden_size), and its norm."""
         return x, self.ops.deferred_norm(x, norm.weight)
 
-    def qkv(self, layer, normed, tokens, caches):
-        """Rotated queries (rows, nheads, headdim); keys and values go into the caches."""
+    def qkv(self, layer: MergedLayer, normed: DeferredNorm, tokens: Packed, caches: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotated queries (rows, nheads, headdim); writes keys and values into the caches."""
         return self.ops.linear_rope_cache_update(
             normed,
             norm_eps(layer.attn_norm),
@@ -137,31 +156,41 @@ class Fused:
             semaphores=self.semaphores,
         )
 
-    def last_qkv(self, layer, normed, x, tokens, wanted, caches):
-        """The queries of `wanted` alone, and their rows of x; keys and values of all go into the caches."""
-        # for few rows, those of all cost no more: the weight is read once
+    def last_qkv(
+        self,
+        layer: MergedLayer,
+        normed: DeferredNorm,
+        x: Tensor,
+        tokens: Packed,
+        wanted: Packed,
+        caches: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """The queries of `wanted` alone, and their rows of x; writes keys and values of all tokens into the caches."""
+        # the queries of all tokens cost no more, because few rows read the weight once
         return self.qkv(layer, normed, tokens, caches)[wanted.logits_indices], x[wanted.logits_indices]
 
-    def add_norm(self, module, h, x, norm):
-        """The norm of x + module(h), which x becomes."""
+    def add_norm(self, module: nn.Module, h: Tensor, x: Tensor, norm: nn.Module) -> DeferredNorm:
+        """Adds module(h) to x in place; returns the norm of the sum."""
         return self.ops.linear_add_norm(h, module.weight, x, norm.weight, semaphores=self.semaphores)
 
-    def gate_up(self, layer, normed):
-        """The gated activation."""
+    def gate_up(self, layer: MergedLayer, normed: DeferredNorm) -> Tensor:
+        """The gated activation (rows, mlp_size)."""
         return self.ops.linear_swiglu(
             normed, norm_eps(layer.mlp_norm), layer.gate_up.weight, semaphores=self.semaphores
         )
 
-    def last_norm(self, norm, normed, x):
-        """The norm of x, of which `normed` is what `add_norm` returned."""
+    def last_norm(self, norm: nn.Module, normed: DeferredNorm, x: Tensor) -> Tensor:
+        """The norm of x (rows, hidden_size); `normed` is the last result of `add_norm`."""
         return self.ops.add_rms_norm(x, None, norm.weight, norm_eps(norm))
 
 
-def norm_eps(norm):
+def norm_eps(norm: nn.Module) -> float | None:
+    """The eps of an RMSNorm of a class in `NORM_EPS`; None for any other module."""
     return getattr(norm, NORM_EPS.get(type(norm).__name__, ""), None)
 
 
-def is_plain_norm(norm, dtype):
+def is_plain_norm(norm: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether it is such an RMSNorm in this dtype, and plain as in `dkv.linear.is_plain`."""
     return (
         isinstance(norm_eps(norm), float)
         and not isinstance(norm, nn.RMSNorm)

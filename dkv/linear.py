@@ -1,25 +1,25 @@
-"""Linear layers of a step: those of one input as one product of merged weights."""
+"""Linear layers, and `MergedLinear`: those with the same input as one matrix product."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dkv.kernels import cpu
 from dkv.memory import merge
 
 
-def linear(module, x):
-    """module(x) for x (rows, in_features), whatever kind of module it is."""
+def linear(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x) for x (rows, in_features) and any kind of linear module."""
     if not is_plain(module):
         return module(x)
-    # a bias may be of another dtype, as autocast takes it
+    # under autocast, a bias may have another dtype
     return cpu.linear(x, module.weight, None if module.bias is None else module.bias.to(module.weight.dtype))
 
 
-def is_plain(module, kinds=(nn.Linear,)):
-    """Whether calling it is nothing but what its kind does: no subclass, no hook, no replaced forward or weight.
+def is_plain(module: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> bool:
+    """Whether it does exactly what its kind does: it is no subclass and has no hook, replaced forward or odd weight.
 
-    And whether kernels can read its weight, whose features must lie together.
+    A weight must also be contiguous, as the kernels read it.
     """
     return (
         type(module) in kinds
@@ -33,16 +33,16 @@ def is_plain(module, kinds=(nn.Linear,)):
 
 
 class MergedLinear:
-    """Linear layers of one input as one product, where all are plain; else each is called as it is.
+    """Linear layers with the same input as one product if all are plain; otherwise each is called by itself.
 
-    Their weights are merged, as `dkv.memory.merge` says, and kept alive by the modules alone.
+    `dkv.memory.merge` merges their weights, and only the modules keep them alive.
 
     Args:
-        modules: of one input.
-        shared: ids of storages that must stay where they are, since something else lies there too.
+        modules: the layers.
+        shared: ids of storages that must stay where they are, because other tensors use them too.
     """
 
-    def __init__(self, modules, shared=frozenset()):
+    def __init__(self, modules: tuple[nn.Module, ...], shared: set[int] | frozenset[int] = frozenset()):
         self.modules = modules
         self.ends = [0]
         for module in modules:
@@ -57,8 +57,8 @@ class MergedLinear:
                 self._weight = merge(weights)
                 self._bias = merge(biases) if biases else None
 
-    def __call__(self, x, first=0, last=None):
-        """(rows, sum of out_features): the outputs of modules[first:last] beside each other, x (rows, in_features)."""
+    def __call__(self, x: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+        """The outputs of modules[first:last] for x (rows, in_features), concatenated: (rows, sum of out_features)."""
         if self._weight is None:
             parts = [linear(module, x) for module in self.modules[first:last]]
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -66,13 +66,13 @@ class MergedLinear:
         return cpu.linear(x, self.weight[part], None if self._bias is None else self.bias[part])
 
     @property
-    def weight(self):
-        """(sum of out_features, in_features): the merged weights, or None."""
+    def weight(self) -> Tensor | None:
+        """The merged weights (sum of out_features, in_features), or None."""
         return _alive(self._weight)
 
     @property
-    def bias(self):
-        """(sum of out_features,): the merged biases, or None."""
+    def bias(self) -> Tensor | None:
+        """The merged biases (sum of out_features,), or None."""
         return _alive(self._bias)
 
 

@@ -1,9 +1,9 @@
-"""What dkv keeps for a model between calls, and nothing after it: merged weights, RoPE tables, the memory of runs."""
+"""`Memory`: merged weights, RoPE tables and runs that dkv keeps for a model between calls, and frees with the model."""
 
 import contextlib
 import threading
 import weakref
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,11 @@ _SETUP = threading.RLock()  # one for all models: they may share modules
 
 
 class Memory:
-    """What the next call on a model can use; whoever takes it has it alone until it is given back.
+    """The things of a model that its next call can use again.
 
     Attributes:
-        run: the `dkv.run.Run` that was given back last, or None; session: the `dkv.patch.Session` of a patched model.
+        run: the `dkv.run.Run` that was given back last, or None.
+        session: the `dkv.patch.Session` of a patched model, or None.
         rope_tables: (headdim, theta) -> device -> cos and sin, of `dkv.models.view.ModelView.rope_tables`.
     """
 
@@ -29,8 +30,8 @@ class Memory:
         self.run = self.session = None
         self.rope_tables = {}
 
-    def take(self, name: Literal["run", "session"]):
-        """The "run" or the "session", which is then nobody else's: no other thread's, nor the next call's; or None."""
+    def take(self, name: Literal["run", "session"]) -> Any:
+        """Removes the "run" or "session" and returns it, or None: no other thread or call can take it as well."""
         with _SETUP:
             kept = getattr(self, name)
             setattr(self, name, None)
@@ -38,38 +39,38 @@ class Memory:
 
 
 def memory_of(model: nn.Module) -> Memory:
-    """The model's own; a copy of the model has another one. While torch.compile traces, nothing is kept."""
+    """The model's own `Memory`; a copy of the model has another one. While torch.compile traces, nothing is kept."""
     if torch.compiler.is_compiling():
         return Memory()
     with _SETUP:
         return _MEMORIES.setdefault(model, Memory())
 
 
-def setting_up():
+def setting_up() -> contextlib.AbstractContextManager:
     """A context in which no other thread sets up a model: weights are merged and tables made once, then only read."""
     return contextlib.nullcontext() if torch.compiler.is_compiling() else _SETUP
 
 
 def wait_for(tensor: Tensor) -> None:
-    """Waits for what made a tensor that other streams will read, or that takes another's place; at set-up only."""
+    """Waits until a tensor is computed, because other streams will read it or it replaces another; only at set-up."""
     if tensor.is_cuda:
         with nobody_records():
             torch.cuda.synchronize(tensor.device)
 
 
 def merge(parameters: list[nn.Parameter]) -> weakref.ref:
-    """Gives parameters memory next to each other, as the parts of one tensor.
+    """Moves parameters next to each other in memory, as the parts of one tensor.
 
-    Names, values and `nn.Parameter` objects stay. Each parameter still has a storage of its own, of its own size: that
-    is how programs that save or move a model tell tensors apart. The storages together keep the merged memory alive;
-    dkv does not.
+    Names, values and `nn.Parameter` objects stay. Each parameter still has a storage of its own and of its own size,
+    because programs that save or move a model tell tensors apart by their storages. Only these storages keep the merged
+    memory alive.
 
     Args:
-        parameters: of one dtype and device, whose shapes differ in the first dim only.
+        parameters: of one dtype and device; their shapes differ in the first dim only.
 
     Returns:
-        A weak reference to the merged tensor, the parameters one after the other along the first dim; dead once none of
-        them uses that memory any more.
+        A weak reference to the merged tensor: the parameters concatenated along the first dim. It is dead once no
+        parameter uses that memory.
     """
     with _SETUP:
         merged = _merged(parameters)
@@ -83,31 +84,31 @@ def merge(parameters: list[nn.Parameter]) -> weakref.ref:
                     parameter.data = with_own_storage(part)
                     _MERGED[parameter.untyped_storage()] = weakref.ref(merged)
             if merged.is_cuda:
-                # the old pieces are too small to be reused: free them, or all layers exist twice
+                # free the old pieces, which are too small to be reused; otherwise all layers exist twice
                 with nobody_records():
                     torch.cuda.empty_cache()
         return weakref.ref(merged)
 
 
 def with_own_storage(part: Tensor) -> Tensor:
-    """The same memory under a storage that begins and ends with it; it keeps the whole memory alive."""
+    """The same memory in a storage of exactly its size, which keeps the memory of the whole tensor alive."""
     return from_dlpack(to_dlpack(part))
 
 
 def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:
-    """The storage of a tensor; of a subclass that consists of other tensors, theirs."""
+    """The storage of a tensor; for a subclass that consists of other tensors, their storages."""
     if is_traceable_wrapper_subclass(tensor):
         return [storage for name in tensor.__tensor_flatten__()[0] for storage in storages_of(getattr(tensor, name))]
     return [tensor.untyped_storage()]
 
 
 def _merged(parameters):
-    """The tensor that the parameters are, one after the other, or None."""
+    """The merged tensor whose consecutive parts the parameters are, or None."""
     known = _MERGED.get(parameters[0].untyped_storage())
     merged = None if known is None else known()
     if merged is None:
         return None
-    # an address says something, because the merged tensor is alive
+    # addresses can be compared, because the merged tensor is alive
     address = merged.data_ptr()
     for parameter in parameters:
         like = parameter.dtype == merged.dtype and parameter.shape[1:] == merged.shape[1:]

@@ -1,37 +1,41 @@
-"""One forward pass of packed active tokens over the cache: the layers of a `ModelView` in fused operators."""
+"""`ModelRunner`: a forward pass of packed active tokens over the cache, through fused operators."""
 
 from collections import Counter
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from dkv.cache import KVCache
 from dkv.guard import Fingerprint
+from dkv.kernels.checks import Impl
 from dkv.kernels.configs import MAX_PRODUCT_ROWS
 from dkv.kernels.direct import direct
+from dkv.kernels.reference import Packed
 from dkv.layers import Fused, Library, MergedLayer, is_plain_norm, norm_eps
 from dkv.linear import MergedLinear, is_plain
 from dkv.memory import setting_up, storages_of
+from dkv.models.view import ModelView
 
 
 class ModelRunner:
     """The layers and the final norm of a `ModelView`, ready to run: merged projections, fused norms, RoPE tables.
 
     Args:
-        view: `dkv.models.view.ModelView`.
         length: the number of RoPE positions.
         impl: as in `dkv.kernels`.
-        fused_products: whether passes of few rows run on our own products; None: where a GPU has shown that it pays.
+        fused_products: whether passes of few rows run on our own products. None: where they have been measured to be
+            faster.
 
     Raises:
         ValueError: fused_products=True for layers that they cannot run.
     """
 
-    def __init__(self, view, length, impl, fused_products=None):
+    def __init__(self, view: ModelView, length: int, impl: Impl, fused_products: bool | None = None):
         self.view, self.impl, self.ops = view, impl, direct(impl, view.weight)
         angles = view.rope_tables(length, view.weight.device)
         with setting_up():
             self.layers = _merged_layers(view)
-            # values may change: a pass reads them anew
+            # without values: every pass reads the weights again
             self._fingerprint, self._kinds = Fingerprint(view.called, values=False), _kinds(view)
         self.library, self.fused, self.fused_products = Library(view, self.ops, angles), None, fused_products
         if fused_products is not False and Fused.can_run(self.layers, view):
@@ -39,21 +43,21 @@ class ModelRunner:
         elif fused_products:
             raise ValueError(
                 "fused_products=True needs, in every layer, plain nn.Linear and RMSNorm modules of the embedding's "
-                "dtype, weights that share no memory, biases for queries, keys and values alone, and a headdim of 16, "
+                "dtype, weights that share no memory, biases for queries, keys and values only, and a headdim of 16, "
                 f"32, 64 or 128 (got {view.headdim}); pass fused_products=None for this model."
             )
 
-    def __call__(self, active, cache, max_seqlen, wanted=None):
-        """Recomputes the active positions, whose K/V in the cache are replaced.
+    def __call__(self, active: Packed, cache: KVCache, max_seqlen: int, wanted: Packed | None = None) -> Tensor:
+        """Recomputes the active positions and replaces their K/V in the cache.
 
         Args:
-            active: `Packed` of `dkv.kernels.reference`, with ids.
-            cache: `KVCache` of the same rows; its valid columns are attended.
-            max_seqlen: int, an upper bound of the positions of one row, active or wanted.
-            wanted: `Packed` with places among the active positions: those whose outputs are wanted. None: all.
+            active: with ids.
+            cache: of the same rows; its valid columns are attended.
+            max_seqlen: an upper bound of the active positions of one row, and of the wanted ones.
+            wanted: with logits_indices, the active positions whose outputs are wanted. None: all.
 
         Returns:
-            hidden (rows, hidden_size) after the final norm; without meaning where a place is padding.
+            hidden (rows, hidden_size) after the final norm; undefined for rows that are padding.
         """
         way = self.way_for(active.ids.shape[0])
         tokens, last = active, len(self.layers) - 1
@@ -63,7 +67,7 @@ class ModelRunner:
             if index < last or wanted is None:
                 q = way.qkv(layer, normed, tokens, caches)
             else:
-                # of the last layer only K and V are needed everywhere
+                # the last layer needs only the K and V of the other positions
                 q, x = way.last_qkv(layer, normed, x, tokens, wanted, caches)
                 tokens = wanted
             attended = self._attend(q, caches, tokens, cache, max_seqlen)
@@ -72,8 +76,8 @@ class ModelRunner:
             normed = way.add_norm(layer.down, h, x, layer.next_norm)
         return way.last_norm(self.view.final_norm, normed, x)
 
-    def way_for(self, rows):
-        """The way in which so many rows go through the layers: `Library` or `Fused`."""
+    def way_for(self, rows: int) -> Library | Fused:
+        """The way in which a pass of `rows` rows goes through the layers."""
         if self.fused is None or rows > MAX_PRODUCT_ROWS:
             return self.library
         weight = self.view.weight
@@ -92,22 +96,22 @@ class ModelRunner:
         )
         return attended.flatten(1)
 
-    def storages(self):
+    def storages(self) -> list[torch.UntypedStorage]:
         """The storages of all weights."""
         tensors = [p for module in self.view.called for p in module.parameters(recurse=False)]
         return [storage for tensor in tensors for storage in storages_of(tensor)]
 
-    def is_current(self, view):
-        """Whether `view`, read just now, has the modules, parameters and RoPE that this was built from, unmoved."""
+    def is_current(self, view: ModelView) -> bool:
+        """Whether a view, read just now, has the modules, parameters and RoPE that this was built from, unmoved."""
         with setting_up():
             same = self._fingerprint.covers(view.called) and self._fingerprint.unchanged()
         return same and (view.rope_theta, _kinds(view)) == (self.view.rope_theta, self._kinds)
 
     @property
-    def can_be_recorded(self):
-        """Whether a pass is nothing but known launches on a GPU, which stay right for as long as it is current.
+    def can_be_recorded(self) -> bool:
+        """Whether a pass only launches known kernels on a GPU, so its CUDA graph is right while `is_current`.
 
-        The PyTorch twins read from the device, and float64 has no kernels.
+        The PyTorch twins synchronise with the device, and float64 has no kernels.
         """
         weight = self.view.weight
         has_kernels = weight.is_cuda and weight.dtype != torch.float64 and self.impl != "reference"
@@ -132,7 +136,7 @@ def _merged_layers(view):
 
 
 def _shared(view):
-    """Ids of the storages that several parameters of the merged layers lie in, or other processes."""
+    """Ids of the storages that several parameters of the merged layers, or several processes, share."""
     modules = [module for layer in view.layers for module in (layer.q, layer.k, layer.v, layer.gate, layer.up)]
     storages = [s for module in modules for p in module.parameters(recurse=False) for s in storages_of(p)]
     times = Counter(map(id, storages))
@@ -140,7 +144,7 @@ def _shared(view):
 
 
 def _kinds(view):
-    """(whether it is plain, the eps of a norm) for every module that runs."""
+    """(whether it is plain, its eps if it is a norm) for every module that runs."""
     dtype = view.weight.dtype
     return [
         (is_plain(module, (nn.Linear, nn.Embedding)) or is_plain_norm(module, dtype), norm_eps(module))

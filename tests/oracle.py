@@ -1,4 +1,4 @@
-"""The recorded trajectories of `tests/data/oracle`, and what a run must share with them."""
+"""The recorded trajectories of `tests/data/oracle`, `dkv.generate` on their cases, and the comparison of both."""
 
 import functools
 import json
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+
+import dkv
 
 DATA = Path(__file__).parent / "data" / "oracle"
 MASK_ID = 255
@@ -33,6 +35,48 @@ def recorded(family, name, field):
 
 def weights_path(name):
     return DATA / "weights" / name
+
+
+@functools.cache
+def model(name, device, dtype=torch.float32):
+    return dkv.from_pretrained(weights_path(name), dtype=dtype, device=device)
+
+
+def policy(case):
+    """The policy of a case."""
+    interval, shift = case.get("interval"), case.get("shift_type")
+    return {
+        "vanilla": lambda: dkv.NoCache(),
+        "dkv-decode": lambda: dkv.Decode(interval),
+        "dkv-greedy": lambda: dkv.Greedy(interval, case["window"]),
+        "dkv-decoded": lambda: dkv.Decode(interval, shift=shift),
+        "dkv-prefill": lambda: dkv.Prefill(),
+        "dkv-pd": lambda: dkv.PrefillDecode(interval, shift=shift),
+    }[case["kind"]]()
+
+
+def run(family, name, device, *, dtype=torch.float32, **options):
+    """`dkv.generate` as in a case, with its history."""
+    case = cases(family)[name]
+    prompt = recorded(family, name, "prompt").to(device)
+    if family == "llada":
+        options |= {"gen_length": case["gen_length"], "block_length": case["block_length"]}
+        if case["kind"] == "dkv-greedy":
+            blocks = range(case["gen_length"] // case["block_length"])
+            orders = [recorded(family, name, f"order{block}")[:, : case["block_length"]] for block in blocks]
+            options |= {"remasking": "random", "order": torch.cat(orders, dim=1) - prompt.shape[1]}
+    else:
+        options |= {"gen_length": case["max_new_tokens"], "remasking": case["alg"], "top_k": case["top_k"]}
+        mask = recorded(family, name, "attention_mask")
+        options |= {"attention_mask": None if mask is None else mask.to(device), "eps": case["eps"]}
+    return dkv.generate(
+        model(case["weights"], device, dtype),
+        prompt,
+        steps=case["steps"],
+        policy=policy(case),
+        output_history=True,
+        **options,
+    )
 
 
 def assert_same_trajectory(family, name, xs, actives, first_steps=None):

@@ -1,4 +1,4 @@
-"""Checkpoint folders: each hostile one is a ValueError that names the file, and what is legal loads."""
+"""Folders of checkpoints: a hostile one is a ValueError that names the file, a legal one loads."""
 
 import functools
 import json
@@ -74,7 +74,7 @@ def write(folder, files):
     return folder
 
 
-# What can be wrong: functions (files, rng) that change files and return what the error must name, a file and a field.
+# Each function (files, rng) spoils the files and returns the strings that the error must contain: a file, a field.
 
 NO_SIZE = ["16", "", 1.5, 16.0, True, False, -1, 0, 2**30, 2**31, 2**63, 10**30, [16], {}, float("nan"), float("inf")]
 NO_SWITCH = ["false", "true", "", 1.0, 0.0, 1, 0, -1, float("nan"), [], [False], {}, {"a": 1}]
@@ -218,7 +218,7 @@ def no_weight_map(files, rng):
 
 
 def a_weight_map_that_leaves_the_folder(files, rng):
-    """Beside the folder there are weights that would fit."""
+    """The weights that it names would fit."""
     outside = "../good"
     files.pop(WEIGHTS, None)
     whole = good(config_of(files)["model_type"].lower())
@@ -352,7 +352,7 @@ def an_entry_that_cannot_be(files, rng):
 
 
 def entries_that_overlap(files, rng):
-    """Two tensors of one size share their bytes; or bytes between them belong to none."""
+    """Two tensors share their bytes, and bytes between others belong to none."""
     family = config_of(files)["model_type"].lower()
     files.clear()
     files.update(good(family))
@@ -413,7 +413,7 @@ _EVENTS = None  # a list while a folder is loaded
 
 @functools.cache
 def _listen():
-    """Notes what Python opens, unpickles, starts and connects to; a hook cannot be taken away again."""
+    """Records what Python opens, unpickles, starts and connects to; an audit hook cannot be removed."""
 
     def hook(event, args):
         if _EVENTS is not None and event.partition(".")[0] in ("open", "pickle", "subprocess", "os", "socket", "exec"):
@@ -424,7 +424,7 @@ def _listen():
 
 @pytest.fixture
 def events(monkeypatch):
-    """(event, args) of what happens meanwhile, weights that are opened too."""
+    """The audit events (event, args) of a test, and the weights that it opens."""
     _listen()
     happened = []
     safe_open = native.safe_open
@@ -474,13 +474,13 @@ def check_hostile(seeds, tmp_path, events):
     assert noticed > len(seeds)
 
 
-def test_hostile_folders(tmp_path, events):
+def test_a_hostile_folder_is_an_error_that_names_the_file(tmp_path, events):
     check_hostile(range(5 * len(KINDS)), tmp_path, events)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("part", range(10))
-def test_many_hostile_folders(part, tmp_path, events):
+def test_many_hostile_folders_are_errors_that_name_the_file(part, tmp_path, events):
     check_hostile(range(1000 + 250 * part, 1250 + 250 * part), tmp_path, events)
 
 
@@ -513,7 +513,7 @@ def ids_of(view):
         ({}, {}, (31, (30,), 30)),
     ],
 )
-def test_end_pad_and_mask_tokens(family, config, generation, want, tmp_path):
+def test_token_ids_are_read_from_config_json_first(family, config, generation, want, tmp_path):
     files = good(family)
     edit(files, CONFIG, **config)
     if generation is not None:
@@ -542,7 +542,7 @@ def test_each_of_several_tokens_ends_a_text():
 
 
 def rearranged(file):
-    """The same tensors: other spaces, no metadata, and in the file in another order."""
+    """The same tensors in another order, with other white space and without metadata."""
     header, data = header_of(file)
     header.pop("__metadata__", None)
     moved = b""
@@ -558,7 +558,7 @@ def marked(files):
 
 
 def with_nulls(files):
-    """Fields that mean the same where they are null; one that nothing reads."""
+    """Fields whose null means their default, and a field that nothing reads."""
     edit(
         files,
         CONFIG,
@@ -586,7 +586,7 @@ LEGAL = {
 
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("name", LEGAL)
-def test_legal_folders(name, sharded, tmp_path, events):
+def test_a_legal_folder_loads_and_nothing_else_is_opened(name, sharded, tmp_path, events):
     want = load(good()[WEIGHTS])
     folder = write(tmp_path / "legal", LEGAL[name](good(sharded=sharded)))
     events.clear()
@@ -596,7 +596,7 @@ def test_legal_folders(name, sharded, tmp_path, events):
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
 
 
-def test_links_of_the_hubs_cache(tmp_path):
+def test_links_of_the_hubs_cache_are_followed(tmp_path):
     """Each file of a snapshot is a link to a blob beside it."""
     blobs = write(tmp_path / "blobs", good(sharded=True))
     snapshot = tmp_path / "snapshots" / "0123"
@@ -608,7 +608,7 @@ def test_links_of_the_hubs_cache(tmp_path):
 
 
 @pytest.mark.parametrize("device", ["x", "meta", 1.5, -7, "cuda:99"])
-def test_devices_that_cannot_be(device, tmp_path):
+def test_a_device_that_cannot_be_is_refused(device, tmp_path):
     message = "device must be one that PyTorch can use here"
     with pytest.raises(ValueError, match=message):
         from_pretrained(write(tmp_path / "good", good()), device=device)
@@ -617,19 +617,19 @@ def test_devices_that_cannot_be(device, tmp_path):
 
 
 @pytest.mark.parametrize("config", [None, [], "llada", 5, {1: 2}])
-def test_configs_that_cannot_be(config):
+def test_a_config_that_cannot_be_is_refused(config):
     with pytest.raises(ValueError, match="config must be a dict or namespace"):
         from_config(config)
 
 
-def test_sizes_whose_product_overflows():
+def test_sizes_whose_product_overflows_are_refused():
     sizes = {"mlp_hidden_size": None, "mlp_ratio": 2**29, "d_model": 2**20}
     with pytest.raises(ValueError, match=r"config: mlp_ratio \* d_model must be a positive int"):
         from_config(CONFIGS["llada"](**sizes))
 
 
 def resized_llada(rows):
-    """A LLaDA of 256 tokens whose embedding was resized, as Hugging Face does it: config and head stay as they were."""
+    """A LLaDA of 256 tokens whose embedding was resized as Hugging Face does it, without config and head."""
     model = Lookalike(tiny_model("llada"))
     weight = model.model.transformer.wte.weight.data
     model.model.transformer.wte = nn.Embedding(rows, 64)
@@ -649,8 +649,8 @@ def resized_llada(rows):
         {"eos_early_stop": True, "eos_token_id": 299},
     ],
 )
-def test_a_mask_among_ids_that_the_head_does_not_have(options, device):
-    """The rows that were added to the embedding are ids to read, and none to predict."""
+def test_the_mask_may_be_an_id_that_the_head_does_not_have(options, device):
+    """Rows added to the embedding are ids that can be read but not predicted."""
     model, prompt = resized_llada(300).to(device), torch.tensor([[1, 2, 255, 299, 4]], device=device)
 
     def generated(**more):
@@ -668,7 +668,7 @@ def test_a_mask_among_ids_that_the_head_does_not_have(options, device):
         view_of(model)
 
 
-def test_a_head_that_predicts_more_than_the_embedding_has():
+def test_a_head_that_predicts_more_than_the_embedding_has_is_refused():
     model = Lookalike(tiny_model("llada"))
     model.model.transformer.ff_out = nn.Linear(64, 300, bias=False)
     with pytest.raises(ValueError, match="transformer.ff_out predicts 300 ids, but model.transformer.wte has 256 rows"):
@@ -677,12 +677,9 @@ def test_a_head_that_predicts_more_than_the_embedding_has():
 
 @pytest.mark.parametrize("family", FIELDS)
 @pytest.mark.parametrize("kind, values", [("sizes", NO_SIZE), ("switches", NO_SWITCH)])
-def test_the_config_of_a_live_model(family, kind, values):
-    """Wrong kinds are told as those of a file."""
-    names = set(FIELDS[family][kind].split()) - {
-        "embedding_size",
-        "vocab_size",
-    }  # of a live model: the embedding's rows
+def test_a_wrong_field_of_a_live_model_is_named(family, kind, values):
+    # the vocabulary of a live model is that of its embedding
+    names = set(FIELDS[family][kind].split()) - {"embedding_size", "vocab_size"}
     model = Lookalike(tiny_model(family))
     for name in sorted(names):
         for value in values:

@@ -1,4 +1,4 @@
-"""A patched model that changes, fails or is shared in the middle of a session: what it returns is never stale."""
+"""A patched model that changes, fails or is shared in the middle of a session never returns stale logits."""
 
 import copy
 import functools
@@ -31,7 +31,7 @@ def llm(request, device):
 
 
 def call(llm, *, filled=0, seed=0, **options):
-    """Logits of prompts and 8 masks, of which the first are filled in."""
+    """Logits of prompts and 8 masks, the first `filled` of which are filled in."""
     x = F.pad(prompts(9, 9, seed=seed, device=next(llm.parameters()).device)[0], (0, 8), value=MASK)
     x[:, 9 : 9 + filled] = 5
     with torch.no_grad():
@@ -81,14 +81,14 @@ CHANGES = [scale_in_place, load_in_place, assign, swap_data, swap_module, hook, 
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("filled", [0, 1], ids=["same sequence", "next step"])
-def test_a_model_that_changes_between_two_steps(llm, change, filled):
+def test_a_change_between_two_steps_is_seen(llm, change, filled):
     dkv.replace_attention(llm)
     call(llm), call(llm)
     change(llm)
     assert_close(call(llm, filled=filled), call(untouched(llm), filled=filled))
 
 
-def test_a_buffer_that_changes(llm):
+def test_a_change_of_a_buffer_is_seen(llm):
     norm = view_of(llm).layers[0].mlp_norm
     norm.register_buffer("scale", torch.tensor(1.0, device=llm.device))
     norm.register_forward_hook(lambda module, args, output: output * module.scale)
@@ -99,7 +99,7 @@ def test_a_buffer_that_changes(llm):
 
 
 def test_steps_go_on_while_nothing_changes(llm):
-    """Or the tests above would prove nothing."""
+    """Otherwise the tests above would prove nothing."""
     dkv.replace_attention(llm)
     call(llm)
     fingerprint = Fingerprint(list(llm.modules()), values=True)
@@ -127,8 +127,8 @@ def test_after_a_failure_everything_is_computed(llm, policy, failing):
     assert_close(call(llm, filled=failing), expected[failing])
 
 
-def test_threads(llm):
-    """Two loops on one patched model are calls in turn: each is right, by a session of its own or a full step."""
+def test_two_threads_on_a_patched_model_get_the_right_logits(llm):
+    """Each call is a step of the session or a full pass."""
     seeds = range(2)
     expected = [call(llm, seed=seed) for seed in seeds]
     dkv.replace_attention(llm, dkv.Decode(1))
@@ -166,16 +166,18 @@ def test_a_copy_in_the_middle_of_a_session_is_a_patched_model_of_its_own(llm, co
     dkv.replace_attention(llm, dkv.Decode(4), block_length=4)
     call(llm), call(llm, filled=1), call(llm, filled=2)
     other = copied(llm)
-    assert memory_of(other).session is None and other._dkv.policy.refresh_interval == 4
+    assert (
+        memory_of(other).session is None and repr(other) == repr(llm) and "dkv=Decode(refresh_interval=4" in repr(llm)
+    )
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.1)
     assert_close(call(other), call(untouched(other)))
     assert call(llm, filled=3).isnan().any(), "the session of the model goes on"
-    assert not hasattr(dkv.restore_attention(other), "_dkv")
+    assert "dkv=" not in repr(dkv.restore_attention(other))
 
 
-def test_hooks_that_would_be_passed_over_are_an_error(llm):
+def test_a_hook_that_would_be_skipped_is_an_error(llm):
     looped, ids = tiny.Lookalike(llm), prompts(9, device=llm.device)[0]
     name, block = next((n, m) for n, m in looped.named_modules() if n.endswith(".1"))
     expected = dkv.generate(looped, ids, gen_length=4).sequences
@@ -194,8 +196,8 @@ def test_hooks_that_would_be_passed_over_are_an_error(llm):
     assert torch.equal(dkv.generate(looped, ids, gen_length=4).sequences, expected)
 
 
-def test_a_hook_on_the_model_itself(llm):
-    """generate never calls the model; under replace_attention its hooks run."""
+def test_a_hook_on_the_model_itself_runs_only_under_replace_attention(llm):
+    """`generate` never calls the model, and refuses it."""
     seen, ids = [], prompts(9, device=llm.device)[0]
     llm.register_forward_hook(lambda *args: seen.append(args))
     with pytest.raises(ValueError, match=r"the model \(.*has a hook"):
@@ -205,7 +207,7 @@ def test_a_hook_on_the_model_itself(llm):
 
 
 class Quantised(torch.nn.Module):
-    """As of libraries: integers and scales, a weight that is a method."""
+    """As libraries have it: integers and a scale; weight and bias are methods."""
 
     def __init__(self, linear):
         super().__init__()
@@ -247,7 +249,7 @@ def test_autocast_does_not_apply(llm):
         assert torch.equal(call(llm, filled=2), logits)
 
 
-def test_another_default_device(llm):
+def test_another_default_device_changes_nothing(llm):
     ids = prompts(9, device=llm.device)[0]
     expected = dkv.generate(llm, ids, gen_length=8).sequences
     dkv.reset(llm)
@@ -276,8 +278,8 @@ def test_a_compiled_model_is_not_patched(llm):
 
 
 @pytest.mark.parametrize("mask", ["causal", [[1] * 17] * 2, torch.ones(2, 1, 1, 17), torch.ones(2, 16), torch.ones(17)])
-def test_masks_of_other_kinds_are_the_models_affair(llm, mask):
-    """What it refuses is refused, what it takes it computes."""
+def test_masks_of_other_kinds_are_left_to_the_model(llm, mask):
+    """It refuses or computes them as without a patch."""
     if isinstance(mask, torch.Tensor):
         mask = mask.to(llm.device)
     results = []
@@ -293,11 +295,11 @@ def test_masks_of_other_kinds_are_the_models_affair(llm, mask):
         assert_close(results[0], results[1])
 
 
-def test_one_mask_for_all_rows():
+def test_one_mask_may_serve_all_rows():
     llm = copy.deepcopy(model("dream"))
     x = F.pad(prompts(9, 9)[0], (0, 8), value=MASK)
-    real = torch.arange(17) >= 3
-    mask = (real[:, None] & real)[None, None]
+    valid = torch.arange(17) >= 3
+    mask = (valid[:, None] & valid)[None, None]
     with torch.no_grad():
         expected = llm(x, attention_mask=mask).logits[:, 3:]
         found = dkv.replace_attention(llm)(x, attention_mask=mask).logits[:, 3:]
@@ -305,8 +307,8 @@ def test_one_mask_for_all_rows():
 
 
 @pytest.mark.parametrize("policy", [dkv.DualCache(), dkv.Decode(8, scope="block"), dkv.PrefixCache()], ids=repr)
-def test_rows_whose_prompt_is_masked(policy, device):
-    """The unconditional rows of guidance are at the block of the others: what the loop reads there is computed."""
+def test_the_logits_that_a_loop_with_guidance_reads_are_computed(policy, device):
+    """The prompt of its unconditional rows is masked, but they are at the block of the others."""
     llm = copy.deepcopy(model("llada", device))
     seen = []
 
@@ -322,8 +324,7 @@ def test_rows_whose_prompt_is_masked(policy, device):
     assert len(seen) == 24 and not any(seen)
 
 
-def test_rows_that_finish_a_block_at_different_steps(llm):
-    """A row that is behind goes on in its own block."""
+def test_a_row_that_is_behind_goes_on_in_its_own_block(llm):
     alone = copy.deepcopy(llm)
     for patched in (llm, alone):
         dkv.replace_attention(patched, dkv.DualCache(), block_length=4)
@@ -337,7 +338,7 @@ def test_rows_that_finish_a_block_at_different_steps(llm):
             assert_close(logits, slow, equal_nan=True)
 
 
-def test_a_model_loaded_under_inference_mode(device):
+def test_a_model_loaded_under_inference_mode_can_be_patched(device):
     with torch.inference_mode():
         llm = dkv.from_pretrained(oracle.weights_path("llada_mha_s0"), device=device)
         expected = call(llm, filled=1)
@@ -355,8 +356,8 @@ def test_blocks_that_are_compiled_are_no_hooks(llm):
     assert torch.equal(dkv.generate(looped, ids, gen_length=4).sequences, expected)
 
 
-def test_a_loop_that_takes_what_was_not_computed_is_told(llm):
-    """NaN is the largest number to argmax and topk: a loop with other blocks would not notice by itself."""
+def test_a_loop_that_commits_a_token_that_was_not_computed_gets_an_error(llm):
+    """It would not notice by itself, because NaN is the largest number to argmax and topk."""
     dkv.replace_attention(llm, dkv.DualCache(), block_length=4)
     call(llm)
     x = F.pad(prompts(9, 9, device=llm.device)[0], (0, 8), value=MASK)

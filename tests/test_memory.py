@@ -1,4 +1,4 @@
-"""What dkv keeps for a model: merged weights that save, move and are collected as before, and memory of one run alone."""
+"""`dkv.memory`: merged weights save, move and are freed as before, and the memory of a run is that of one run only."""
 
 import copy
 import gc
@@ -13,10 +13,9 @@ from safetensors.torch import load_file, load_model, save_model
 from torch import nn
 
 import dkv
-from dkv import memory
 from dkv.generation import prepare
 from dkv.guard import Fingerprint
-from dkv.linear import is_plain
+from dkv.linear import MergedLinear, is_plain
 from dkv.memory import memory_of
 from dkv.models import view_of
 
@@ -174,8 +173,8 @@ def test_nothing_of_the_old_weights_stays_alive(use, move):
         llm = tiny.tiny_model(family)
         USES[use](llm)
         old = [weakref.ref(parameter.untyped_storage()) for parameter in llm.parameters()]
-        merged = [memory._MERGED[storage()] for storage in old if storage() in memory._MERGED]
-        assert merged and all(reference() is not None for reference in (*old, *merged))
+        merged = [weakref.ref(MergedLinear((layer.q, layer.k, layer.v)).weight) for layer in view_of(llm).layers]
+        assert all(reference() is not None for reference in (*old, *merged))
         MOVES[move](llm)
         if move == "collected":
             llm = None
@@ -197,8 +196,8 @@ def test_a_part_that_is_replaced_is_merged_anew(llm):
 
 
 @pytest.mark.parametrize("swap", ["parameter", "data"])
-def test_memory_that_is_used_again_is_other_memory(llm, swap):
-    """A weight that comes to lie where the last one lay, never changed in place: what was cached with that is void."""
+def test_a_new_weight_at_the_address_of_the_old_one_is_seen(llm, swap):
+    """What was cached with the old one is invalid."""
     weight = view_of(llm).layers[0].o
     memory = weight.weight.detach().numpy().copy()
     weight.weight = torch.nn.Parameter(torch.from_numpy(memory))
@@ -221,7 +220,7 @@ def test_memory_that_is_used_again_is_other_memory(llm, swap):
         assert not llm(x).logits.isnan().any()
 
 
-def test_two_models_that_share_modules(llm):
+def test_modules_that_two_models_share_are_merged_once(llm):
     other = tiny.tiny_model(view_of(llm).family.name.lower(), seed=1)
     for name, child in llm.named_children():
         setattr(other, name, child)
@@ -232,7 +231,7 @@ def test_two_models_that_share_modules(llm):
 
 
 def in_threads(works):
-    """Runs functions at once, with threads that take turns as often as Python can; raises what one of them raised."""
+    """Runs functions at once, in threads that switch as often as Python can; raises the first error of any."""
     errors = []
 
     def guarded(work):
@@ -271,12 +270,12 @@ def check_threads(llm, calls, threads=4):
     in_threads([lambda i=i: work(i) for i in range(threads)])
 
 
-def test_threads_that_generate_with_one_model(llm):
+def test_threads_that_generate_with_one_model_get_their_own_tokens(llm):
     check_threads(llm, calls=4)
 
 
 @pytest.mark.full
-def test_threads_that_generate_with_one_model_often(llm):
+def test_threads_that_generate_with_one_model_often_get_their_own_tokens(llm):
     check_threads(llm, calls=300, threads=8)
 
 
@@ -293,18 +292,18 @@ def check_first_use(family, models, threads=3):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_threads_that_use_a_model_for_the_first_time(family):
+def test_threads_may_use_a_model_for_the_first_time_at_once(family):
     check_first_use(family, models=6)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("family", FAMILIES)
-def test_threads_that_use_many_models_for_the_first_time(family):
+def test_threads_may_use_many_models_for_the_first_time_at_once(family):
     check_first_use(family, models=300)
 
 
-def test_a_thread_that_comes_while_the_output_is_copied(llm, monkeypatch):
-    """The memory is the next run's only once the output of this one is its own."""
+def test_a_thread_that_comes_while_the_output_is_copied_does_not_change_it(llm, monkeypatch):
+    """The next run gets the memory only once this one's output is copied."""
     want = generated(llm)
     first = prepare(llm, prompt(), gen_length=4, policy=dkv.Decode(2))
     copied = type(first).trimmed
@@ -326,8 +325,8 @@ def test_a_thread_that_comes_while_the_output_is_copied(llm, monkeypatch):
     assert torch.equal(output.sequences, want)
 
 
-def test_threads_on_a_patched_model(llm):
-    """Their calls are in turn: each is right, by its own session or by a full step; one may reset in between."""
+def test_threads_on_a_patched_model_get_the_right_logits(llm):
+    """Also while one of them resets it."""
     x = [torch.cat((prompt(i), torch.full((1, 4), MASK)), dim=1) for i in range(3)]
     with torch.no_grad():
         want = [llm(each).logits for each in x]
@@ -345,8 +344,8 @@ def test_threads_on_a_patched_model(llm):
     in_threads([lambda i=i: work(i) for i in range(3)])
 
 
-def test_norms_in_float32_of_a_model_in_half_precision(llm):
-    """They run as the model's own forward does under autocast."""
+def test_float32_norms_of_a_model_in_half_precision_run_as_its_own_forward(llm):
+    """As that does under autocast."""
     llm = llm.bfloat16()
     for parameter in llm.parameters():
         if parameter.dim() == 1 and parameter.shape == (64,):
@@ -362,7 +361,7 @@ def test_norms_in_float32_of_a_model_in_half_precision(llm):
 
 
 def test_a_model_is_freed_with_its_last_reference(llm):
-    """Nothing of ours waits for the garbage collector."""
+    """Without the garbage collector."""
     gc.collect()
     gc.disable()
     try:
@@ -378,7 +377,25 @@ def test_a_model_is_freed_with_its_last_reference(llm):
         gc.enable()
 
 
-def test_a_weight_that_is_transposed_in_its_memory(llm):
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_model_that_ran_forward_is_freed(hooked):
+    """With its last reference; in a cycle, through a hook that refers to the model, by the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = tiny.tiny_model("llada")
+        if hooked:
+            view_of(model).final_norm.register_forward_hook(lambda *args, model=model: None)
+        model(prompt())
+        model, reference = None, weakref.ref(model)
+        assert (reference() is None) == (not hooked)
+    finally:
+        gc.enable()
+    gc.collect()
+    assert reference() is None
+
+
+def test_a_weight_that_is_transposed_in_its_memory_is_seen(llm):
     q = view_of(llm).layers[0].q
     generated(llm)
     q.weight.data = q.weight.data.t()
@@ -386,8 +403,7 @@ def test_a_weight_that_is_transposed_in_its_memory(llm):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_kernel_reads_a_weight_whose_features_do_not_lie_together(family):
-    """It is multiplied as it is, and nothing is recorded."""
+def test_no_kernel_reads_a_weight_that_is_not_contiguous(family):
     llm = tiny.tiny_model(family)
     expected, view = generated(llm), view_of(llm)
     norm, head = view.final_norm, view.embed if view.head is None else view.head
@@ -400,7 +416,7 @@ def test_no_kernel_reads_a_weight_whose_features_do_not_lie_together(family):
 
 
 def test_parameters_that_share_memory_stay_where_they_are(llm):
-    """Tied layers, parts of one storage, memory of several processes."""
+    """Tied layers, parts of one storage, and memory that several processes share."""
     layers = view_of(llm).layers
     layers[1].k.weight = layers[0].k.weight
     layers[2].v.weight.data = layers[2].k.weight.data
@@ -416,33 +432,36 @@ def test_parameters_that_share_memory_stay_where_they_are(llm):
     assert addresses == [p.data_ptr() for p in (*layers[0].k.parameters(), *layers[2].v.parameters())]
 
 
-def test_weights_that_consist_of_other_tensors(llm):
-    """They may move afterwards, and a change of what they consist of is seen."""
+def test_a_weight_may_consist_of_other_tensors(llm):
+    """It may move, and a change of one of those is seen."""
     two_tensor = pytest.importorskip("torch.testing._internal.two_tensor")
     o = view_of(llm).layers[0].o
     o.weight = torch.nn.Parameter(two_tensor.TwoTensor(o.weight.detach(), o.weight.detach().clone()))
     fingerprint = Fingerprint([o], values=True)
     assert fingerprint.unchanged()
-    o.weight.data.a = 2 * o.weight.data.a
+    o.weight.a = 2 * o.weight.a
+    assert not fingerprint.unchanged()
     generated(llm)
     llm.to(torch.float64)
-    assert o.weight.dtype == torch.float64 and not fingerprint.unchanged()
+    assert o.weight.dtype == torch.float64
 
 
-def test_a_replaced_forward_of_any_kind(llm):
+def test_a_replaced_forward_of_any_class_is_called(llm):
     class Doubled:
         __slots__ = ("linear",)
 
         def __call__(self, x):
             return 2 * torch.nn.functional.linear(x, self.linear.weight, self.linear.bias)
 
-    want = generated(llm)
+    want, other = generated(llm), copy.deepcopy(llm)
+    with torch.no_grad():
+        view_of(other).layers[0].down.weight *= 2
     down = view_of(llm).layers[0].down
     doubled = Doubled()
     doubled.linear = down
     down.forward = doubled
-    changed = generated(llm)
-    assert torch.equal(generated(llm), changed)
+    changed = generated(other)
+    assert torch.equal(generated(llm), changed) and not torch.equal(changed, want)
     del down.forward
     assert torch.equal(generated(llm), want)
 

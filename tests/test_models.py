@@ -1,9 +1,10 @@
-"""Models: found by structure, loaded and saved in the official layout, and equal to the official code in their logits."""
+"""`dkv.models`: finding models by structure, loading and saving native ones, and the logits of the official code."""
 
 import contextlib
 import copy
 import functools
 import json
+import pickle
 import subprocess
 import sys
 import weakref
@@ -50,7 +51,7 @@ def recorded_names(family):
 
 @pytest.mark.parametrize("family, name", [(family, name) for family in FAMILIES for name in recorded_names(family)])
 def test_logits_are_those_recorded_from_the_authors_code(family, name, device):
-    """Of every step that put all positions through the model."""
+    """At every step that computed all positions."""
     tensors, prompt = oracle.tensors(family), oracle.recorded(family, name, "prompt")
     after = oracle.recorded(family, name, "x")
     before = torch.cat((F.pad(prompt, (0, after.shape[2] - prompt.shape[1]), value=MASK_ID)[None], after))
@@ -67,11 +68,11 @@ def llada_mask(seqlen, *leftpads):
     return (torch.arange(seqlen) >= torch.tensor(leftpads)[:, None]).long()
 
 
-def dream_mask(real):
-    """What Dream's own loop passes: key and query must both be real; and positions that start at the first real one."""
-    real = real.bool()
-    positions = (real.long().cumsum(1) - 1).masked_fill(~real, 1)
-    return (real[:, None, :] & real[:, :, None])[:, None], positions
+def dream_mask(valid):
+    """Mask and positions as Dream's own loop passes them: key and query are valid; positions start at the first valid one."""
+    valid = valid.bool()
+    positions = (valid.long().cumsum(1) - 1).masked_fill(~valid, 1)
+    return (valid[:, None, :] & valid[:, :, None])[:, None], positions
 
 
 HUB_CASES = {
@@ -142,7 +143,7 @@ def test_padding_means_what_it_means_to_dream():
 
 
 def test_low_precision_stays_near_the_official_code(tmp_path):
-    """RMSNorm and RoPE round where the official code does: bfloat16 differs from it by less than from float32."""
+    """RMSNorm and RoPE round where the official code does, so in bfloat16 it is nearer to that than to float32."""
     for kind in hub.KINDS:
         official, ours = hub_pair(kind, "recorded", tmp_path)
         ids = random_ids(2, 29)
@@ -157,13 +158,13 @@ def test_logits_of_an_independent_eager_forward(family, changes, device):
     ours = tiny_model(family, device=device, **changes)
     theirs, ids = Lookalike(ours), random_ids(3, 21).to(device)
     assert_close(logits(ours, ids), logits(theirs, ids))
-    real = llada_mask(21, 0, 5, 11).to(device)
+    valid = llada_mask(21, 0, 5, 11).to(device)
     if family == "llada":
-        assert_close(logits(ours, ids, attention_mask=real), logits(theirs, ids, attention_mask=real))
+        assert_close(logits(ours, ids, attention_mask=valid), logits(theirs, ids, attention_mask=valid))
     else:
-        mask, positions = dream_mask(real)
+        mask, positions = dream_mask(valid)
         got, want = logits(ours, ids, mask, positions), logits(theirs, ids, mask, positions)
-        assert_close(got[real.bool()], want[real.bool()])
+        assert_close(got[valid.bool()], want[valid.bool()])
 
 
 def test_a_query_without_keys_gets_zeros():
@@ -186,11 +187,116 @@ def test_forward_is_differentiable(family):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-def test_rope_tables_made_in_inference_mode_serve_training():
+def test_a_model_that_ran_in_inference_mode_can_be_trained():
     model = tiny_model("llada")
     with torch.inference_mode():
         model(random_ids())
     model(random_ids()).logits.sum().backward()
+
+
+def count_finds(monkeypatch, model):
+    """A list that grows each time the model's modules are found."""
+    found, find = [], type(model).find
+    monkeypatch.setattr(type(model), "find", staticmethod(lambda model: found.append(model) or find(model)))
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_finds_its_modules_once(family, monkeypatch):
+    model = tiny_model(family)
+    found, optimizer = count_finds(monkeypatch, model), torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(3):
+        model(random_ids()).logits.sum().backward()
+        optimizer.step()
+    assert len(found) == 1
+
+
+class Adapted(nn.Module):
+    """A linear layer with an adapter beside it."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.linear, self.adapter = linear, copy.deepcopy(linear)
+
+    def forward(self, x):
+        return self.linear(x) + self.adapter(x)
+
+
+def adapt(model):
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = Adapted(layer.self_attn.q_proj)
+
+
+def resize(model):
+    model.model.embed_tokens, model.lm_head = nn.Embedding(300, 64), nn.Linear(64, 300, bias=False)
+
+
+def untie(model):
+    model.lm_head = nn.Linear(64, 256, bias=False)
+
+
+def untie_weight(model):
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() * 2)
+
+
+def tie(model):
+    model.lm_head.weight = model.model.embed_tokens.weight
+
+
+CHANGES = {
+    "a replaced layer": lambda model: setattr(model.model.layers[1].mlp, "gate_proj", nn.Linear(64, 128, bias=False)),
+    "an adapter": adapt,
+    "resized embeddings": resize,
+    "a tied weight": tie,
+    "rope_theta": lambda model: setattr(model.config, "rope_theta", 1e4),
+    "a parameter of the RoPE": lambda model: model.config.rope_parameters.update(rope_theta=1e4),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_counts_from_the_next_forward_on(change):
+    config = CONFIGS["dream"](rope_theta=None, rope_parameters={"rope_theta": 1e6})
+    model, ids = tiny_model("dream", **config), random_ids()
+    before = logits(model, ids)
+    change(model)
+    after = logits(model, ids)
+    assert after.shape != before.shape or not torch.allclose(after, before, atol=0.01)
+    assert_close(after, logits(Lookalike(model), ids))
+
+
+@pytest.mark.parametrize("change", [untie, untie_weight])
+def test_a_head_that_is_tied_no_longer_is_used(change):
+    model, ids = tiny_model("dream", tie_word_embeddings=change is untie), random_ids()
+    if change is untie_weight:
+        tie(model)
+    before = logits(model, ids)
+    change(model)
+    after = logits(model, ids)
+    assert not torch.allclose(after, before, atol=0.01)
+    assert_close(after, logits(Lookalike(model), ids))
+
+
+def test_a_config_that_is_no_longer_supported_is_refused():
+    model, ids = tiny_model("llada"), random_ids()
+    logits(model, ids)
+    model.config.alibi = True
+    with pytest.raises(ValueError, match="alibi"):
+        model(ids)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_runs_its_own_modules(copied):
+    model, ids = tiny_model("llada"), random_ids()
+    size, before = len(pickle.dumps(model)), logits(model, ids)
+    assert len(pickle.dumps(model)) == size, "a forward pass leaves nothing that is pickled"
+    other = copied(model)
+    with torch.no_grad():
+        other.model.transformer.ff_out.weight *= 2
+    assert_close(logits(other, ids), 2 * before)
+    assert torch.equal(logits(model, ids), before)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -299,7 +405,7 @@ def test_head_of_an_official_tied_llada_is_the_embedding():
     assert view_of(model).head is None
 
 
-def test_resized_embedding():
+def test_the_vocabulary_is_that_of_a_resized_embedding():
     model = tiny_model("dream")
     model.model.embed_tokens, model.lm_head = nn.Embedding(300, 64), nn.Linear(64, 300, bias=False)
     assert view_of(model).vocab_size == 300
@@ -363,7 +469,7 @@ def test_fields_with_official_defaults_may_be_missing(family):
             view_of(theirs)
 
 
-def test_rope_parameters_of_transformers_5():
+def test_rope_theta_may_lie_in_the_rope_parameters_of_transformers_5():
     config = CONFIGS["dream"]()
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
     assert view_of(from_config(config)).rope_theta == 1e6
@@ -404,7 +510,7 @@ def test_unsupported_structure_is_named(family, path, module, message):
 
 
 class LLaDAMoEModelLM(nn.Module):
-    """Of model_type "llada", with experts and other paths."""
+    """Its model_type is "llada" too, but it has experts and other paths."""
 
     def __init__(self):
         super().__init__()
@@ -434,7 +540,7 @@ def test_causal_models_of_transformers_are_refused_by_name(name):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loading(family):
+def test_a_loaded_model_has_the_weights_of_its_file(family):
     stored = load_file(WEIGHTS[family] / "model.safetensors")
     model = from_pretrained(str(WEIGHTS[family]), dtype="float32", device="cpu")
     state = model.state_dict()
@@ -458,7 +564,7 @@ def test_default_dtype_is_the_configs_else_the_files(key, tmp_path):
     assert from_pretrained(tmp_path / "again", device="cpu").dtype == model.dtype
 
 
-def test_a_tied_model_whose_file_holds_the_head(tmp_path):
+def test_the_head_in_the_file_of_a_tied_model_must_be_the_embedding(tmp_path):
     model = tiny_model("dream", tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -475,7 +581,7 @@ def test_a_tied_model_whose_file_holds_the_head(tmp_path):
 
 
 @pytest.mark.parametrize("rope", ["linear", {"full_attention": {"rope_theta": 1e6}}])
-def test_a_rope_of_another_kind(rope):
+def test_a_rope_of_another_kind_is_refused(rope):
     with pytest.raises(ValueError, match="the default RoPE only"):
         tiny_model("dream", rope_scaling=rope)
 
@@ -483,7 +589,7 @@ def test_a_rope_of_another_kind(rope):
 @pytest.mark.parametrize("field", ["rope_theta", "rms_norm_eps"])
 @pytest.mark.parametrize("value", [0, -1.0, "1e4", float("nan")])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_config_with_a_number_that_cannot_be(family, field, value):
+def test_a_number_that_cannot_be_is_named(family, field, value):
     with pytest.raises(ValueError, match=f"{field} must be a positive number"):
         tiny_model(family, **{field: value})
 
@@ -500,7 +606,7 @@ def test_one_tensor_under_two_names_is_saved_under_both(family, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("max_shard_bytes", [None, 200_000, 1])
-def test_saved_and_loaded_again(family, max_shard_bytes, tmp_path):
+def test_a_saved_model_loads_again(family, max_shard_bytes, tmp_path):
     model = native(family)
     model.save_pretrained(tmp_path, **({"max_shard_bytes": max_shard_bytes} if max_shard_bytes else {}))
     files = sorted(path.name for path in tmp_path.iterdir())
@@ -528,7 +634,7 @@ def test_saved_and_loaded_again(family, max_shard_bytes, tmp_path):
         assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
 
 
-def test_saving_over_the_checkpoint_a_model_was_loaded_from(tmp_path):
+def test_a_model_can_be_saved_over_its_own_checkpoint(tmp_path):
     """On the CPU its parameters are memory-mapped from that file."""
     tiny_model("llada").save_pretrained(tmp_path, max_shard_bytes=200_000)
     model = from_pretrained(tmp_path, device="cpu")
@@ -559,7 +665,7 @@ def test_official_code_loads_what_we_save(family, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_are_never_held_twice(dtype, tmp_path, monkeypatch):
-    """Of what is read, no more is alive at any time than the parameters and one tensor on its way to another dtype."""
+    """At any time, only the parameters and one tensor that is being converted are alive."""
     tiny_model("llada").save_pretrained(tmp_path, max_shard_bytes=100_000)
     alive, peak = {}, 0
 
@@ -672,7 +778,7 @@ def test_dtype_must_be_floating(dtype):
         from_pretrained(WEIGHTS["llada"], dtype=dtype)
 
 
-def test_repository_of_the_hub(monkeypatch):
+def test_a_repository_is_downloaded_without_its_code(monkeypatch):
     huggingface_hub = pytest.importorskip("huggingface_hub")
     asked = []
 
@@ -698,7 +804,7 @@ assert not {{"transformers", "huggingface_hub"}} & sys.modules.keys()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_random_models(family, device):
+def test_the_seed_decides_the_weights_of_a_random_model(family, device):
     options = {"dtype": torch.bfloat16, "device": device}
     model, same, other = (from_config(CONFIGS[family](), seed=seed, **options) for seed in (0, 0, 1))
     assert model.dtype == torch.bfloat16 and model.device.type == device and not model.training

@@ -1,25 +1,29 @@
-"""The models dkv runs: finding their parts by structure, and native ones of the official checkpoint layout."""
+"""The models that dkv runs: finds their parts by structure, and loads native ones from official checkpoints."""
 
+import os
 import re
 from pathlib import Path
 from reprlib import repr as shown
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+from torch import nn
 
 from dkv.kernels.checks import FLOAT_DTYPES
 from dkv.models.dream import Dream
 from dkv.models.folder import read_config
 from dkv.models.llada import LLaDA
 from dkv.models.native import NativeModel
+from dkv.models.view import ModelView
 
-__all__ = ["Dream", "LLaDA", "NativeModel", "view_of", "from_config", "from_pretrained"]
+__all__ = ["Dream", "LLaDA", "NativeModel", "from_config", "from_pretrained", "view_of"]
 
-NATIVE = (LLaDA, Dream)
+NATIVE: tuple[type[NativeModel], ...] = (LLaDA, Dream)
 
 
-def view_of(model):
-    """The `ModelView` of a supported model; any other is a ValueError that names its class."""
+def view_of(model: nn.Module) -> ModelView:
+    """The `ModelView` of a supported model; ValueError naming the class of any other."""
     check_not_wrapped(model)
     for native in NATIVE:
         view = native.find(model)
@@ -33,7 +37,7 @@ def view_of(model):
     )
 
 
-def check_not_wrapped(model):
+def check_not_wrapped(model: nn.Module) -> None:
     """Raises ValueError for wrappers other than torch.compile's (DataParallel, PEFT): dkv would skip what they add."""
     for attribute, inner in (("get_base_model", "model.get_base_model()"), ("module", "model.module")):
         if hasattr(model, attribute):
@@ -42,7 +46,7 @@ def check_not_wrapped(model):
 
 def _check_not_offloaded(model, view):
     outer = (view.embed, view.final_norm, view.head)
-    # accelerate's hook that moves a whole model when it is called
+    # a hook of accelerate that moves the whole model when it is called
     moved = hasattr(model.__dict__.get("_hf_hook"), "prev_module_hook")
     if moved or any(p.is_meta for module in outer if module is not None for p in module.parameters()):
         raise ValueError(
@@ -51,25 +55,30 @@ def _check_not_offloaded(model, view):
         )
 
 
-def from_pretrained(path_or_repo, *, dtype=None, device=None):
-    """Loads a LLaDA or Dream of the official checkpoint layout, without remote code and without transformers.
+def from_pretrained(
+    path_or_repo: str | os.PathLike,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+) -> NativeModel:
+    """Loads a LLaDA or Dream of the official checkpoint layout, without remote code.
 
-    Reads config.json (what it lacks of the end, pad and mask tokens: generation_config.json) and the safetensors, one
-    tensor at a time straight to its device and dtype: the weights are never held twice. The configs and the headers
+    Reads config.json (generation_config.json for end, pad and mask tokens that it lacks) and the safetensors, one
+    tensor at a time straight to its device and dtype, so the weights are never held twice. The configs and the headers
     are checked before anything is built from them.
 
     Args:
         path_or_repo: a folder, or a repository of the Hugging Face hub such as "GSAI-ML/LLaDA-8B-Instruct".
-        dtype: a floating torch.dtype or its name. None: the torch_dtype of config.json, else that of the file.
-        device: None: "cuda" if there is one, else "cpu".
+        dtype: a floating torch.dtype or its name. None: the torch_dtype of config.json, otherwise the file's.
+        device: None: "cuda" if there is one, otherwise "cpu".
 
     Returns:
         An nn.Module in eval mode whose modules have the official names; `model(input_ids).logits`. Its parameters
-        require grad, so that it can be trained.
+        require grad, so it can be trained.
 
     Raises:
-        ValueError: no such folder, a file in it that is not what it should be, a model that is not supported, weights
-            that do not fit the config, a dtype or device that cannot be.
+        ValueError: no such folder, a malformed file in it, an unsupported model, weights that do not fit the config, or
+            an invalid dtype or device.
 
     Example:
         >>> model = dkv.from_pretrained("GSAI-ML/LLaDA-8B-Instruct", dtype="bfloat16")
@@ -85,17 +94,23 @@ def from_pretrained(path_or_repo, *, dtype=None, device=None):
     return native.load(folder, config, owner, dtype=dtype, device=_device(device))
 
 
-def from_config(config, *, seed=0, dtype=torch.float32, device=None):
+def from_config(
+    config: dict[str, Any] | SimpleNamespace,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | str | None = torch.float32,
+    device: torch.device | str | None = None,
+) -> NativeModel:
     """A randomly initialised model, made on its device in its dtype: for tests, benchmarks and training from scratch.
 
     Args:
         config: a dict or namespace with the fields of an official config.json.
         seed: of the weights, which are normal with standard deviation 0.02; norms are 1, biases 0.
-        dtype, device: as in `from_pretrained`.
+        dtype: a floating torch.dtype or its name. None: PyTorch's default.
+        device: as in `from_pretrained`.
 
     Raises:
-        ValueError: a model that is not supported, a field that is missing or no such value, a dtype or device that
-            cannot be.
+        ValueError: an unsupported model, a missing or invalid field, or an invalid dtype or device.
     """
     fields = config if isinstance(config, dict) else getattr(config, "__dict__", None)
     if fields is None or not all(isinstance(name, str) for name in fields):
@@ -134,7 +149,7 @@ def _native_class(config, owner):
 
 
 def _dtype(name, value):
-    """The floating dtype that is meant; None for None."""
+    """The floating dtype of that name, or the dtype itself; None for None."""
     dtype = vars(torch).get(value.removeprefix("torch.")) if isinstance(value, str) else value
     if value is not None and dtype not in FLOAT_DTYPES:
         raise ValueError(f"{name} must be one of {FLOAT_DTYPES} or its name, got {shown(value)}.")
@@ -145,7 +160,7 @@ def _device(device):
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     try:
         probe = torch.tensor([0], device=device)
-        probe.cpu()  # fails where there is no memory, as of "meta"
-    except Exception as error:  # of a kind that differs by device
+        probe.cpu()  # fails on devices without memory, such as "meta"
+    except Exception as error:  # its class differs by device
         raise ValueError(f"device must be one that PyTorch can use here, got {device!r}: {error}") from None
     return probe.device

@@ -1,12 +1,14 @@
 """Dream: Dream-v0 Base and Instruct, Dream-Coder, DiffuCoder, and models of the same structure."""
 
 from reprlib import repr as shown
+from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
 from dkv.models.layout import Fields, Layout, ModelConfig, module_at, read_view
 from dkv.models.native import NativeModel, Output
-from dkv.models.view import Family
+from dkv.models.view import Family, ModelView
 
 FAMILY = Family(
     name="Dream",
@@ -38,16 +40,25 @@ LAYOUT = Layout(
     tied_field="tie_word_embeddings",
 )
 
+SUPPORTED = {  # field of config.json -> (the only value that dkv runs, the official code's default)
+    "hidden_act": ("silu", "silu"),
+    "use_sliding_window": (False, False),
+    "use_mrope": (False, False),
+}
 
-def read_model_config(config, owner, rows=None):
-    """The `ModelConfig` of a config; ValueError naming the owner for what is missing or not supported.
 
-    rows: those of the embedding, where there is one: a config need not follow when it is resized.
+def describes(config: Any) -> bool:
+    """Whether a config is of this family; its modules do not tell, as Llama and Qwen2 have the same but are causal."""
+    return str(getattr(config, "model_type", None)).lower() == "dream"
+
+
+def read_model_config(config: Any, owner: str, rows: int | None = None) -> ModelConfig:
+    """The `ModelConfig` of a config; ValueError naming the owner for a missing or unsupported field.
+
+    rows: the rows of the model's embedding, which may have been resized without its config.
     """
     fields = Fields(config, owner)
-    fields.must_be("hidden_act", "silu", default="silu")
-    fields.must_be("use_sliding_window", False, default=False)
-    fields.must_be("use_mrope", False, default=False)
+    fields.must_be(SUPPORTED)
     # transformers 5 keeps the parameters of the plain RoPE in a dict, under either name
     name = "rope_scaling" if fields.get("rope_parameters", None) is None else "rope_parameters"
     rope = fields.get(name, None)
@@ -72,15 +83,7 @@ def read_model_config(config, owner, rows=None):
     )
 
 
-def describes(config):
-    """Whether a config is of this family.
-
-    Structure alone does not say: Llama and Qwen2 have the same modules, but attend causally.
-    """
-    return str(getattr(config, "model_type", None)).lower() == "dream"
-
-
-def find(model):
+def find(model: nn.Module) -> ModelView | None:
     """The `ModelView` of a Dream, native or of Hugging Face's remote code; None for any other model."""
     embed = module_at(model, LAYOUT.embed)
     if embed is None or not describes(getattr(model, "config", None)):
@@ -103,27 +106,27 @@ def _hugging_face_output(logits, return_dict=True):
 class Dream(NativeModel):
     """A Dream of the official checkpoint layout; `dkv.from_pretrained` makes it."""
 
-    layout, read_model_config, find = LAYOUT, staticmethod(read_model_config), staticmethod(find)
-    describes = staticmethod(describes)
+    layout, describes = LAYOUT, staticmethod(describes)
+    read_model_config, find = staticmethod(read_model_config), staticmethod(find)
 
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        inputs_embeds=None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | Literal["full"] | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         *,
-        past_key_values=None,
-        use_cache=None,
-    ):
+        past_key_values: None = None,
+        use_cache: Literal[False] | None = None,
+    ) -> Output:
         """Logits of every position; those of column j predict the token of column j + 1.
 
         Args:
             input_ids: (batch, seqlen) int64; or inputs_embeds (batch, seqlen, hidden_size).
-            attention_mask: None or "full"; or (batch, seqlen), bool or integers, 0 where a key is padding: no query
-                attends to it; or (batch or 1, 1, seqlen or 1, seqlen): bool, True where the query attends to the key,
-                or floats, which are added to the scores. A query without any key gets zeros.
-            position_ids: (batch or 1, seqlen), the RoPE positions, any numbers; None: columns.
+            attention_mask: None or "full"; or (batch, seqlen), bool or integers, 0 where a key is padding, which no
+                query attends to; or (batch or 1, 1, seqlen or 1, seqlen), either bool, True where the query attends to
+                the key, or floats, which are added to the scores. A query without any key gets zeros.
+            position_ids: (batch or 1, seqlen), the RoPE positions, any numbers; None: the columns.
             past_key_values, use_cache: must be None or False.
 
         Returns:

@@ -1,7 +1,7 @@
-"""What lies in a checkpoint's folder: its configs, its index and the headers of its weights, checked without the data.
+"""Reads the configs, the index and the tensor headers of a checkpoint's folder, and checks them before any weights.
 
-Whatever a folder holds, it is either what the formats allow or a ValueError that names the file. Only JSON is parsed,
-and only files of the folder itself are opened; links are followed, as the hub's cache is made of them.
+Anything that the formats do not allow is a ValueError that names the file. Only JSON is parsed, and only files of the
+folder itself are opened; links are followed, because the hub's cache consists of them.
 
 Source: https://huggingface.co/docs/safetensors (the layout of a file).
 """
@@ -17,21 +17,21 @@ from typing import NamedTuple
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAX_JSON = 10_000_000  # bytes; a header of 8 billion parameters has 40,000
+MAX_JSON = 10_000_000  # bytes; the header of a model of 8 billion parameters has 40,000
 _ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies, and its shape."""
+    """The file and the shape of a tensor."""
 
     file: Path
     shape: tuple[int, ...]
 
 
 def read_config(folder: Path) -> tuple[SimpleNamespace, str]:
-    """The fields of config.json, and what its errors are to name.
+    """The fields of config.json, and the owner that errors about them name.
 
-    Token ids that it lacks are those of generation_config.json, where there is one.
+    Token ids that it lacks are read from generation_config.json, if there is one.
     """
     path, beside = folder / CONFIG, folder / GENERATION_CONFIG
     if not os.path.isfile(path):
@@ -51,14 +51,14 @@ def read_config(folder: Path) -> tuple[SimpleNamespace, str]:
 
 
 def read_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the folder's safetensors, by its name."""
+    """The tensors of the folder's safetensors, by name."""
     index, weight_map = folder / INDEX, None
     if os.path.isfile(index):
         weight_map = _read_object(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index}: weight_map must be an object, tensor: file, got {shown(weight_map)}.")
         for name in weight_map.values():
-            # by the rules of Windows, which knows the other separators too
+            # Windows' rules know every separator
             if not isinstance(name, str) or PureWindowsPath(name).name != name or not name.endswith(".safetensors"):
                 raise ValueError(f"{index}: weight_map must name safetensors of this folder, got {shown(name)}.")
     files = [WEIGHTS] if weight_map is None else sorted(set(weight_map.values()))
@@ -95,7 +95,7 @@ def _read_header(file):
         raise ValueError(f"{file}: __metadata__ must be an object of strings, got {shown(metadata)}.")
     for name, entry in header.items():
         match entry:
-            # with eight dimensions at most, so that their product is quickly known
+            # at most eight dimensions, so that their product is computed quickly
             case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, end]} if len(shape) <= 8 and all(
                 type(n) is int and n >= 0 for n in (*shape, start, end)
             ):

@@ -1,28 +1,28 @@
-"""Finding the parts of a model by structure: what its config says, where its modules lie, and whether both fit."""
+"""Reads a model by its structure: the fields of its config, the paths of its modules, and checks that both fit."""
 
 import sys
 from dataclasses import dataclass
 from reprlib import repr as shown
+from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dkv.memory import memory_of
 from dkv.models.view import Layer, ModelView
 
-_REQUIRED = object()
-_TOO_MANY = 2**30  # for a size: the bytes of a matrix of two smaller ones can still be counted in 64 bits
-NORMS = ("attn_norm", "mlp_norm")  # of the roles of `dkv.models.view.Layer`; the others are linear
+_REQUIRED: Any = object()
+_TOO_MANY = 2**30  # for a size: the bytes of a matrix of two smaller sizes still fit in 64 bits
+NORMS = ("attn_norm", "mlp_norm")  # roles of `dkv.models.view.Layer`; the others are linear
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Dotted paths of a family's modules, which are the names of its official tensors too.
+    """Dotted paths of a family's modules; the official tensors have the same names.
 
     Attributes:
         embed, layers, final_norm, head: paths from the model; `layers` is a list of modules.
-        layer: `Layer` role -> path from one of the layers.
-        layers_field, tied_field: the config's names of `ModelConfig.layers` and `ModelConfig.tied`.
+        layer: `Layer` role -> path from a layer.
+        layers_field, tied_field: the names of `ModelConfig.layers` and `ModelConfig.tied` in a config.json.
     """
 
     embed: str
@@ -36,11 +36,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a config says, in one language for all families.
+    """The fields of a config.json, under the same names for all families.
 
     Attributes:
         vocab_size: rows of the embedding.
-        eos_ids: the tokens that end a text, one at least.
+        eos_ids: the tokens that end a text, at least one.
         tied: whether the embedding's weight is the head.
         biased: the `Layer` roles that have a bias.
     """
@@ -61,15 +61,15 @@ class ModelConfig:
     biased: tuple[str, ...] = ()
 
     @property
-    def headdim(self):
+    def headdim(self) -> int:
         return self.hidden_size // self.nheads
 
     @property
-    def eos_token_id(self):
+    def eos_token_id(self) -> int:
         return self.eos_ids[0]
 
-    def features(self, role):
-        """(in_features, out_features) of a linear role of a layer."""
+    def features(self, role: str) -> tuple[int, int]:
+        """(in_features, out_features) of a layer's linear module by its role."""
         kv_size = self.nheads_k * self.headdim
         return {
             "k": (self.hidden_size, kv_size),
@@ -83,61 +83,66 @@ class ModelConfig:
 class Fields:
     """Reads the fields of a config; its errors name the owner, a model's class or a file, and the field.
 
-    A default is what a missing field means to the official code, and a legal value whatever its kind.
+    A default is the official code's value of a missing field; it is legal, whatever its type.
     """
 
-    def __init__(self, config, owner):
+    def __init__(self, config: Any, owner: str):
         self.config, self.owner = config, owner
 
-    def get(self, name, default=_REQUIRED):
+    def get(self, name: str, default: Any = _REQUIRED) -> Any:
         value = getattr(self.config, name, default)
         if value is _REQUIRED:
             raise ValueError(f"{self.owner}: the config has no {name}; add it.")
         return value
 
-    def count(self, name, default=_REQUIRED):
+    def count(self, name: str, default: int | None = _REQUIRED) -> int | None:
         value = self.get(name, default)
         return value if value is default else self.check_count(name, value)
 
-    def check_count(self, name, value):
+    def check_count(self, name: str, value: Any) -> int:
         if type(value) is not int or not 0 < value < _TOO_MANY:
             raise ValueError(f"{self.owner}: {name} must be a positive int, below {_TOO_MANY}, got {shown(value)}.")
         return value
 
-    def positive(self, name, default):
+    def positive(self, name: str, default: float) -> float:
         return self.check_positive(name, self.get(name, default))
 
-    def check_positive(self, name, value):
+    def check_positive(self, name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
             raise ValueError(f"{self.owner}: {name} must be a positive number, got {shown(value)}.")
         return float(value)
 
-    def switch(self, name, default):
+    def switch(self, name: str, default: bool | None) -> bool | None:
         value = self.get(name, default)
         if value is not default and type(value) is not bool:
             raise ValueError(f"{self.owner}: {name} must be true or false, got {shown(value)}.")
         return value
 
-    def must_be(self, name, supported, default=_REQUIRED):
-        value = self.get(name, default)
-        # True is no 1; a str may be an enum's
-        same_kind = isinstance(value, type(supported)) and isinstance(value, bool) == isinstance(supported, bool)
-        if not same_kind or value != supported:
-            raise ValueError(f"{self.owner}: dkv supports {name}={supported!r} only, got {shown(value)}.")
+    def must_be(self, supported: dict[str, tuple[Any, Any]]) -> None:
+        """Raises ValueError for a field with another value than the supported one.
 
-    def heads(self, hidden_size, nheads, nheads_k, default=None):
-        """hidden_size, nheads and nheads_k from the fields of these names; without the last, `default` or nheads."""
+        supported: field -> (value, default); with the default None, a missing or null field is supported too.
+        """
+        for name, (wanted, default) in supported.items():
+            value = self.get(name, default)
+            # True == 1, so compare the types too; remote code may have a string enum for a str
+            same_kind = isinstance(value, type(wanted)) and isinstance(value, bool) == isinstance(wanted, bool)
+            if not (value is default is None or (same_kind and value == wanted)):
+                raise ValueError(f"{self.owner}: dkv supports {name}={wanted!r} only, got {shown(value)}.")
+
+    def heads(self, hidden_size: str, nheads: str, nheads_k: str, default: int | None = None) -> dict[str, int]:
+        """hidden_size, nheads and nheads_k from the fields of these names; nheads_k defaults to `default` or nheads."""
         sizes = [self.count(hidden_size), self.count(nheads)]
         sizes.append(self.count(nheads_k, None) or default or sizes[1])
         if sizes[0] % (2 * sizes[1]) or sizes[1] % sizes[2]:
             raise ValueError(
-                f"{self.owner}: {hidden_size} must be an even multiple of {nheads}, and that one a multiple of "
+                f"{self.owner}: {hidden_size} must be an even multiple of {nheads}, and {nheads} a multiple of "
                 f"{nheads_k}, got {', '.join(map(str, sizes))}."
             )
         return dict(zip(("hidden_size", "nheads", "nheads_k"), sizes, strict=True))
 
-    def token_ids(self, vocab_size):
-        """mask_id, eos_ids and pad_token_id; without a pad token, null or -1, the first end of text pads."""
+    def token_ids(self, vocab_size: int) -> dict[str, Any]:
+        """mask_id, eos_ids and pad_token_id; a pad token that is missing, null or -1 is the first end of text."""
         (mask_id,) = self._ids("mask_token_id", vocab_size)
         eos_ids = self._ids("eos_token_id", vocab_size, several=True)
         pad = self.get("pad_token_id", None)
@@ -154,18 +159,21 @@ class Fields:
         return tuple(ids)
 
 
-def module_at(root, path):
+def module_at(root: nn.Module, path: str) -> nn.Module | None:
     """The module at a dotted path, or None."""
     for name in path.split("."):
         root = getattr(root, name, None)
     return root
 
 
-def read_view(model, layout, settings, **what_differs):
+def read_view(model: nn.Module, layout: Layout, config: ModelConfig, **family_fields: Any) -> ModelView:
     """The `ModelView` of a model whose config has been read.
 
+    Args:
+        family_fields: the fields of `ModelView` that a family decides: family, make_output, honours_attention_mask.
+
     Raises:
-        ValueError: a module is missing, of another shape than the config says, or of a kind the engine does not run.
+        ValueError: a module is missing, its shape is not the config's, or dkv does not run modules of its kind.
     """
     owner = type(model).__name__
 
@@ -177,12 +185,12 @@ def read_view(model, layout, settings, **what_differs):
 
     embed, final_norm = find(layout.embed), find(layout.final_norm)
     head = module_at(model, layout.head)
-    if head is None and not settings.tied:
+    if head is None and not config.tied:
         find(layout.head)
     if head is not None and getattr(head, "weight", None) is embed.weight:
         head = None
     # quantised modules may define `bias` as a method
-    if isinstance(getattr(head, "bias", None), torch.Tensor):
+    if isinstance(getattr(head, "bias", None), Tensor):
         raise ValueError(f"{owner}: {layout.head} has a bias, which dkv does not support.")
     _check_norm(owner, layout.final_norm, final_norm)
     rows, predicted = len(embed.weight), getattr(head, "out_features", 0)
@@ -198,12 +206,12 @@ def read_view(model, layout, settings, **what_differs):
             if role in NORMS:
                 _check_norm(owner, prefix + layout.layer[role], module)
             else:
-                _check_linear(owner, prefix + layout.layer[role], module, settings.features(role))
+                _check_linear(owner, prefix + layout.layer[role], module, config.features(role))
         attention = prefix + layout.layer["q"].removesuffix("q_proj")
         if module_at(model, attention + "q_norm") is not None or module_at(model, attention + "k_norm") is not None:
             raise ValueError(f"{owner}: {attention}q_norm and k_norm (QK normalisation) are not supported by dkv.")
         # quantised modules may define `weight` as a method
-        weights = [module.weight for module in roles.values() if isinstance(getattr(module, "weight", 0), torch.Tensor)]
+        weights = [module.weight for module in roles.values() if isinstance(getattr(module, "weight", 0), Tensor)]
         device = next((w.device for w in weights if w.device != embed.weight.device), None)
         if device is not None:
             raise ValueError(
@@ -216,18 +224,18 @@ def read_view(model, layout, settings, **what_differs):
         layers=tuple(layers),
         final_norm=final_norm,
         head=head,
-        nheads=settings.nheads,
-        nheads_k=settings.nheads_k,
-        headdim=settings.headdim,
-        rope_theta=settings.rope_theta,
+        nheads=config.nheads,
+        nheads_k=config.nheads_k,
+        headdim=config.headdim,
+        rope_theta=config.rope_theta,
         vocab_size=rows,
-        max_positions=settings.max_positions,
-        mask_id=settings.mask_id,
-        eos_ids=settings.eos_ids,
-        pad_token_id=settings.pad_token_id,
-        # a `ModelView` is read anew at each call, its tables are kept
-        _tables=memory_of(model).rope_tables.setdefault((settings.headdim, settings.rope_theta), {}),
-        **what_differs,
+        max_positions=config.max_positions,
+        mask_id=config.mask_id,
+        eos_ids=config.eos_ids,
+        pad_token_id=config.pad_token_id,
+        # the tables outlive the view, which is read again at each call of dkv
+        _tables=memory_of(model).rope_tables.setdefault((config.headdim, config.rope_theta), {}),
+        **family_fields,
     )
 
 
@@ -241,5 +249,5 @@ def _check_linear(owner, path, module, features):
 
 def _check_norm(owner, path, module):
     weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
-    if not isinstance(weight, torch.Tensor) or bias is not None or isinstance(module, nn.LayerNorm):
+    if not isinstance(weight, Tensor) or bias is not None or isinstance(module, nn.LayerNorm):
         raise ValueError(f"{owner}: {path} must be an RMSNorm with a weight and no bias, got {module}.")

@@ -1,10 +1,13 @@
 """LLaDA: LLaDA-8B Base and Instruct, LLaDA-1.5, and models of the same structure."""
 
+from typing import Any, Literal
+
 import torch
+from torch import Tensor, nn
 
 from dkv.models.layout import Fields, Layout, ModelConfig, module_at, read_view
 from dkv.models.native import NativeModel, Output
-from dkv.models.view import Family
+from dkv.models.view import Family, ModelView
 
 FAMILY = Family(
     name="LLaDA",
@@ -36,27 +39,35 @@ LAYOUT = Layout(
     tied_field="weight_tying",
 )
 
+SUPPORTED = {  # field of config.json -> (the only value that dkv runs, the official code's default)
+    "block_type": ("llama", "sequential"),
+    "block_group_size": (1, 1),
+    "layer_norm_type": ("rms", "default"),
+    "layer_norm_with_affine": (True, True),
+    "include_bias": (False, False),
+    "bias_for_layer_norm": (False, None),  # None: as include_bias
+    "attention_layer_norm": (False, False),
+    "activation_type": ("silu", "swiglu"),
+    "rope": (True, False),
+    "alibi": (False, False),
+    "input_emb_norm": (False, False),
+    "scale_logits": (False, False),
+    "clip_qkv": (None, None),
+}
 
-def read_model_config(config, owner, rows=None):
-    """The `ModelConfig` of a config; ValueError naming the owner for what is missing or not supported.
 
-    rows: those of the embedding, where there is one: a config need not follow when it is resized.
+def describes(config: Any) -> bool:
+    """Whether a config.json is of this family; LLaDA-MoE calls itself "llada" too, but has no d_model."""
+    return getattr(config, "model_type", None) == "llada" and hasattr(config, "d_model")
+
+
+def read_model_config(config: Any, owner: str, rows: int | None = None) -> ModelConfig:
+    """The `ModelConfig` of a config; ValueError naming the owner for a missing or unsupported field.
+
+    rows: the rows of the model's embedding, which may have been resized without its config.
     """
     fields = Fields(config, owner)
-    fields.must_be("block_type", "llama", default="sequential")
-    fields.must_be("block_group_size", 1, default=1)
-    fields.must_be("layer_norm_type", "rms", default="default")
-    fields.must_be("layer_norm_with_affine", True, default=True)
-    fields.must_be("include_bias", False, default=False)
-    if fields.get("bias_for_layer_norm", None) is not None:  # None: as include_bias
-        fields.must_be("bias_for_layer_norm", False)
-    fields.must_be("attention_layer_norm", False, default=False)
-    fields.must_be("activation_type", "silu", default="swiglu")
-    fields.must_be("rope", True, default=False)
-    fields.must_be("alibi", False, default=False)
-    fields.must_be("input_emb_norm", False, default=False)
-    fields.must_be("scale_logits", False, default=False)
-    fields.must_be("clip_qkv", None, default=None)
+    fields.must_be(SUPPORTED)
     nheads_k = 1 if fields.switch("multi_query_attention", None) else None
     heads = fields.heads("d_model", "n_heads", "n_kv_heads", default=nheads_k)
     vocab_size = fields.count("vocab_size", None)
@@ -78,13 +89,13 @@ def read_model_config(config, owner, rows=None):
     )
 
 
-def find(model):
+def find(model: nn.Module) -> ModelView | None:
     """The `ModelView` of a LLaDA, native or of Hugging Face's remote code; None for a model of another structure."""
     embed = module_at(model, LAYOUT.embed)
     if embed is None:
         return None
     inner = model.model
-    # the first revision of the official file builds a mask and leaves it unused; its methods tell the two apart
+    # the official file's first revision builds a mask and does not use it; its methods tell the revisions apart
     ignores_mask = hasattr(inner, "get_alibi_attention_bias") and not hasattr(inner, "get_bidirectional_attention_bias")
     return read_view(
         model,
@@ -107,20 +118,24 @@ def _hugging_face_output(logits, return_dict=True):
 class LLaDA(NativeModel):
     """A LLaDA of the official checkpoint layout; `dkv.from_pretrained` makes it."""
 
-    layout, read_model_config, find = LAYOUT, staticmethod(read_model_config), staticmethod(find)
+    layout, describes = LAYOUT, staticmethod(describes)
+    read_model_config, find = staticmethod(read_model_config), staticmethod(find)
 
-    @staticmethod
-    def describes(config):
-        """Whether a config.json is of this family; LLaDA-MoE calls itself "llada" too, but has no d_model."""
-        return getattr(config, "model_type", None) == "llada" and hasattr(config, "d_model")
-
-    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, *, past_key_values=None, use_cache=None):
-        """Logits of every position; positions for RoPE are columns, padded or not.
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        *,
+        past_key_values: None = None,
+        use_cache: Literal[False] | None = None,
+    ) -> Output:
+        """Logits of every position; the RoPE position is the column, whether or not columns before it are padding.
 
         Args:
             input_ids: (batch, seqlen) int64; or inputs_embeds (batch, seqlen, hidden_size).
-            attention_mask: (batch, seqlen), 0 or False where a key is padding: no query attends to it, its own query
-                attends to the others. A row without any key attends to all of them equally, as in the official code.
+            attention_mask: (batch, seqlen), 0 or False where a key is padding: no query attends to it, but its own
+                query attends to the other keys. A row without any key attends to all equally, as in the official code.
             past_key_values, use_cache: must be None or False.
 
         Returns:
@@ -135,10 +150,8 @@ class LLaDA(NativeModel):
                     f"attention_mask must have shape (batch, seqlen) = {tuple(x.shape[:2])}, "
                     f"got {tuple(attention_mask.shape)}."
                 )
-            valid = attention_mask.bool()
+            valid = attention_mask.bool()[:, None, None]
             if not bool(valid.all()):
                 # the smallest finite value: with -inf, rows without keys would be NaN
-                bias = torch.zeros_like(valid, dtype=x.dtype).masked_fill(~valid, torch.finfo(x.dtype).min)[
-                    :, None, None
-                ]
+                bias = torch.zeros_like(valid, dtype=x.dtype).masked_fill(~valid, torch.finfo(x.dtype).min)
         return self._run(x, attn_mask=bias)

@@ -1,78 +1,95 @@
-"""Native models: a module tree made from a family's layout, loaded from and saved to the official checkpoint layout."""
+"""Native models: their module tree, forward pass, loading and saving, all in the official checkpoint layout."""
 
 import contextlib
+import copy
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from dkv.models.folder import CONFIG, INDEX, WEIGHTS, read_tensors, some
 from dkv.models.layout import NORMS
+from dkv.models.view import ModelView
 
 
 def _rotate(x, cos, sin):
-    """Half-split RoPE in float32 at least, rounded once; differentiable, which the one of dkv.kernels is not."""
+    """Half-split RoPE in float32 at least, rounded once; differentiable, unlike that of dkv.kernels."""
     x1, x2 = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
 class Output(NamedTuple):
-    """What a native model returns: logits (batch, seqlen, vocab) in the model's dtype."""
+    """The output of a native model: logits (batch, seqlen, vocab) in the model's dtype."""
 
-    logits: torch.Tensor
+    logits: Tensor
 
 
 class RMSNorm(nn.Module):
-    """Normalised in float32 (float64 for float64) and rounded to the input's dtype, then scaled."""
+    """RMSNorm in float32 (in float64 for float64 inputs), rounded to the input's dtype, then scaled."""
 
-    def __init__(self, size, eps, device=None):
+    def __init__(self, size: int, eps: float, device: torch.device | str | None = None):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size, device=device))
         self.eps = eps
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         y = x.to(torch.promote_types(x.dtype, torch.float32))
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * y.to(x.dtype)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
 class NativeModel(nn.Module):
     """Base class of `LLaDA` and `Dream`: the tree of modules has the paths of the official code.
 
-    The forward pass is plain and differentiable; dropout is not applied, in training neither.
+    The forward pass is plain and differentiable, and applies no dropout, not even in training.
+
+    A subclass has a `layout`, and the functions `describes`, `read_model_config` and `find` of its family.
 
     Attributes:
-        config: the fields of config.json.
-        settings: what they mean, `dkv.models.layout.ModelConfig`.
+        config: the fields of config.json. A field that is changed later counts from the next forward pass on, as it
+            does for `dkv.generate` and `dkv.replace_attention`.
+        model_config: the `ModelConfig` that the model was built from.
     """
 
-    def __init__(self, config, owner="config"):
-        """Builds the modules without memory (on the meta device); config: a namespace of config.json's fields."""
+    _kept = None  # (what the last view was read from, that view)
+
+    def __init__(self, config: SimpleNamespace, owner: str = "config"):
+        """Builds the modules without memory (on the meta device).
+
+        Args:
+            config: a namespace of config.json's fields.
+            owner: named by errors about them.
+        """
         super().__init__()
         self.config, self.model_config = config, self.read_model_config(config, owner)
-        settings, layout = self.model_config, self.layout
-        self._place(layout.embed, nn.Embedding(settings.vocab_size, settings.hidden_size, device="meta"))
-        self._place(layout.layers, nn.ModuleList(nn.Module() for _ in range(settings.layers)))
-        for index in range(settings.layers):
+        model_config, layout = self.model_config, self.layout
+        self._place(layout.embed, nn.Embedding(model_config.vocab_size, model_config.hidden_size, device="meta"))
+        self._place(layout.layers, nn.ModuleList(nn.Module() for _ in range(model_config.layers)))
+        for index in range(model_config.layers):
             for role, path in layout.layer.items():
                 if role in NORMS:
-                    module = RMSNorm(settings.hidden_size, settings.eps, device="meta")
+                    module = RMSNorm(model_config.hidden_size, model_config.eps, device="meta")
                 else:
-                    module = nn.Linear(*settings.features(role), bias=role in settings.biased, device="meta")
+                    module = nn.Linear(*model_config.features(role), bias=role in model_config.biased, device="meta")
                 self._place(f"{layout.layers}.{index}.{path}", module)
-        self._place(layout.final_norm, RMSNorm(settings.hidden_size, settings.eps, device="meta"))
-        if not settings.tied:
-            head = nn.Linear(settings.hidden_size, settings.vocab_size, bias=False, device="meta")
+        self._place(layout.final_norm, RMSNorm(model_config.hidden_size, model_config.eps, device="meta"))
+        if not model_config.tied:
+            head = nn.Linear(model_config.hidden_size, model_config.vocab_size, bias=False, device="meta")
             self._place(layout.head, head)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are without the view, which they read from their own modules."""
+        return {name: value for name, value in vars(self).items() if name != "_kept"}
 
     def _place(self, path, module):
         parent, _, name = path.rpartition(".")
@@ -84,11 +101,11 @@ class NativeModel(nn.Module):
         setattr(owner, name, module)
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.get_submodule(self.layout.embed).weight.device
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return self.get_submodule(self.layout.embed).weight.dtype
 
     def _embedded(self, input_ids, inputs_embeds):
@@ -104,9 +121,21 @@ class NativeModel(nn.Module):
                 "use dkv.generate or dkv.replace_attention."
             )
 
+    def _view(self) -> ModelView:
+        """`find(self)`, kept until a module, the identity, shape or device of a parameter, or the config changes."""
+        if torch.compiler.is_compiling():
+            return self.find(self)
+        modules = [*self.modules()][1:]  # without the model, or it would keep itself alive
+        parameters = [p for module in modules for p in module._parameters.values() if p is not None]
+        tensors = [(id(p), p.shape, p.device) for p in parameters]  # equal ids: tied in the same way
+        if self._kept is None or self._kept[0] != (modules, tensors, vars(self.config)):
+            # a copy, because a value of the config may be changed in place
+            self._kept = (modules, tensors, copy.deepcopy(vars(self.config))), self.find(self)
+        return self._kept[1]
+
     def _run(self, x, positions=None, attn_mask=None):
-        """x (batch, seqlen, hidden_size); positions (batch or 1, seqlen), None: columns; attn_mask: as of SDPA."""
-        view = self.find(self)
+        """x (batch, seqlen, hidden_size); positions (batch or 1, seqlen), None: columns; attn_mask: as SDPA's."""
+        view = self._view()
         if positions is None:
             cos, sin = (table[None, : x.shape[1], None] for table in view.rope_tables(x.shape[1], x.device))
         else:
@@ -116,7 +145,7 @@ class NativeModel(nn.Module):
         for layer in view.layers:
             h = layer.attn_norm(x)
             q, k, v = (project(h).unflatten(-1, (-1, view.headdim)) for project in (layer.q, layer.k, layer.v))
-            # in float32 as LLaDA does; Dream's own code rotates in the model's dtype, which rounds more below float32
+            # in float32 as LLaDA does; Dream's own code rotates in the model's dtype, where half precision rounds more
             q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
             if groups > 1:
                 k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
@@ -127,7 +156,9 @@ class NativeModel(nn.Module):
         return Output(view.logits(view.final_norm(x)))
 
     @classmethod
-    def random(cls, config, *, seed, dtype, device):
+    def random(
+        cls, config: SimpleNamespace, *, seed: int, dtype: torch.dtype | None, device: torch.device
+    ) -> "NativeModel":
         """Linear and embedding weights are normal with standard deviation 0.02, biases 0, norms 1."""
         model = cls(config)
         generator = torch.Generator(device).manual_seed(seed)
@@ -141,22 +172,24 @@ class NativeModel(nn.Module):
         return model.eval()
 
     @classmethod
-    def load(cls, folder, config, owner, *, dtype, device):
+    def load(
+        cls, folder: Path, config: SimpleNamespace, owner: str, *, dtype: torch.dtype | None, device: torch.device
+    ) -> "NativeModel":
         """Reads every tensor once, straight to its device and dtype; dtype None: that of the first tensor.
 
-        Args:
-            folder: a Path; config, owner: of its `dkv.models.folder.read_config`.
+        config and owner are what `dkv.models.folder.read_config` returned for the folder.
         """
-        layout, settings = cls.layout, cls.read_model_config(config, owner)
+        layout, model_config = cls.layout, cls.read_model_config(config, owner)
         stored = read_tensors(folder)
-        if settings.layers > len(stored):  # building that many could take for ever
+        if model_config.layers > len(stored):  # building that many could take for ever
             raise ValueError(
-                f"{owner}: {layout.layers_field} is {settings.layers}, but the weights have {len(stored)} tensors only."
+                f"{owner}: {layout.layers_field} is {model_config.layers}, but the weights have {len(stored)} tensors "
+                "only."
             )
         model = cls(config, owner)
         embedding, head = f"{layout.embed}.weight", f"{layout.head}.weight"
-        # of a tied model some files hold the head too
-        unused = {head} & stored.keys() if settings.tied else set()
+        # some files of tied models hold the head too
+        unused = {head} & stored.keys() if model_config.tied else set()
         _check_tensors(folder, stored, {name: tuple(p.shape) for name, p in model.named_parameters()}, unused)
         if unused and not _are_equal(stored, embedding, head):
             raise ValueError(
@@ -174,15 +207,15 @@ class NativeModel(nn.Module):
         module, _, name = name.rpartition(".")
         setattr(self.get_submodule(module), name, nn.Parameter(tensor))
 
-    def save_pretrained(self, folder, *, max_shard_bytes=5 * 2**30):
+    def save_pretrained(self, folder: str | os.PathLike, *, max_shard_bytes: int = 5 * 2**30) -> None:
         """Writes config.json and the weights in the official layout.
 
         Weights that were in the folder are replaced. Tokenizer files, generation_config.json and the modeling files
-        that `trust_remote_code` runs are not written: copy them from where the model came from.
+        that `trust_remote_code` runs are not written: copy them from the original checkpoint.
 
         Args:
             folder: made if it does not exist.
-            max_shard_bytes: the weights are split into files of at most this size, or of one larger tensor.
+            max_shard_bytes: the maximum size of a file of weights; only a single tensor may exceed it.
         """
         if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
             raise ValueError(f"max_shard_bytes must be a positive int, got {max_shard_bytes!r}.")
@@ -204,7 +237,7 @@ class NativeModel(nn.Module):
         files = dict(zip(names if len(shards) > 1 else [WEIGHTS], shards, strict=True))
         for name, tensors in files.items():
             tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            # renamed once complete: the parameters may be memory-mapped from a file of this very name
+            # renamed once complete: the parameters may be memory-mapped from the file of this name
             save_file(tensors, folder / f"{name}.part", metadata={"format": "pt"})
         for stale in (*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS, folder / INDEX):
             stale.unlink(missing_ok=True)
@@ -218,7 +251,7 @@ class NativeModel(nn.Module):
 
 
 def _attention(q, k, v, attn_mask):
-    """(batch, nheads, seqlen, headdim); where a bool mask leaves a query no key, zeros on every backend."""
+    """(batch, nheads, seqlen, headdim); zeros on every backend for a query to which a bool mask leaves no key."""
     if attn_mask is None or attn_mask.dtype != torch.bool:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
     empty = ~attn_mask.any(-1, keepdim=True)
@@ -230,7 +263,7 @@ def _write_json(path, content):
 
 
 def _check_tensors(folder, stored, expected, unused):
-    """The files must hold exactly the expected tensors, and may hold the unused ones; expected: name -> shape."""
+    """Raises ValueError unless the files hold the expected tensors (name -> shape) and, at most, the unused ones."""
     problems = {
         "missing": sorted(expected.keys() - stored.keys()),
         "unexpected": sorted(stored.keys() - expected.keys() - unused),
@@ -247,7 +280,7 @@ def _check_tensors(folder, stored, expected, unused):
 
 @contextlib.contextmanager
 def _opened(file, device="cpu"):
-    """safe_open, which names no file in its errors."""
+    """`safe_open`, but its errors name the file."""
     try:
         with safe_open(file, framework="pt", device=device) as tensors:
             yield tensors

@@ -1,11 +1,12 @@
-"""A transformer as the engine sees it: its modules by their roles, and what its config says."""
+"""`ModelView`: a model by the roles of its modules, with the numbers that its config gives."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from dkv.cache import KVCache
 from dkv.linear import is_plain, linear
@@ -14,7 +15,7 @@ from dkv.memory import setting_up, wait_for
 
 @dataclass(frozen=True)
 class Layer:
-    """The modules of one decoder layer, whatever the model calls them."""
+    """The modules of a decoder layer, whatever the model calls them."""
 
     attn_norm: nn.Module
     q: nn.Module
@@ -27,23 +28,24 @@ class Layer:
     down: nn.Module
 
     @property
-    def norms(self):
+    def norms(self) -> tuple[nn.Module, ...]:
         return self.attn_norm, self.mlp_norm
 
     @property
-    def linears(self):
+    def linears(self) -> tuple[nn.Module, ...]:
         return self.q, self.k, self.v, self.o, self.gate, self.up, self.down
 
 
 @dataclass(frozen=True)
 class Family:
-    """What LLaDA and Dream do differently; one instance a family, in `dkv.models`.
+    """The differences between LLaDA and Dream: one instance for each family, in `dkv.models`.
 
     Attributes:
         shifted: whether the output at column j - 1 predicts column j.
-        remasking: the default rule; remasking_by_probability: the one for threshold and factor decoding.
-        divides_logits: whether temperature divides the logits before the confidence is taken (Dream), or only scales
-            the noise (LLaDA).
+        remasking: the default rule.
+        remasking_by_probability: the default rule of threshold and factor decoding.
+        divides_logits: whether the temperature divides the logits before the confidence is taken (Dream), or only
+            scales the noise (LLaDA).
         time_steps: whether the number of commits follows Dream's time steps, or LLaDA's even split.
         end_of_turn_id: the token that ends a turn, besides the end of text.
     """
@@ -62,11 +64,11 @@ class ModelView:
     """A LLaDA or Dream, native or of Hugging Face's remote code, by the roles of its modules.
 
     Attributes:
-        head: None where the embedding's weight is the head (tied).
+        head: None if the embedding's weight is the head (tied).
         vocab_size: rows of the embedding; the head may have fewer, see `predictable`.
-        max_positions: the length the model was made for.
+        max_positions: the length that the model was made for.
         mask_id, eos_ids, pad_token_id: token ids below vocab_size.
-        make_output: logits -> what the model's own forward returns.
+        make_output: makes the output of the model's own forward from logits.
         honours_attention_mask: whether the model's own forward does (the first revision of LLaDA's file ignores it).
     """
 
@@ -84,32 +86,34 @@ class ModelView:
     mask_id: int
     eos_ids: tuple[int, ...]
     pad_token_id: int
-    make_output: Callable
+    make_output: Callable[..., Any]
     honours_attention_mask: bool = True
-    _tables: dict = field(default_factory=dict, repr=False, compare=False)
+    _tables: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @property
-    def eos_token_id(self):
+    def eos_token_id(self) -> int:
         """The first token that ends a text."""
         return self.eos_ids[0]
 
-    def predictable(self, ids):
-        """Those of some ids that the head has a row for; rows can be added to LLaDA's embedding alone."""
+    def predictable(self, ids: Iterable[int]) -> tuple[int, ...]:
+        """The ids that the head has a row for; LLaDA's embedding can be resized without its head."""
         rows = getattr(self.head, "out_features", self.vocab_size)
         return tuple(i for i in ids if i < rows)
 
     @property
-    def called(self):
-        """The modules that are called, or whose weights are used in their place."""
+    def called(self) -> list[nn.Module]:
+        """The modules that dkv calls, or whose weights it reads instead."""
         others = [self.embed, self.final_norm, *([] if self.head is None else [self.head])]
         return [module for layer in self.layers for module in (*layer.linears, *layer.norms)] + others
 
     @property
-    def weight(self):
-        """The embedding's weight: its device and dtype are the model's."""
+    def weight(self) -> Tensor:
+        """The embedding's weight, whose device and dtype are the model's."""
         return self.embed.weight
 
-    def new_cache(self, batch, seqlen, leftpad=None, key_mask=None):
+    def new_cache(
+        self, batch: int, seqlen: int, leftpad: Tensor | None = None, key_mask: Tensor | None = None
+    ) -> KVCache:
         """A `KVCache` for `batch` rows of `seqlen` columns."""
         return KVCache(
             len(self.layers),
@@ -123,16 +127,16 @@ class ModelView:
             device=self.weight.device,
         )
 
-    def rope_angles(self, positions):
-        """(..., headdim // 2) float32 of the half-split RoPE at any positions (...).
+    def rope_angles(self, positions: Tensor) -> Tensor:
+        """The angles of the half-split RoPE, (..., headdim // 2) float32, at any positions (...).
 
         Frequencies and angles are computed in float32, as both models do.
         """
         exponents = torch.arange(0, self.headdim, 2, dtype=torch.float32, device=positions.device) / self.headdim
         return positions.float()[..., None] * (1 / self.rope_theta**exponents)
 
-    def rope_tables(self, length, device):
-        """cos, sin (at least length, headdim // 2) float32 of the angles of columns, kept and grown by doubling."""
+    def rope_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin of the columns' angles, (at least length, headdim // 2) float32; kept, and grown by doubling."""
         with setting_up():
             known = self._tables.get(device)
             if known is None or known[0].shape[0] < length:
@@ -146,12 +150,12 @@ class ModelView:
         return known
 
     @property
-    def head_weight(self):
-        """(vocab, hidden_size): the weight whose product with the hidden state is the logits; None: call the head."""
+    def head_weight(self) -> Tensor | None:
+        """The weight (vocab, hidden_size) whose product with the hidden state is the logits; None: call the head."""
         if self.head is None:
             return self.weight if self.weight.is_contiguous() else None
         return self.head.weight if is_plain(self.head) else None
 
-    def logits(self, hidden):
+    def logits(self, hidden: Tensor) -> Tensor:
         """Logits (rows, vocab) of hidden states after the final norm."""
         return F.linear(hidden, self.weight) if self.head is None else linear(self.head, hidden)

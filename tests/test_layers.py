@@ -1,12 +1,10 @@
-"""Models on our own products: the tokens of the library's products, in `generate` and under a foreign loop."""
+"""`dkv.layers.Fused`: models on our own products give the tokens of `Library`, in `generate` and in a user's loop."""
 
-import functools
 from types import SimpleNamespace
 from unittest import mock
 
 import oracle
 import pytest
-import test_oracle
 import tiny
 import torch
 from fake_gpu import fake_gpu, fake_model, fake_run
@@ -25,12 +23,12 @@ from dkv.sampling import Sampler
 
 CASES = [(family, name) for family in ("llada", "dream") for name in oracle.cases(family)]
 PRODUCTS = ("deferred_norm", "linear_rope_cache_update", "linear_add_norm", "linear_swiglu")
-# by so much float16 moves the scores of the recorded models, whose logits are about 5
+# float16 moves the scores of the recorded models, whose logits are about 5, by this much
 TIE = 0.02
 
 
 def few(cases, count):
-    """Parameters for all cases, of which the default run takes some."""
+    """Parameters for all cases; the default run takes `count` of them."""
     every = len(cases) // count
     return [
         pytest.param(*case, marks=() if i % every == every // 2 else pytest.mark.full) for i, case in enumerate(cases)
@@ -38,9 +36,9 @@ def few(cases, count):
 
 
 @pytest.mark.parametrize("family, name", few(CASES, 6))
-def test_trajectory(family, name, device):
-    """Against the authors' own code, in float32."""
-    output = test_oracle.run(family, name, device, fused_products=True)
+def test_tokens_are_those_of_the_authors_code(family, name, device):
+    """In float32."""
+    output = oracle.run(family, name, device, fused_products=True)
     oracle.assert_same_trajectory(family, name, output.history, output.active)
 
 
@@ -48,11 +46,10 @@ def test_trajectory(family, name, device):
 @pytest.mark.parametrize(
     "family, name", [case for case in CASES if len(oracle.recorded(*case, "x")) <= 12], ids=lambda value: value
 )
-def test_tokens_in_half_precision(family, name, device, monkeypatch):
-    """The kernels of the products, in float16: as the library's products, up to the first tie."""
-    monkeypatch.setattr(test_oracle, "model", half_precision_model)
+def test_half_precision_tokens_are_those_of_the_library(family, name, device, monkeypatch):
+    """Up to the first tie; the kernels of the products run in float16."""
     monkeypatch.setattr(model_runner, "direct", only_products_by_kernels)
-    # the twins read from the device
+    # no graphs, because the twins synchronise with the device
     ways = [scored(family, name, device, fused_products=fused, cuda_graphs=False) for fused in (True, False)]
     (fused, fused_scores), (library, library_scores) = ways
     assert torch.equal(fused.active[0], library.active[0])
@@ -63,17 +60,12 @@ def test_tokens_in_half_precision(family, name, device, monkeypatch):
             break
 
 
-@functools.cache
-def half_precision_model(name, device):
-    return dkv.from_pretrained(oracle.weights_path(name), dtype=torch.float16, device=device)
-
-
 def only_products_by_kernels(impl, tensor):
     return SimpleNamespace(**vars(reference) | {name: vars(TRITON)[name] for name in PRODUCTS})
 
 
 def scored(family, name, device, **options):
-    """(output, scores of the candidates at each step) of a case."""
+    """(output, scores of the candidates at each step) of a case in float16."""
     scores, predict = [], Sampler.predict
 
     def recorded(self, *args, **options):
@@ -82,17 +74,25 @@ def scored(family, name, device, **options):
         return found
 
     with mock.patch.object(Sampler, "predict", recorded):
-        return test_oracle.run(family, name, device, **options), scores
+        return oracle.run(family, name, device, dtype=torch.float16, **options), scores
 
 
 TWO_LAYERS = {"llada": {"n_layers": 2}, "dream": {"num_hidden_layers": 2}}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_cached_pass(family, device, monkeypatch):
-    """The hidden states of its candidates by the error budget against float64, and the cache of its last layer."""
+def test_a_cached_pass_is_within_the_error_budget(family, device, monkeypatch):
+    """The hidden states of its candidates, and the cache of its last layer."""
     monkeypatch.setattr(model_runner, "direct", only_products_by_kernels)
-    ids, real = prompts(9, 6, device=device)
+    passes, forward = [], model_runner.ModelRunner.__call__
+
+    def recorded(self, active, cache, max_seqlen, wanted):
+        hidden = forward(self, active, cache, max_seqlen, wanted)
+        passes.append((hidden.clone(), wanted))
+        return hidden
+
+    monkeypatch.setattr(model_runner.ModelRunner, "__call__", recorded)
+    ids, valid = prompts(9, 6, device=device)
     tokens, found = {}, {}
     for name, dtype, fused in (
         ("fused", torch.float16, True),
@@ -105,12 +105,12 @@ def test_a_cached_pass(family, device, monkeypatch):
                 setattr(norm, NORM_EPS[type(norm).__name__], eps)
         options = {"gen_length": 6, "policy": dkv.Decode(8), "remasking": "random", "fused_products": fused}
         options |= {"generator": torch.Generator().manual_seed(0), "cuda_graphs": False}
-        with torch.no_grad(), prepare(llm, ids, real, **options) as run:
-            for _ in range(2):
+        with torch.no_grad(), prepare(llm, ids, valid, **options) as run:
+            for _ in range(3):
                 run.step()
-                # those that the first one decoded
+                # all runs go on from the tokens of the first
                 run.state.x.copy_(tokens.setdefault(run.steps, run.state.x.clone()))
-            hidden, wanted = run._hidden(run.next_room())
+        hidden, wanted = passes[-1]
         # the columns of the shorter row
         caches = [cache[:, -12:] for cache in (run.cache.k[-1], run.cache.v[-1])]
         found[name] = [hidden[: int(wanted.cu_seqlens[-1])], *caches]
@@ -125,19 +125,19 @@ def test_a_cached_pass(family, device, monkeypatch):
     [{}, {"cfg_scale": 1.5, "temperature": 0.7}, {"steps": None, "threshold": 0.02}, {"eos_early_stop": True}],
     where=lambda family, policy, options: not ("Greedy" in policy and ("threshold" in options)),
 )
-def test_tokens(family, policy, options, device):
-    """Of every policy, ragged batch and way of decoding, in float32."""
-    ids, real = prompts(9, 4, 7, device=device)
+def test_tokens_are_those_of_the_library(family, policy, options, device):
+    """In float32, for a ragged batch."""
+    ids, valid = prompts(9, 4, 7, device=device)
     chosen = POLICIES[policy](family)
     options = {"gen_length": 12, "block_length": 6, "policy": chosen} | options
     options["remasking"] = "random" if chosen.needs_order else None
-    fused, library = (generate(family, ids, real, device, fused_products=way, **options) for way in (True, False))
+    fused, library = (generate(family, ids, valid, device, fused_products=way, **options) for way in (True, False))
     assert torch.equal(fused.history, library.history) and torch.equal(fused.active, library.active)
 
 
 @pytest.mark.parametrize("family, loop", [("llada", tiny.llada_loop), ("dream", tiny.dream_loop)])
-def test_where_the_table_says_that_they_pay(family, loop, device, monkeypatch):
-    """`generate` and a foreign loop take them by themselves, for as many rows as it says."""
+def test_the_table_decides_for_how_many_rows_products_are_fused(family, loop, device, monkeypatch):
+    """In `generate` and in a user's loop."""
     asked = []
 
     def pays(device, dtype, rows, products):
@@ -145,9 +145,9 @@ def test_where_the_table_says_that_they_pay(family, loop, device, monkeypatch):
         return rows < 40
 
     monkeypatch.setattr(configs, "fused_products_pay", pays)
-    ids, real = prompts(16, 16, device=device)
+    ids, valid = prompts(16, 16, device=device)
     options = {"gen_length": 8, "policy": dkv.Decode(3)}
-    chosen, library = (generate(family, ids, real, device, fused_products=way, **options) for way in (None, False))
+    chosen, library = (generate(family, ids, valid, device, fused_products=way, **options) for way in (None, False))
     assert torch.equal(chosen.history, library.history)
     assert {rows < 40 for rows in asked} == {True, False}
 
@@ -162,11 +162,11 @@ def test_where_the_table_says_that_they_pay(family, loop, device, monkeypatch):
     assert torch.equal(history, loop(llm, ids, **options))
 
 
-def test_they_take_few_rows():
+def test_only_products_of_few_rows_are_fused():
     view = view_of(tiny.tiny_model("llada"))
     asked, left_to_the_table, refused = (model_runner.ModelRunner(view, 64, "auto", way) for way in (True, None, False))
-    most = configs.MAX_PRODUCT_ROWS
-    assert isinstance(asked.way_for(most), Fused) and asked.way_for(most + 1) is asked.library
+    rows = configs.MAX_PRODUCT_ROWS
+    assert isinstance(asked.way_for(rows), Fused) and asked.way_for(rows + 1) is asked.library
     # no GPU has shown anything for float32
     assert left_to_the_table.way_for(1) is left_to_the_table.library and refused.way_for(1) is refused.library
 
@@ -188,21 +188,21 @@ def share(layers):
     layers[0].q.weight = layers[1].q.weight
 
 
-WHAT_THEY_CANNOT_RUN = {
+UNSUPPORTED = {
     "o with a bias": add_bias("o"),
     "down with a bias": add_bias("down"),
     "gate and up with biases": add_bias("gate", "up"),
     "another dtype": lambda layers: layers[1].o.double(),
-    "features that do not lie together": transpose,
+    "a weight that is not contiguous": transpose,
     "shared weights": share,
     "a hook on a linear layer": lambda layers: layers[0].o.register_forward_hook(print),
     "a hook on a norm": lambda layers: layers[1].mlp_norm.register_forward_hook(print),
 }
 
 
-@pytest.mark.parametrize("change", WHAT_THEY_CANNOT_RUN.values(), ids=WHAT_THEY_CANNOT_RUN)
-def test_what_they_cannot_run(change):
-    """Asked for it they refuse; else the library runs it."""
+@pytest.mark.parametrize("change", UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_unsupported_layers_are_refused_or_left_to_the_library(change):
+    """Refused with fused_products=True, left to the library otherwise."""
     llm = tiny.tiny_model("llada")
     model_runner.ModelRunner(view_of(llm), 64, "auto", True)
     change(view_of(llm).layers)
@@ -222,7 +222,7 @@ def assert_refused(view):
 @pytest.mark.parametrize("arch, pdl", [(90, False), (90, True), (80, True)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kernel_of_a_layer_waits_for_the_one_in_front(family, arch, pdl, monkeypatch):
-    """With PDL, where a GPU has it, from the first product to the last one."""
+    """By PDL, on GPUs that have it, from the first product to the last."""
     monkeypatch.setattr(configs, "PDL", pdl)
     with fake_gpu(arch) as launches, torch.no_grad():
         llm = fake_model(CONFIGS[family]())
