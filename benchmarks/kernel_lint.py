@@ -190,7 +190,7 @@ def _call_swiglu(empty, *, d=12288):
 
 
 def _call_deferred_norm(empty, *, d=4096):
-    norm._launch_deferred(empty(16, d), empty(d))
+    norm._launch_deferred_norm(empty(16, d), empty(d))
 
 
 def _deferred(empty, rows, d):
@@ -206,27 +206,27 @@ def _call_linear_rope(empty, *, d=4096, heads=(32, 32), headdim=128, rows=16, sp
     # biases as Dream has them
     bias = empty(weight.shape[0]) if nheads != nheads_k else None
     with _with_pdl(pdl):
-        launch = _split("qkv", rows, weight, splits)
-        qkv._launch(_deferred(empty, rows, d), 1e-5, weight, bias, cos, sin, *places, k_cache, v_cache, launch=launch)
+        config = _split("qkv", rows, weight, splits)
+        qkv._launch(_deferred(empty, rows, d), 1e-5, weight, bias, cos, sin, *places, k_cache, v_cache, config=config)
 
 
 def _call_linear_swiglu(empty, *, d=4096, mlp=12288, rows=16, splits=None, pdl=False):
     weight = empty(2 * mlp, d)
     with _with_pdl(pdl):
-        gate_up._launch(_deferred(empty, rows, d), 1e-5, weight, launch=_split("gate_up", rows, weight, splits))
+        gate_up._launch(_deferred(empty, rows, d), 1e-5, weight, config=_split("gate_up", rows, weight, splits))
 
 
 def _call_linear_add(empty, *, d=4096, mlp=12288, rows=16, splits=None, pdl=False):
     weight = empty(d, mlp)
     with _with_pdl(pdl):
-        launch = _split("residual", rows, weight, splits)
-        residual._launch(empty(rows, mlp), weight, empty(rows, d), empty(d), launch=launch)
+        config = _split("residual", rows, weight, splits)
+        residual._launch(empty(rows, mlp), weight, empty(rows, d), empty(d), config=config)
 
 
 def _split(kind, rows, weight, splits):
-    """The launch of the tables, with so many splits."""
-    launch = configs.product_config(weight.device, weight.dtype, kind, rows, weight.shape)
-    return launch if splits is None else replace(launch, splits=splits)
+    """The config of the tables, with so many splits."""
+    config = configs.product_config(weight.device, weight.dtype, kind, rows, weight.shape)
+    return config if splits is None else replace(config, splits=splits)
 
 
 def _with_pdl(pdl):
@@ -265,7 +265,7 @@ def _call_packing(empty, *, step=False, noisy=False):
     sizes, counters = empty(2, len(Size), dtype=torch.int32), empty(2, len(Counter), dtype=torch.int64)
     excess = empty(dtype=torch.int64)
     options = {"capacity": 64, "candidate_capacity": 32, "per_row": 32, "shifted": True, "noisy": noisy}
-    packing._launch_step(flags, flags, sizes, ints, ints, counters, excess, **options)
+    packing._launch_pack_step(flags, flags, sizes, ints, ints, counters, excess, **options)
 
 
 def _call_advance(empty, *, seqlen=1024, ends=False):

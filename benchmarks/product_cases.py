@@ -71,7 +71,7 @@ class Product:
 
     def _fused(self, ops, i, residual, caches, launch):
         """All outputs of a kernel of `ops`, or of its twin."""
-        options = {} if ops is reference else {"semaphores": self.semaphores, "launch": launch}
+        options = {} if ops is reference else {"semaphores": self.semaphores, "config": launch}
         weight, eps = self.weights[i], self.settings.eps
         if self.kind == "qkv":
             tokens = *self.angles, self.slots, self.slots

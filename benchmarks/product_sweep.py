@@ -40,7 +40,7 @@ KEPT = ("device", "date", "torch", "triton", "commit")
 
 
 def measure(case, launches, seconds):
-    """([(what, microseconds)], [(what, error)]) of a `Product` in both ways; what: {"setting": ...} or {"launch": ...}.
+    """([(what, microseconds)], [(what, error)]) of a `Product` in both ways; what: {"setting": ...} or {"config": ...}.
 
     seconds: that the samples may take, of all together.
     """
@@ -64,14 +64,14 @@ def measure(case, launches, seconds):
         with chosen(setting):
             attempt({"setting": setting}, case.library)
     for launch in launches:
-        attempt({"launch": asdict(launch)}, lambda i, launch=launch: case.ours(i, launch), launch)
+        attempt({"config": asdict(launch)}, lambda i, launch=launch: case.ours(i, launch), launch)
     common.interleave([timer for _, timer in timers], seconds=seconds, least=3, most=20)
     return [(what, 1e3 * common.quantiles(timer.milliseconds())[1]) for what, timer in timers], failed
 
 
 def entry(case, rows, found):
     """(a row of the table, the setting that the library was best under) from what `measure` found; None of one way."""
-    ways = [[row for row in found if key in row[0]] for key in ("setting", "launch")]
+    ways = [[row for row in found if key in row[0]] for key in ("setting", "config")]
     if not all(ways):
         return None
     (setting, library_us), (launch, us) = (min(way, key=lambda row: row[1]) for way in ways)
@@ -108,7 +108,7 @@ def sweep(arguments, clock, device):
             if best := entry(case, rows, found):
                 row, setting = best
                 entries.append(row)
-                us, library_us, launch = row["us"], row["library_us"], ", ".join(map(str, row["launch"].values()))
+                us, library_us, launch = row["us"], row["library_us"], ", ".join(map(str, row["config"].values()))
                 say(f"{title}{library_us:12.1f}{us:10.1f}{us / library_us:14.2f}  {setting}; {launch}")
         if len(entries) == len(KINDS):
             table += [row | measured_with for row in entries]

@@ -8,10 +8,12 @@ it is memory-bound, at 3 * rows * size elements.
 """
 
 import torch
+from torch import Tensor
 
 from dkv.kernels import checks, reference
 from dkv.kernels.configs import swiglu_config
 from dkv.kernels.language import tl, triton
+from dkv.kernels.operators import operator
 
 
 @triton.jit
@@ -28,7 +30,7 @@ def _swiglu_kernel(
     # constants
     BLOCK: tl.constexpr,
 ):
-    # neighbouring programs stream neighbouring memory
+    # neighbouring programs read neighbouring memory
     program = tl.program_id(0)
     blocks = tl.cdiv(size, BLOCK)
     row = (program // blocks).to(tl.int64)
@@ -43,41 +45,34 @@ def _swiglu_kernel(
     tl.store(out_ptr + row * size + columns, out, mask=valid)
 
 
-def _launch(gate_up):
+def _launch(gate_up: Tensor) -> Tensor:
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((rows, size), dtype=gate_up.dtype, device=gate_up.device)
     if out.numel() == 0:
         return out
-    launch = swiglu_config(gate_up.dtype)
+    config = swiglu_config(gate_up.dtype)
     with checks.device_guard(gate_up):
-        _swiglu_kernel[(rows * triton.cdiv(size, launch.block),)](
+        _swiglu_kernel[(rows * triton.cdiv(size, config.block),)](
             gate_up_ptr=gate_up,
             out_ptr=out,
             stride_row=gate_up.stride(0),
             stride_column=gate_up.stride(1),
             stride_up=size * gate_up.stride(1),
             size=size,
-            BLOCK=launch.block,
-            num_warps=launch.num_warps,
+            BLOCK=config.block,
+            num_warps=config.num_warps,
         )
     return out
 
 
-def _swiglu(gate_up, impl):
-    return _launch(gate_up) if impl == "triton" else reference.swiglu(gate_up)
-
-
-@torch.library.custom_op("dkv::swiglu", mutates_args=())
-def _operator(gate_up: torch.Tensor, impl: str) -> torch.Tensor:
-    return _swiglu(gate_up, impl).contiguous()
-
-
-@_operator.register_fake
-def _(gate_up, impl):
+def _fake(gate_up, **_):
     return gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
 
 
-def swiglu(gate_up, *, impl="auto"):
+_operator = operator("swiglu", _launch, reference.swiglu, fake=_fake)
+
+
+def swiglu(gate_up: Tensor, *, impl: checks.Impl = "auto") -> Tensor:
     """Computes silu(gate) * up of the two halves of each row.
 
     Mutates nothing.
@@ -88,11 +83,11 @@ def swiglu(gate_up, *, impl="auto"):
         impl: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "reference".
 
     Returns:
-        (rows, size), contiguous (impl "reference": laid out as gate_up is), the dtype of gate_up: silu in float32,
-        rounded, then times up and rounded again.
+        (rows, size), contiguous (impl "reference": the layout of gate_up), the dtype of gate_up. silu is computed in
+        float32 and rounded, then multiplied by up and rounded again.
 
     Raises:
-        ValueError, TypeError: a shape or dtype that does not fit.
+        ValueError, TypeError: a wrong shape or dtype.
         NotImplementedError: an implementation that cannot run here.
 
     Source: Shazeer, GLU Variants Improve Transformer (arXiv 2002.05202).
@@ -107,5 +102,4 @@ def swiglu(gate_up, *, impl="auto"):
     checks.check_shape("gate_up", gate_up, (None, None), "(rows, 2 * size)")
     if gate_up.shape[1] % 2:
         raise ValueError(f"gate_up must have shape (rows, 2 * size), an even second size, got {tuple(gate_up.shape)}.")
-    impl = checks.resolve_impl(impl, _swiglu_kernel, gate_up)
-    return checks.pick(torch.ops.dkv.swiglu, _swiglu)(gate_up, impl)
+    return _operator(gate_up=gate_up, impl=checks.resolve_impl(impl, _swiglu_kernel, gate_up))

@@ -1,15 +1,17 @@
-"""Which positions the next step recomputes, by a `Rule` of `dkv.kernels.rows` or by flags of the caller's.
+"""The positions that the next step recomputes, chosen by a `Rule` of `dkv.kernels.rows` or by the caller's flags.
 
-For each row, with `chosen` what the rule says of a position:
+For each row, with `chosen` the choice of the rule or the caller:
 
     active[j] = (chosen[j], or the output of j predicts a candidate, or this is the first step), and j is not padding,
                 and the row has masks
 
-Besides, it counts: `sizes` gets what `dkv.kernels.rows.Size` says, and `totals` is raised by what is recomputed and by
-what the row has. Layouts: all flags and decoded_step (batch, seqlen) contiguous. Each program holds one row in
-registers; it is bound by latency, at some 8 bytes a column. (The rules are those of Ma et al., dKV-Cache, arXiv
+It also counts: `sizes` gets the columns of `dkv.kernels.rows.Size`, and `totals` grows by the recomputed and by the
+computable positions. Layouts: all flags and decoded_step (batch, seqlen) contiguous. Each program holds one row in
+registers; it is bound by latency, at some 8 bytes per column. (The rules are those of Ma et al., dKV-Cache, arXiv
 2505.15781, and Wu et al., Fast-dLLM, arXiv 2505.22618.)
 """
+
+from torch import Tensor
 
 from dkv.kernels import checks, rows
 from dkv.kernels.configs import row_config
@@ -48,11 +50,11 @@ def _is_unstable(
     SHIFTED: tl.constexpr,
     STABLE: tl.constexpr,
 ):
-    """What a step that is not a refresh recomputes, by when the positions were decoded."""
+    """The positions that a step without a refresh recomputes, by the step that decoded them."""
     limit = step - 1 - delay
     if not SHIFTED:
         return decoded_step > limit
-    # the last column has no next: it takes its own place, or the one before it
+    # the last column has no next: it takes its own step, or that of the column before it
     next_step = tl.load(decoded_ptr + tl.minimum(columns + 1, seqlen - 1))
     if STABLE == "decoded":
         unstable = decoded_step > limit
@@ -68,7 +70,7 @@ def _is_unstable(
 
 @triton.jit
 def _window_of_nearest(decoded_step, active, to_decode, rank, columns, window, COLUMNS: tl.constexpr):
-    """For each position about to be decoded, the nearest masks that are not active yet, left first."""
+    """The nearest masks, left ones first, of each position about to be decoded that are not active yet."""
     free = (decoded_step == MASKED) & ~active
     found = columns < 0
     first = tl.min(tl.where(to_decode, rank, COLUMNS), 0)
@@ -76,7 +78,7 @@ def _window_of_nearest(decoded_step, active, to_decode, rank, columns, window, C
         distance = columns - tl.sum(tl.where(to_decode & (rank == first + i), columns, 0), 0)
         order = 2 * tl.abs(distance) - (distance < 0).to(tl.int32)
         for _ in range(window):
-            # one column at most: no two have the same place in the order
+            # at most one column: no two have the same place in the order
             nearest = free & (order == tl.min(tl.where(free, order, 4 * COLUMNS), 0))
             found |= nearest
             free &= ~nearest
@@ -131,15 +133,15 @@ def _active_positions_kernel(
     if SHIFTED:
         next_is_candidate = tl.load(candidates_ptr + first + columns + 1, mask=columns + 1 < seqlen, other=0) != 0
         # a mask in the first column is predicted by its own output
-        first_real = tl.maximum(first_column, 0)
-        needed = (next_is_candidate & (columns + 1 > first_real)) | (candidates & (columns <= first_real))
+        first_valid = tl.maximum(first_column, 0)
+        needed = (next_is_candidate & (columns + 1 > first_valid)) | (candidates & (columns <= first_valid))
 
     if chosen_ptr is not None:
         active = tl.load(chosen_ptr + first + columns, mask=in_row, other=0) != 0
         later = in_row
     else:
         decoded_ptr = decoded_step_ptr + first
-        # behind the row: padding, which is not valid
+        # columns beyond the row are not valid, whatever is loaded for them
         decoded_step = tl.load(decoded_ptr + columns, mask=in_row, other=PROMPT)
         refresh = (block_step < warmup_steps) | ((interval > 0) & (block_step % tl.maximum(interval, 1) == 0))
         refresh_later = (block_step + 1 < warmup_steps) | (
@@ -184,7 +186,7 @@ def _active_positions_kernel(
         active = refresh | (active & inside)
         later = refresh_later | (later & inside)
         if FROZEN_PROMPT:
-            # under Dream but for its last token, whose output is needed
+            # a shifted model recomputes the prompt's last token: its output is needed
             place = tl.minimum(columns + 1, seqlen - 1) if SHIFTED else columns
             thawed = tl.load(decoded_ptr + place, mask=in_row, other=PROMPT) != PROMPT
             active &= thawed
@@ -209,22 +211,22 @@ def _active_positions_kernel(
 
 
 def _launch(
-    decoded_step,
-    valid,
-    candidates,
-    counters,
-    active,
-    sizes,
-    totals=None,
+    decoded_step: Tensor,
+    valid: Tensor,
+    candidates: Tensor,
+    counters: Tensor,
+    active: Tensor,
+    sizes: Tensor,
+    totals: Tensor | None = None,
     *,
-    shifted,
-    rule=None,
-    chosen=None,
-    rank=None,
-    foresee=False,
-):
+    shifted: bool,
+    rule: rows.Rule | None = None,
+    chosen: Tensor | None = None,
+    rank: Tensor | None = None,
+    foresee: bool = False,
+) -> None:
     batch, seqlen = decoded_step.shape
-    launch = row_config(seqlen)
+    config = row_config(seqlen)
     rule = rows.Rule() if rule is None else rule
     with checks.device_guard(decoded_step):
         _active_positions_kernel[(batch,)](
@@ -241,7 +243,7 @@ def _launch(
             warmup_steps=rule.warmup,
             interval=rule.interval or 0,
             delay=rule.delay,
-            # what is wider than the row has no more columns
+            # a wider window covers the whole row too
             window=min(rule.window, 2 * seqlen),
             SHIFTED=shifted,
             STABLE=rule.stable,
@@ -250,6 +252,6 @@ def _launch(
             UNTIL_BLOCK_END=rule.until_block_end,
             CONTIGUOUS=rule.contiguous,
             FORESEE=foresee,
-            COLUMNS=launch.columns,
-            num_warps=launch.num_warps,
+            COLUMNS=config.columns,
+            num_warps=config.num_warps,
         )

@@ -1,16 +1,18 @@
-"""After the commit of a step: what was decoded when, the step and block of each row, and what may be committed next.
+"""The bookkeeping after a step's commit: the decoding step of each position, each row's block, the next candidates.
 
-For each row, with `step` the step that was just done and a mask a position that was not decoded before it:
+For each row, with `step` the step just done and a mask a position that was not decoded before it:
 
     decoded_step[j] = step for each mask j that now holds a token;  step += 1
     block = (first mask - first_generated) // block_length, at least 0;  block_step = 0 in a new block, else += 1
     candidates[j] = j is a mask before the end of that block, and due if the order is known (due[j] <= block_step)
     counts = commits[block, block_step]
 
-Layouts: x, decoded_step, candidates (batch, seqlen) contiguous; `counters` as `dkv.kernels.rows.Counter` says. Each
-program holds one row in registers; it is bound by latency, at some 17 bytes a column. (The order of commits and the
-blocks are those of Nie et al., LLaDA, arXiv 2502.09992.)
+Layouts: x, decoded_step, candidates (batch, seqlen) contiguous; `counters` in the order of `dkv.kernels.rows.Counter`.
+Each program holds one row in registers; it is bound by latency, at some 17 bytes per column. (The order of commits and
+the blocks are those of Nie et al., LLaDA, arXiv 2502.09992.)
 """
+
+from torch import Tensor
 
 from dkv.kernels import checks, rows
 from dkv.kernels.configs import row_config
@@ -70,7 +72,7 @@ def _advance_rows_kernel(
     was_masked = decoded_step == MASKED
     masked = was_masked & (x == mask_id)
     if end_ids_ptr is not None:
-        # an end of text with no mask before it ends the row
+        # an end token with no mask before it ends the row
         is_end = columns < 0
         for i in range(ends):
             is_end |= x == tl.load(end_ids_ptr + i)
@@ -110,21 +112,21 @@ def _advance_rows_kernel(
 
 
 def _launch(
-    x,
-    decoded_step,
-    counters,
-    candidates,
+    x: Tensor,
+    decoded_step: Tensor,
+    counters: Tensor,
+    candidates: Tensor,
     *,
-    mask_id,
-    prompt_masks_wait=True,
-    commits=None,
-    counts=None,
-    due=None,
-    end_ids=None,
-    pad_id=0,
-):
+    mask_id: int,
+    prompt_masks_wait: bool = True,
+    commits: Tensor | None = None,
+    counts: Tensor | None = None,
+    due: Tensor | None = None,
+    end_ids: Tensor | None = None,
+    pad_id: int = 0,
+) -> None:
     batch, seqlen = x.shape
-    launch = row_config(seqlen)
+    config = row_config(seqlen)
     _, blocks, block_steps = (0, 1, 1) if commits is None else commits.shape
     with checks.device_guard(x):
         _advance_rows_kernel[(batch,)](
@@ -143,6 +145,6 @@ def _launch(
             mask_id=mask_id,
             pad_id=pad_id,
             PROMPT_MASKS_WAIT=prompt_masks_wait,
-            COLUMNS=launch.columns,
-            num_warps=launch.num_warps,
+            COLUMNS=config.columns,
+            num_warps=config.num_warps,
         )

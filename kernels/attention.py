@@ -1,17 +1,18 @@
-"""Attention of a few packed queries over a position-indexed K/V cache, bidirectional.
+"""Bidirectional attention of a few packed queries over a position-indexed K/V cache.
 
 For query i of row b and head h, with S = the valid columns of row b and h_k = h // (nheads / nheads_k):
 
     out[i, h] = sum_{j in S} softmax_j(softmax_scale * q[i, h] . k_cache[b, j, h_k]) v_cache[b, j, h_k]
 
 Layouts: q (total, nheads, headdim) packed by row as `cu_seqlens_q` says; caches (batch, seqlen_cache, nheads_k,
-headdim), any strides with the last dim contiguous. The query heads that share a K/V head are further rows of the same
-tile, so K and V are read once for all of them, whatever their number. Few rows over many keys leave most of a GPU idle:
-then the keys are split, each split writes a normalised partial result, and a second kernel merges them by their
-log-sum-exp (Dao et al., "Flash-Decoding for long-context inference", 2023).
+headdim), any strides with the last dim contiguous. The query heads that share a K/V head are rows of the same tile, so
+K and V are read once for all of them. A few rows over many keys would leave most of a GPU idle: then the keys are
+split, each split writes a normalised partial result, and a second kernel merges these by their log-sum-exp (Dao et al.,
+"Flash-Decoding for long-context inference", 2023).
 """
 
 import torch
+from torch import Tensor
 
 from dkv.kernels import checks, reference
 from dkv.kernels.configs import (
@@ -23,6 +24,7 @@ from dkv.kernels.configs import (
     uses_pdl,
 )
 from dkv.kernels.language import gdc_launch_dependents, gdc_wait, tl, triton
+from dkv.kernels.operators import operator
 from dkv.kernels.packing import load_bound
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -40,7 +42,6 @@ def _attend_tile(
     row_sum,
     scale_log2,
     MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """One online-softmax step over a tile of keys; scores are in units of log2(e)."""
     if MASKED:
@@ -49,29 +50,29 @@ def _attend_tile(
     else:
         k = tl.load(k_ptrs)
     # [BLOCK_M, BLOCK_N]
-    scores = tl.dot(q, k, input_precision=PRECISION) * scale_log2
+    scores = tl.dot(q, k, input_precision="ieee") * scale_log2
     if MASKED:
         scores = tl.where(valid[None, :], scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1))
-    # a row that has met no valid key yet keeps -inf: a finite pivot keeps exp2(-inf - -inf) from being NaN
+    # a row without a valid key so far keeps -inf; a finite pivot avoids exp2(-inf - -inf) = NaN
     pivot = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
     probs = tl.exp2(scores - pivot[:, None])
     rescale = tl.exp2(row_max - pivot)
     row_sum = row_sum * rescale + tl.sum(probs, 1)
     if MASKED:
-        # [BLOCK_N, HEADDIM], zeros where invalid: what lies there may be NaN, which a weight of zero does not silence
+        # [BLOCK_N, HEADDIM], zeros where invalid: the memory may hold NaN, and 0 * NaN is NaN
         v = tl.load(v_ptrs, mask=valid[:, None], other=0.0)
     else:
         v = tl.load(v_ptrs)
-    acc = tl.dot(probs.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+    acc = tl.dot(probs.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
     return acc, new_max, row_sum
 
 
 @triton.jit
 def _load_lanes(ptr, count, OTHER: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Loads BLOCK_N entries, OTHER from `count` on: one a lane, in two tensors, so that every warp has all of them.
+    """Loads BLOCK_N entries, OTHER from `count` on, one per lane in two tensors, so that every warp has all of them.
 
-    Up to 32 entries fit one tensor; the second is then the first.
+    Up to 32 entries fit one tensor, which is then returned twice.
     """
     tl.static_assert(BLOCK_N <= 64)
     LANES: tl.constexpr = min(BLOCK_N, 32)
@@ -85,10 +86,10 @@ def _load_lanes(ptr, count, OTHER: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _join_lanes(low, high, BLOCK_N: tl.constexpr):
-    """[BLOCK_N] truth values, from two tensors as `_load_lanes` returns them.
+    """[BLOCK_N] truth values from two tensors of `_load_lanes`.
 
-    They pass through the bits of scalars, for the compiler would load a tensor anew for each layout that needs it: the
-    scores have another than K and V.
+    They pass through the bits of scalars. Otherwise the compiler would load them again for each layout: the scores have
+    a different one from K and V.
     """
     LANES: tl.constexpr = min(BLOCK_N, 32)
     lanes = tl.arange(0, LANES)
@@ -144,12 +145,11 @@ def _delayed_attention_kernel(
     HAS_MASK: tl.constexpr,
     HAS_INDEX: tl.constexpr,
     FULL_TILES_FIRST: tl.constexpr,
-    PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
     if PDL:
         gdc_wait()
-    # the query blocks of one (row, K/V head) run next to each other, so that K and V come from the L2 after the first
+    # the query blocks of one (row, K/V head) are neighbours, so all but the first find K and V in the L2
     block = tl.program_id(0) % blocks
     row = tl.program_id(0) // blocks // NHEADS_K
     head_k = tl.program_id(0) // blocks % NHEADS_K
@@ -157,8 +157,8 @@ def _delayed_attention_kernel(
     NHEADS: tl.constexpr = GROUP * NHEADS_K
     offs_d = tl.arange(0, HEADDIM)
 
-    # the programs of row `batch` exist in unsplit launches only: they clear the padding queries, in front of the first
-    # row and behind the last one
+    # programs of row `batch` exist in unsplit launches only: they clear the padding queries before the first row and
+    # after the last one
     if row == batch:
         in_front = load_bound(cu_seqlens_q_ptr, 0, total)
         end = load_bound(cu_seqlens_q_ptr, batch, total)
@@ -187,7 +187,7 @@ def _delayed_attention_kernel(
     out_base = out_ptr + (first_out + first_token * NHEADS + first_head) * HEADDIM
     lse_base = lse_ptr + first_out + first_head * total + first_token
 
-    # queries beyond the caller's max_seqlen_q have no program of their own: make the mistake loud
+    # queries beyond the caller's max_seqlen_q have no program: NaN shows the mistake
     if block == blocks - 1:
         for start in range((block + 1) * BLOCK_M, queries * GROUP, BLOCK_M):
             beyond = start + tl.arange(0, BLOCK_M)
@@ -231,16 +231,16 @@ def _delayed_attention_kernel(
 
     tail_start = loop_start
     if FULL_TILES_FIRST:
-        # whole tiles without a mask, then one masked tail: fewer registers where wgmma holds the scores
+        # full tiles without a mask, then one masked tail: fewer registers if wgmma holds the scores
         tail_start = loop_start + tl.maximum(loop_end - loop_start, 0) // BLOCK_N * BLOCK_N
         for start in range(loop_start, tail_start, BLOCK_N):
             columns = (start + offs_n).to(tl.int64)
             k_ptrs = k_base + columns[None, :] * stride_k_column + offs_d[:, None]
             v_ptrs = v_base + columns[:, None] * stride_v_column + offs_d[None, :]
             acc, row_max, row_sum = _attend_tile(
-                q, k_ptrs, v_ptrs, columns, acc, row_max, row_sum, scale_log2, MASKED=False, PRECISION=PRECISION
+                q, k_ptrs, v_ptrs, columns, acc, row_max, row_sum, scale_log2, MASKED=False
             )
-    # which columns a tile has, and which are valid, is loaded a tile ahead, so that its K and V need not wait for it
+    # a tile's columns and mask are loaded one tile ahead, so that its K and V need not wait for them
     if HAS_INDEX:
         index_row = index_ptr + row64 * stride_index_row
         next_columns = tl.load(index_row + tail_start + offs_n, mask=offs_n < loop_end - tail_start, other=-1)
@@ -268,14 +268,12 @@ def _delayed_attention_kernel(
             low, high = _load_lanes(mask_row + start + BLOCK_N, loop_end - start - BLOCK_N, OTHER=0, BLOCK_N=BLOCK_N)
         columns = columns.to(tl.int64)
         if HAS_INDEX:
-            # K in the layout of V: the index is then loaded once for both
+            # K in the layout of V, so that the index is loaded once for both
             k_ptrs = tl.trans(k_base + columns[:, None] * stride_k_column + offs_d[None, :])
         else:
             k_ptrs = k_base + columns[None, :] * stride_k_column + offs_d[:, None]
         v_ptrs = v_base + columns[:, None] * stride_v_column + offs_d[None, :]
-        acc, row_max, row_sum = _attend_tile(
-            q, k_ptrs, v_ptrs, valid, acc, row_max, row_sum, scale_log2, MASKED=True, PRECISION=PRECISION
-        )
+        acc, row_max, row_sum = _attend_tile(q, k_ptrs, v_ptrs, valid, acc, row_max, row_sum, scale_log2, MASKED=True)
 
     if PDL:
         gdc_launch_dependents()
@@ -323,7 +321,7 @@ def _merge_splits_kernel(
     offs_lse = (offs_m % NHEADS).to(tl.int64) * total + tokens
     offs_out = offs_m.to(tl.int64)[:, None] * HEADDIM + offs_d[None, :]
 
-    # one trip to memory: every load is issued before any is waited for, the large ones first
+    # one trip to memory: all loads are issued before the first wait, large ones first
     valid = (offs_s < splits)[:, None] & in_range[None, :]
     # [SPLITS, BLOCK_M, HEADDIM]
     partial_ptrs = partial_out_ptr + (offs_s * (rows * HEADDIM))[:, None, None] + offs_out[None, :, :]
@@ -331,14 +329,14 @@ def _merge_splits_kernel(
     # [SPLITS, BLOCK_M]
     lse_ptrs = partial_lse_ptr + (offs_s * rows)[:, None] + offs_lse[None, :]
     lse = tl.load(lse_ptrs, mask=valid, other=float("-inf"))
-    # the first bound and the last in one load: of two, one would wait
+    # the first and the last bound in one load: with two, one would wait
     ends = tl.load(cu_seqlens_q_ptr + tl.arange(0, 2) * batch)
 
     max_lse = tl.max(lse, 0)
     pivot = tl.where(max_lse == float("-inf"), 0.0, max_lse)
     weights = tl.exp2((lse - pivot[None, :]) * LOG2_E)
     weight_sum = tl.sum(weights, 0)
-    # no valid key; or a padding query, for which nothing was written: what was read is garbage
+    # no valid key; or a padding query, whose partial results were never written
     first, last = tl.sum(tl.where(tl.arange(0, 2) == 0, ends, 0)), tl.sum(tl.where(tl.arange(0, 2) == 1, ends, 0))
     empty = (weight_sum == 0.0) | (tokens < first) | (tokens >= last)
     weight_sum = tl.where(empty, 1.0, weight_sum)
@@ -351,21 +349,20 @@ def _merge_splits_kernel(
 
 
 def _launch(
-    q,
-    k_cache,
-    v_cache,
-    cu_seqlens_q,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens_q: Tensor,
     *,
-    max_seqlen_q=None,
-    cache_leftpad=None,
-    cache_seqlens=None,
-    key_mask=None,
-    key_index=None,
-    softmax_scale=None,
-    num_splits=None,
-    return_softmax_lse=False,
-):
-    """`delayed_attention` by its kernels, without a check of the arguments."""
+    max_seqlen_q: int | None = None,
+    cache_leftpad: Tensor | None = None,
+    cache_seqlens: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    key_index: Tensor | None = None,
+    softmax_scale: float | None = None,
+    num_splits: int | None = None,
+    return_softmax_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     total, nheads, headdim = q.shape
     batch, seqlen_cache, nheads_k, _ = k_cache.shape
     group = nheads // nheads_k
@@ -376,14 +373,14 @@ def _launch(
 
     max_rows = (total if max_seqlen_q is None else max_seqlen_q) * group
     max_keys = seqlen_cache if key_index is None else key_index.shape[1]
-    launch = attention_config(q.device, q.dtype, max_rows)
-    # one block at least: it clears the padding queries where no row has a query
-    blocks = max(-(-max_rows // launch.block_m), 1)
+    config = attention_config(q.device, q.dtype, max_rows)
+    # at least one block: it clears the padding queries if no row has a query
+    blocks = max(-(-max_rows // config.block_m), 1)
     if num_splits is None:
         num_splits = num_splits_heuristic(
             programs=blocks * batch * nheads_k,
             keys=max_keys,
-            block_n=launch.block_n,
+            block_n=config.block_n,
             rows=max_rows,
             row_groups=batch * nheads_k,
             headdim=headdim,
@@ -398,7 +395,7 @@ def _launch(
     stride_q_token, stride_q_head, _ = q.stride()
     stride_k_row, stride_k_column, stride_k_head, _ = k_cache.stride()
     stride_v_row, stride_v_column, stride_v_head, _ = v_cache.stride()
-    # the extra row of an unsplit launch clears the padding queries; with splits the merge does that
+    # an unsplit launch has an extra row, which clears the padding queries; with splits the merge clears them
     grid = (blocks * (batch + (num_splits == 1)) * nheads_k, num_splits)
     pdl = uses_pdl(q.device)
     with checks.device_guard(q):
@@ -433,19 +430,18 @@ def _launch(
             GROUP=group,
             NHEADS_K=nheads_k,
             HEADDIM=headdim,
-            BLOCK_M=launch.block_m,
-            BLOCK_N=launch.block_n,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
             IS_SPLIT=num_splits > 1,
             HAS_LEFTPAD=cache_leftpad is not None,
             HAS_SEQLENS=cache_seqlens is not None,
             HAS_MASK=key_mask is not None,
             HAS_INDEX=key_index is not None,
-            FULL_TILES_FIRST=launch.full_tiles_first and key_mask is None and key_index is None,
-            PRECISION="ieee",
+            FULL_TILES_FIRST=config.full_tiles_first and key_mask is None and key_index is None,
             PDL=pdl,
             launch_pdl=pdl,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
         )
         if num_splits > 1:
             merge = merge_config(q.device)
@@ -469,93 +465,53 @@ def _launch(
     return (out, lse) if return_softmax_lse else out
 
 
-def _delayed_attention(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    max_seqlen_q: int,
-    cache_leftpad: torch.Tensor | None,
-    cache_seqlens: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-    key_index: torch.Tensor | None,
-    softmax_scale: float,
-    num_splits: int | None,
-    return_softmax_lse: bool,
-    impl: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both implementations under the schema of one operator: lse is empty if it is neither wanted nor there anyway."""
-    run = _launch if impl == "triton" else reference.delayed_attention
-    has_lse = return_softmax_lse or impl == "triton"
-    result = run(
-        q,
-        k_cache,
-        v_cache,
-        cu_seqlens_q,
-        max_seqlen_q=max_seqlen_q,
-        cache_leftpad=cache_leftpad,
-        cache_seqlens=cache_seqlens,
-        key_mask=key_mask,
-        key_index=key_index,
-        softmax_scale=softmax_scale,
-        num_splits=num_splits,
-        return_softmax_lse=has_lse,
-    )
-    return result if has_lse else (result, q.new_empty((0, 0), dtype=torch.promote_types(q.dtype, torch.float32)))
-
-
-_operator = torch.library.custom_op("dkv::delayed_attention", mutates_args=())(_delayed_attention)
-
-
-@_operator.register_fake
-def _(q, k_cache, v_cache, cu_seqlens_q, *options):
-    return_softmax_lse, impl = options[-2:]
+def _fake(q, *, return_softmax_lse, **_):
+    out = q.new_empty(q.shape)
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
-    lse_shape = (q.shape[1], q.shape[0]) if return_softmax_lse or impl == "triton" else (0, 0)
-    return q.new_empty(q.shape), q.new_empty(lse_shape, dtype=lse_dtype)
+    return (out, q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype)) if return_softmax_lse else out
+
+
+_operator = operator("delayed_attention", _launch, reference.delayed_attention, fake=_fake)
 
 
 def delayed_attention(
-    q,
-    k_cache,
-    v_cache,
-    cu_seqlens_q,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens_q: Tensor,
     *,
-    max_seqlen_q=None,
-    cache_leftpad=None,
-    cache_seqlens=None,
-    key_mask=None,
-    key_index=None,
-    k_descale=None,
-    v_descale=None,
-    softmax_scale=None,
-    num_splits=None,
-    return_softmax_lse=False,
-    impl="auto",
-):
-    """Attends packed queries over all valid slots of their row of a position-indexed K/V cache, without causal mask.
+    max_seqlen_q: int | None = None,
+    cache_leftpad: Tensor | None = None,
+    cache_seqlens: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    key_index: Tensor | None = None,
+    softmax_scale: float | None = None,
+    num_splits: int | None = None,
+    return_softmax_lse: bool = False,
+    impl: checks.Impl = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attends packed queries over all valid columns of their row of a position-indexed K/V cache, without causal mask.
 
-    Nothing is mutated: write the K/V of the active tokens first, with `rope_cache_update`.
+    Mutates nothing. Write the K/V of the active tokens first, with `rope_cache_update`.
 
     Args:
         q: (total, nheads, headdim), float16, bfloat16 or float32 (float64: impl "reference" only). Rotated queries,
             packed by batch row; the last dim contiguous. headdim is 16, 32, 64 or 128.
         k_cache, v_cache: (batch, seqlen_cache, nheads_k, headdim), the dtype of q, any strides with the last dim
             contiguous. nheads is a multiple of nheads_k: query head h reads K/V head h // (nheads / nheads_k).
-        cu_seqlens_q: (batch + 1,) int32, rising. The queries of row b are cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1,
-            as far as there are so many; a row may have none. Those of no row are padding: they get zeros and lse -inf.
-        max_seqlen_q: an upper bound, known on the host, of the number of queries of any row. None: total. Of a row with
-            more, queries may get NaN.
+        cu_seqlens_q: (batch + 1,) int32, non-decreasing; values beyond total are clamped. The queries of row b are
+            cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1 (a row may be empty). Queries of no row are padding: they get
+            zeros and lse -inf.
+        max_seqlen_q: an upper bound, known on the host, of the number of queries of any row. None: total. If a row has
+            more, some of its queries get NaN.
         cache_leftpad, cache_seqlens: (batch,) int32. The valid columns of row b are cache_leftpad[b] ..
             cache_seqlens[b] - 1. None: 0 and seqlen_cache.
-        key_mask: (batch, seqlen_cache) bool, True for columns that may be attended, besides the bounds above.
-        key_index: (batch, max_keys) int32. Only these columns are read, as far as they are valid; each once, padded
-            with -1.
-        k_descale, v_descale: reserved for 8-bit caches; must be None.
+        key_mask: (batch, seqlen_cache) bool, False for columns that are not valid either.
+        key_index: (batch, max_keys) int32, distinct columns padded with -1. Only the valid columns among them are read.
         softmax_scale: a float; None: headdim ** -0.5.
-        num_splits: into how many parts the keys of a row are split, 16 at most: more is taken for 16. None: as many as
-            pay on the GPU at hand.
-        return_softmax_lse: also return the log-sum-exp of the scaled scores.
+        num_splits: number of parts into which the keys of a row are split; above 16 counts as 16. None: chosen for the
+            GPU.
+        return_softmax_lse: whether to return the log-sum-exp of the scaled scores too.
         impl: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "reference".
 
     Returns:
@@ -564,7 +520,7 @@ def delayed_attention(
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or strides that do not fit together.
-        NotImplementedError: another headdim, 8-bit caches, an implementation that cannot run here.
+        NotImplementedError: another headdim, an implementation that cannot run here.
 
     Source: Dao et al., FlashAttention (arXiv 2205.14135) and Flash-Decoding; the terms are FlashAttention's.
 
@@ -572,7 +528,6 @@ def delayed_attention(
         >>> q_rotated = rope_cache_update(q, k, v, cos, sin, positions, slots, k_cache, v_cache)
         >>> out = delayed_attention(q_rotated, k_cache, v_cache, cu_seqlens_q)
     """
-    checks.check_no_descale(k_descale, v_descale)
     checks.check_no_grad(q=q, k_cache=k_cache, v_cache=v_cache)
     checks.check_floating("q", q)
     checks.check_shape("q", q, (None, None, None), "(total, nheads, headdim)")
@@ -594,20 +549,18 @@ def delayed_attention(
         max_seqlen_q = total
     if num_splits is not None:
         checks.check_count("num_splits", num_splits, 1)
-    impl = checks.resolve_impl(impl, _delayed_attention_kernel, q)
-    out, lse = checks.pick(torch.ops.dkv.delayed_attention, _delayed_attention)(
-        q,
-        k_cache,
-        v_cache,
-        cu_seqlens_q,
-        max_seqlen_q,
-        cache_leftpad,
-        cache_seqlens,
-        key_mask,
-        key_index,
-        headdim**-0.5 if softmax_scale is None else float(softmax_scale),
-        num_splits,
-        return_softmax_lse,
-        impl,
+    return _operator(
+        q=q,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        cu_seqlens_q=cu_seqlens_q,
+        max_seqlen_q=max_seqlen_q,
+        cache_leftpad=cache_leftpad,
+        cache_seqlens=cache_seqlens,
+        key_mask=key_mask,
+        key_index=key_index,
+        softmax_scale=headdim**-0.5 if softmax_scale is None else float(softmax_scale),
+        num_splits=num_splits,
+        return_softmax_lse=return_softmax_lse,
+        impl=checks.resolve_impl(impl, _delayed_attention_kernel, q),
     )
-    return (out, lse) if return_softmax_lse else out

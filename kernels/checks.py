@@ -1,9 +1,11 @@
 """Argument checks and the choice of implementation, shared by every operator of `dkv.kernels`."""
 
 import contextlib
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from dkv.kernels.language import InterpretedFunction, check_installed
 from dkv.kernels.reference import PART, DeferredNorm
@@ -14,8 +16,8 @@ HEADDIMS = (16, 32, 64, 128)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def resolve_impl(impl, kernel, tensor):
-    """Returns "triton" or "reference" for `impl`; `kernel` is the jitted function that would run on `tensor`.
+def resolve_impl(impl: Impl, kernel: Callable[..., Any], tensor: Tensor) -> Literal["triton", "reference"]:
+    """Returns the implementation that `impl` means; `kernel` is the jitted function that would run on `tensor`.
 
     Raises:
         ValueError: an unknown name.
@@ -42,16 +44,8 @@ def resolve_impl(impl, kernel, tensor):
     return impl
 
 
-def pick(operator, plain):
-    """`operator` while torch.compile traces, else the function that it wraps.
-
-    In eager mode the dispatch of a custom operator costs as much as a small call.
-    """
-    return operator if torch.compiler.is_compiling() else plain
-
-
-def check_no_grad(**tensors):
-    """The operators have no backward pass: refuses tensors that require grad under grad mode."""
+def check_no_grad(**tensors: Tensor | None) -> None:
+    """Refuses tensors that require grad under grad mode: the operators have no backward pass."""
     if torch.is_grad_enabled():
         for name, tensor in tensors.items():
             if tensor is not None and tensor.requires_grad:
@@ -61,8 +55,8 @@ def check_no_grad(**tensors):
                 )
 
 
-def check_same(reference_name, reference, **tensors):
-    """Every tensor must be on the device of `reference` and have its dtype."""
+def check_same(reference_name: str, reference: Tensor, **tensors: Tensor) -> None:
+    """Every tensor must have the dtype and the device of `reference`."""
     for name, tensor in tensors.items():
         if tensor.dtype != reference.dtype:
             raise TypeError(
@@ -71,7 +65,7 @@ def check_same(reference_name, reference, **tensors):
         check_device(reference_name, reference, **{name: tensor})
 
 
-def check_device(reference_name, reference, **tensors):
+def check_device(reference_name: str, reference: Tensor, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != reference.device:
             raise ValueError(
@@ -80,8 +74,8 @@ def check_device(reference_name, reference, **tensors):
             )
 
 
-def check_shape(name, tensor, shape, meaning):
-    """`shape` may hold None for a free size; `meaning` spells the shape for the reader."""
+def check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...], meaning: str) -> None:
+    """A None in `shape` matches any size; `meaning` names the dims in the error."""
     have = tuple(tensor.shape)
     if have == shape or (len(have) == len(shape) and have == tuple(map(_either, shape, have))):
         return
@@ -93,13 +87,20 @@ def _either(want, have):
     return have if want is None else want
 
 
-def check_floating(name, tensor):
+def check_floating(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}.")
 
 
-def check_tensor(name, tensor, reference, shape, meaning, *dtypes):
-    """An index tensor of one of `dtypes` (int32 unless given), on the device of `reference`, or None."""
+def check_tensor(
+    name: str,
+    tensor: Tensor | None,
+    reference: Tensor,
+    shape: tuple[int | None, ...],
+    meaning: str,
+    *dtypes: torch.dtype,
+) -> None:
+    """`tensor` is None, or has one of `dtypes` (default int32), the device of `reference` and this shape."""
     if tensor is None:
         return
     dtypes = dtypes or (torch.int32,)
@@ -111,15 +112,15 @@ def check_tensor(name, tensor, reference, shape, meaning, *dtypes):
     check_last_dim_contiguous(**{name: tensor})
 
 
-def check_count(name, value, least):
+def check_count(name: str, value: int, minimum: int) -> int:
     if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}.")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}.")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}.")
     return value
 
 
-def check_last_dim_contiguous(**tensors):
+def check_last_dim_contiguous(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(
@@ -128,8 +129,8 @@ def check_last_dim_contiguous(**tensors):
             )
 
 
-def check_not_expanded(**tensors):
-    """Refuses tensors to be written in which elements of a dim share one place."""
+def check_not_expanded(**tensors: Tensor) -> None:
+    """Refuses outputs in which several elements share one place in memory."""
     for name, tensor in tensors.items():
         if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
             raise ValueError(
@@ -138,39 +139,41 @@ def check_not_expanded(**tensors):
             )
 
 
-def check_headdim(headdim):
+def check_headdim(headdim: int) -> None:
     if headdim not in HEADDIMS:
         raise NotImplementedError(f"headdim must be one of {HEADDIMS}, got {headdim}.")
 
 
-def check_heads(nheads, nheads_k):
+def check_heads(nheads: int, nheads_k: int) -> None:
     if nheads_k == 0 or nheads % nheads_k:
         raise ValueError(
             f"nheads must be a multiple of nheads_k (grouped-query attention), got {nheads} and {nheads_k}."
         )
 
 
-def check_rope(cos, sin, headdim, reference):
-    """The tables of the half-split RoPE."""
+def check_rope(cos: Tensor, sin: Tensor, headdim: int, reference: Tensor) -> None:
+    """The tables of half-split RoPE."""
     check_tensor("cos", cos, reference, (None, headdim // 2), "(max_position, headdim // 2)", torch.float32)
     check_tensor("sin", sin, reference, tuple(cos.shape), "(max_position, headdim // 2)", torch.float32)
     if cos.shape[0] == 0:
-        raise ValueError("cos and sin must have a row for each position, one at least, got none.")
+        raise ValueError("cos and sin must have a row for each position, at least one, got none.")
     if cos.stride(0) != sin.stride(0):
         raise ValueError(f"cos and sin must have the same strides, got {cos.stride()} and {sin.stride()}.")
 
 
-def check_deferred(normed):
-    """A `DeferredNorm`; returns its rows."""
+def check_deferred(normed: DeferredNorm) -> Tensor:
+    """Checks a `DeferredNorm` and returns its rows."""
     if not isinstance(normed, DeferredNorm):
-        raise TypeError(f"normed must be what deferred_norm or linear_add_norm returned, got {type(normed).__name__}.")
+        raise TypeError(
+            f"normed must be a DeferredNorm, of deferred_norm or linear_add_norm, got {type(normed).__name__}."
+        )
     weighted, square_sums = normed
     check_no_grad(normed=weighted)
     check_floating("normed.weighted", weighted)
     check_shape("normed.weighted", weighted, (None, None), "(rows, in_features)")
     rows, in_features = weighted.shape
     if in_features == 0:
-        raise ValueError("normed.weighted must have a column at least, got none.")
+        raise ValueError("normed.weighted must have at least one column, got none.")
     sums_dtype = torch.promote_types(weighted.dtype, torch.float32)
     shape, meaning = (-(-in_features // PART), rows), f"(ceil(in_features / {PART}), rows)"
     check_tensor("normed.square_sums", square_sums, weighted, shape, meaning, sums_dtype)
@@ -180,22 +183,15 @@ def check_deferred(normed):
     return weighted
 
 
-def check_no_descale(k_descale, v_descale):
-    if k_descale is not None or v_descale is not None:
-        raise NotImplementedError(
-            "k_descale and v_descale are reserved for 8-bit caches, which do not exist yet; pass None."
-        )
-
-
-def float_and_tensor(value):
-    """(float, None) or (None, tensor): an argument of either kind, as operators and kernels have one for each."""
-    if isinstance(value, torch.Tensor):
+def float_and_tensor(value: float | Tensor | None) -> tuple[float | None, Tensor | None]:
+    """(float, None) or (None, tensor): operators and kernels have an argument for each kind."""
+    if isinstance(value, Tensor):
         return None, value
     return None if value is None else float(value), None
 
 
-def device_guard(tensor):
-    """Triton launches on the current device, which need not be the one of the tensors."""
+def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Makes the tensor's device the current one, because Triton launches on the current device."""
     elsewhere = tensor.is_cuda and tensor.get_device() != torch.cuda.current_device()
     return torch.cuda.device(tensor.device) if elsewhere else _NO_GUARD
 

@@ -1,6 +1,6 @@
-"""Which predictions become tokens at this step, and their write into the sequences, in one launch without the host.
+"""Chooses the predictions that become tokens at this step and writes them, in one launch without the host.
 
-The entries of a row are ranked by their score, ties by their place; rank 0 is the most confident one:
+The entries of a row are ranked by score, ties by place; rank 0 is the most confident one:
 
     rank[i] = #{j in the row of i: score[j] > score[i], or score[j] = score[i] and j < i}
 
@@ -10,28 +10,30 @@ The entries of a row are ranked by their score, ties by their place; rank 0 is t
 
 (threshold and factor: Wu et al., Fast-dLLM, arXiv 2505.22618.) Layouts: x (batch, seqlen) contiguous; the entries
 (total,), packed by row as `cu_seqlens` says. Counting needs no sort and is exact: each program compares a few entries
-with all of their row, decides about them and writes them, so no program waits for another. It is bound by latency, and
-by n^2 comparisons in rows of n = thousands of entries.
+with all of their row, then decides and writes, so no program waits for another. It is bound by latency, and by the n^2
+comparisons if a row has thousands of entries.
 """
 
 import torch
+from torch import Tensor
 
 from dkv.kernels import checks, reference
 from dkv.kernels.configs import commit_config
 from dkv.kernels.language import tl, triton
+from dkv.kernels.operators import operator
 from dkv.kernels.packing import load_bound
 from dkv.kernels.rows import COUNTERS, NAN_STEP, STEP
 
 
 @triton.jit
 def _load_scores(scores_ptr, entries, end):
-    """What lies behind the row counts as -inf."""
+    """Scores of entries; -inf beyond the row."""
     return tl.load(scores_ptr + entries, mask=entries < end, other=float("-inf"))
 
 
 @triton.jit
 def _without_nan(scores):
-    """NaN counts as -inf."""
+    """The scores with -inf in place of NaN."""
     return tl.where(scores == scores, scores, float("-inf"))
 
 
@@ -61,7 +63,7 @@ def _commit_tokens_kernel(
     row = tl.program_id(0)
     block = tl.program_id(1)
 
-    # the programs of row `batch` clear the padding entries, in front of the first row and behind the last one
+    # the programs of row `batch` clear the padding entries before the first row and after the last one
     if row == batch:
         in_front = load_bound(cu_seqlens_ptr, 0, total)
         end = load_bound(cu_seqlens_ptr, batch, total)
@@ -74,7 +76,7 @@ def _commit_tokens_kernel(
 
     start = load_bound(cu_seqlens_ptr, row, total)
     row_end = load_bound(cu_seqlens_ptr, row + 1, total)
-    # what a row has beyond its columns is padding too
+    # entries beyond the columns of a row are padding too
     end = tl.minimum(row_end, start + seqlen)
     if block == 0:
         for first in range(end, row_end, BLOCK_N):
@@ -89,7 +91,7 @@ def _commit_tokens_kernel(
     slots = tl.load(slots_ptr + entries, mask=in_row, other=-1)
     scores = _load_scores(scores_ptr, entries, end)
     if counters_ptr is not None:
-        # whichever programs of the row find one, they write the same
+        # several programs of the row may find one; all of them write the same step
         counters_ptr += row.to(tl.int64) * COUNTERS
         is_first = (tl.load(counters_ptr + NAN_STEP) < 0) & (tl.max((scores != scores).to(tl.int32), 0) > 0)
         tl.store(counters_ptr + NAN_STEP, tl.load(counters_ptr + STEP), mask=is_first)
@@ -99,7 +101,7 @@ def _commit_tokens_kernel(
     for first in range(start, end, BLOCK_N):
         others = first + tl.arange(0, BLOCK_N)
         other_scores = _without_nan(_load_scores(scores_ptr, others, end))[None, :]
-        # what lies behind the row has no higher score than any entry, nor an earlier place
+        # entries beyond the row rank behind all others: their score is -inf, their place is later
         earlier = others[None, :] < entries[:, None]
         ahead += ((other_scores > scores[:, None]) | ((other_scores == scores[:, None]) & earlier)).to(tl.int32)
     # [BLOCK_M]
@@ -110,17 +112,28 @@ def _commit_tokens_kernel(
     else:
         if limits_ptr is not None:
             limit = tl.load(limits_ptr + row)
-        least = tl.full([BLOCK_M], limit, dtype=tl.float32)
+        min_score = tl.full([BLOCK_M], limit, dtype=tl.float32)
         if RULE == "factor":
-            # scores fall and limits rise with the rank, so whoever passes has only such before it that pass
-            least = 1.0 - tl.div_rn(least, (rank + 2).to(tl.float32))
-        chosen = (scores >= least) | (rank == 0)
+            # scores fall and limits rise with the rank, so all entries before one that passes pass too
+            min_score = 1.0 - tl.div_rn(min_score, (rank + 2).to(tl.float32))
+        chosen = (scores >= min_score) | (rank == 0)
     chosen &= (slots >= 0) & (slots < batch.to(tl.int64) * seqlen)
     tl.store(chosen_ptr + entries, chosen, mask=in_row)
     tl.store(x_ptr + slots, tl.load(tokens_ptr + entries, mask=chosen, other=0), mask=chosen)
 
 
-def _launch(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=None, factor=None, counters=None):
+def _launch(
+    x: Tensor,
+    tokens: Tensor,
+    scores: Tensor,
+    slots: Tensor,
+    cu_seqlens: Tensor,
+    counts: Tensor | None,
+    *,
+    threshold: float | Tensor | None = None,
+    factor: float | Tensor | None = None,
+    counters: Tensor | None = None,
+) -> Tensor:
     batch, seqlen = x.shape
     (total,) = tokens.shape
     chosen = torch.empty((total,), dtype=torch.bool, device=x.device)
@@ -132,9 +145,9 @@ def _launch(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=None, fac
     elif factor is not None:
         rule, value = "factor", factor
     limit, limits = checks.float_and_tensor(value)
-    launch = commit_config(x.device)
-    # one block at least, for the padding; slots are distinct, so no row has more entries than columns
-    blocks = max(triton.cdiv(min(total, seqlen), launch.block_m), 1)
+    config = commit_config(x.device)
+    # at least one block, for the padding; slots are distinct, so no row has more entries than columns
+    blocks = max(triton.cdiv(min(total, seqlen), config.block_m), 1)
     with checks.device_guard(x):
         _commit_tokens_kernel[(batch + 1, blocks)](
             x_ptr=x,
@@ -151,68 +164,53 @@ def _launch(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=None, fac
             seqlen=seqlen,
             limit=limit,
             RULE=rule,
-            BLOCK_M=launch.block_m,
-            BLOCK_N=launch.block_n,
-            num_warps=launch.num_warps,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            num_warps=config.num_warps,
         )
     return chosen
 
 
-def _commit_tokens(
-    x: torch.Tensor,
-    tokens: torch.Tensor,
-    scores: torch.Tensor,
-    slots: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    counts: torch.Tensor | None,
-    threshold: float | None,
-    thresholds: torch.Tensor | None,
-    factor: float | None,
-    factors: torch.Tensor | None,
-    impl: str,
-) -> torch.Tensor:
-    run = _launch if impl == "triton" else reference.commit_tokens
-    return run(
-        x,
-        tokens,
-        scores,
-        slots,
-        cu_seqlens,
-        counts,
-        threshold=threshold if thresholds is None else thresholds,
-        factor=factor if factors is None else factors,
-    )
-
-
-_operator = torch.library.custom_op("dkv::commit_tokens", mutates_args=("x",))(_commit_tokens)
-
-
-@_operator.register_fake
-def _(x, tokens, *arguments):
+def _fake(tokens, **_):
     return tokens.new_empty(tokens.shape, dtype=torch.bool)
 
 
-def commit_tokens(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=None, factor=None, impl="auto"):
-    """Chooses which predictions are committed, the most confident ones of each row, and writes them into the sequences.
+_operator = operator("commit_tokens", _launch, reference.commit_tokens, fake=_fake, mutates=("x",))
+
+
+def commit_tokens(
+    x: Tensor,
+    tokens: Tensor,
+    scores: Tensor,
+    slots: Tensor,
+    cu_seqlens: Tensor,
+    counts: Tensor | None,
+    *,
+    threshold: float | Tensor | None = None,
+    factor: float | Tensor | None = None,
+    impl: checks.Impl = "auto",
+) -> Tensor:
+    """Commits the most confident predictions of each row: chooses them and writes them into the sequences.
 
     Mutates x in place, at the slots of the chosen entries only.
 
     Args:
         x: (batch, seqlen) int64, contiguous: the sequences.
-        tokens: (total,) int64: what each entry would write.
-        scores: (total,) float32 (float64: impl "reference" only): higher is committed first, of equal ones the earlier
-            entry; NaN counts as -inf. With threshold or factor these are probabilities.
-        slots: (total,) int64: row * seqlen + column of each entry, distinct. An entry with a slot that x does not have,
+        tokens: (total,) int64: the token that each entry would write.
+        scores: (total,) float32 (float64: impl "reference" only): higher is committed first, the earlier entry on ties;
+            NaN counts as -inf. Probabilities if threshold or factor is given.
+        slots: (total,) int64: row * seqlen + column of each entry, distinct. An entry whose slot x does not have, such
             as -1, is ranked like the others and never chosen.
-        cu_seqlens: (batch + 1,) int32, rising. The entries of row b are cu_seqlens[b] .. cu_seqlens[b + 1] - 1, as far
-            as there are so many and as x has columns; a row may have none. Those of no row are padding, never chosen.
-        counts: (batch,) int32 or int64: how many entries of each row are committed; all of a row that has fewer. May be
-            None with threshold or factor, which take its place.
-        threshold: a float, or (batch,) float32 (float64 too for float64 scores), one for each row: commits every entry
+        cu_seqlens: (batch + 1,) int32, non-decreasing; values beyond total are clamped. The entries of row b are
+            cu_seqlens[b] .. cu_seqlens[b + 1] - 1 (a row may be empty). Entries beyond the seqlen-th of a row and those
+            of no row are padding, never chosen.
+        counts: (batch,) int32 or int64: the number of entries to commit in each row, or all if it has fewer. May be
+            None with threshold or factor, which replace it.
+        threshold: a float, or (batch,) float32 (float64 too for float64 scores), one for each row: commits the entries
             whose score reaches it, and the highest of each row.
-        factor: above 0, a float or one for each row as above: commits the entry of rank r (0: the highest) if its score
-            reaches 1 - factor / (r + 2), and the highest of each row; so an entry is committed only with all that rank
-            before it.
+        factor: a positive float, or one for each row as above: commits the entry of rank r (0: the highest) if its
+            score reaches 1 - factor / (r + 2), and the highest of each row. An entry is committed only if all entries
+            that rank before it are.
         impl: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "reference".
 
     Returns:
@@ -235,7 +233,7 @@ def commit_tokens(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=Non
     if not x.is_contiguous():
         raise ValueError(
             f"x must be contiguous, got strides {x.stride()} for shape {tuple(x.shape)}; "
-            "pass x.contiguous() and keep it, for it is written in place."
+            "pass x.contiguous() and keep that, because it is written in place."
         )
     checks.check_tensor("tokens", tokens, x, (None,), "(total,)", torch.int64)
     total = tokens.shape[0]
@@ -246,7 +244,7 @@ def commit_tokens(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=Non
     if threshold is not None and factor is not None:
         raise ValueError("threshold and factor exclude each other; pass one of them.")
     if threshold is None and factor is None and counts is None:
-        raise ValueError("counts must be a tensor where neither threshold nor factor is given, got None.")
+        raise ValueError("counts must be a tensor if neither threshold nor factor is given, got None.")
     limits = checks.float_and_tensor(threshold), checks.float_and_tensor(factor)
     dtypes = (torch.float32,) if scores.dtype == torch.float32 else (torch.float32, torch.float64)
     for name, (_, values) in zip(("threshold", "factor"), limits, strict=True):
@@ -254,6 +252,14 @@ def commit_tokens(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=Non
         checks.check_tensor(name, values, x, (x.shape[0],), "(batch,)", *dtypes)
     if limits[1][0] is not None and not factor > 0:
         raise ValueError(f"factor must be positive, got {factor}.")
-    impl = checks.resolve_impl(impl, _commit_tokens_kernel, scores)
-    run = checks.pick(torch.ops.dkv.commit_tokens, _commit_tokens)
-    return run(x, tokens, scores, slots, cu_seqlens, counts, *limits[0], *limits[1], impl)
+    return _operator(
+        x=x,
+        tokens=tokens,
+        scores=scores,
+        slots=slots,
+        cu_seqlens=cu_seqlens,
+        counts=counts,
+        threshold=threshold,
+        factor=factor,
+        impl=checks.resolve_impl(impl, _commit_tokens_kernel, scores),
+    )

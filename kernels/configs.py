@@ -1,14 +1,16 @@
-"""Launch parameters by architecture, dtype and size: tables, no autotuning, so runs are deterministic.
+"""Tile sizes, warps and stages by architecture, dtype and size. Tables, not autotuning: runs are deterministic.
 
-The tiles are those of headdim 128, the tuned one; smaller heads take the same and need less of everything.
-The tables come from ahead-of-time compilation for each architecture (registers, spills, shared memory) and the rule
-that a streaming multiprocessor needs 32 to 64 KiB of loads in flight to reach its share of the memory bandwidth.
+The tiles are tuned for headdim 128; smaller heads use the same ones and need fewer resources. The tables come from
+ahead-of-time compilation for each architecture (registers, spills, shared memory), and from the rule that an SM needs
+32 to 64 KiB of loads in flight to reach its share of the memory bandwidth.
 """
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -53,7 +55,7 @@ class PackConfig:
 
 @dataclass(frozen=True)
 class RowConfig:
-    """Columns (a whole row) per program and warps of what keeps the books of a row."""
+    """Columns (a whole row) per program and warps of `active_positions` and `advance_rows`."""
 
     columns: int
     num_warps: int
@@ -61,7 +63,7 @@ class RowConfig:
 
 @dataclass(frozen=True)
 class CommitConfig:
-    """Entries per program, entries that they are compared with at a time, and warps of `commit_tokens`."""
+    """Entries per program, entries compared with them at a time, and warps of `commit_tokens`."""
 
     block_m: int
     block_n: int
@@ -86,9 +88,9 @@ class SwigluConfig:
 
 @dataclass(frozen=True)
 class LMHeadConfig:
-    """Tile of rows by ids by channels, warps, pipeline stages, blocks that one processor holds of `lm_head_confidence`.
+    """Tile of rows by ids by channels, warps, pipeline stages and programs per SM of `lm_head_confidence`.
 
-    The statistics of a tile are taken in `parts` pieces of its ids.
+    The ids of a tile are reduced in `parts` pieces.
     """
 
     block_r: int
@@ -102,7 +104,7 @@ class LMHeadConfig:
 
 @dataclass(frozen=True)
 class LMHeadMergeConfig:
-    """Rows per program, the most partial results that a row may have, and warps of the merge of the programs."""
+    """Rows per program, maximum number of partial results per row, and warps of the merge of the programs."""
 
     block_m: int
     max_slices: int
@@ -111,10 +113,10 @@ class LMHeadMergeConfig:
 
 @dataclass(frozen=True)
 class ProductConfig:
-    """Tile of weight rows by rows by channels, warps, stages, and splits of the channels of a product of few rows.
+    """Tile of weight rows by rows by channels, warps, stages, and channel splits of a product of few rows.
 
-    `linear_swiglu` multiplies two tiles at a time, of gate and up; so does `linear_rope_cache_update`, whose tiles are
-    the halves of a head, whatever `block_n` says.
+    `linear_swiglu` multiplies two tiles at a time, gate and up. So does `linear_rope_cache_update`; its tiles are the
+    halves of a head, and it ignores `block_n`.
     """
 
     block_n: int
@@ -124,13 +126,13 @@ class ProductConfig:
     num_stages: int
     splits: int = 1
 
-    def splits_of(self, in_features):
-        """`splits`, or as many as have a channel each."""
+    def splits_of(self, in_features: int) -> int:
+        """`splits`, or fewer where some would have no channel."""
         steps = triton.cdiv(in_features, self.block_k)
         return triton.cdiv(steps, triton.cdiv(steps, self.splits))
 
 
-# rows are query heads of one K/V head: the first entry with block_m >= rows is used, else the last one
+# rows are the query heads of one K/V head: the first entry with block_m >= rows is used, otherwise the last one
 ATTENTION = {
     90: (
         AttentionConfig(16, 64, num_warps=4, num_stages=4, full_tiles_first=True),
@@ -157,66 +159,76 @@ ATTENTION_FP32 = (
     AttentionConfig(16, 32, num_warps=8, num_stages=2),
     AttentionConfig(32, 16, num_warps=8, num_stages=2),
 )
-# the interpreter's time goes by tile, not by element
+# the interpreter takes its time per tile, not per element
 ATTENTION_INTERPRETER = (AttentionConfig(16, 64, 4, 1, full_tiles_first=True), AttentionConfig(64, 64, 4, 1))
-
 
 PACK = PackConfig(block=1024, num_warps=4)
 
 
-def attention_table(arch, dtype):
-    """The tile sizes to choose from on compute capability `arch` (90 for 9.0); None: the interpreter."""
+def _table_arch(arch):
+    """The architecture whose attention and product tables `arch` uses.
+
+    sm_100 uses Hopper's: it has as much shared memory and as many registers per SM, so the same tiles fit. All others
+    use those of sm_86, which need no more than 99 KiB.
+    """
+    return {80: 80, 90: 90, 100: 90}.get(arch, 86)
+
+
+def attention_table(arch: int | None, dtype: torch.dtype) -> tuple[AttentionConfig, ...]:
+    """The configs to choose from on compute capability `arch` (90 for 9.0); None: the interpreter."""
     if arch is None:
         return ATTENTION_INTERPRETER
     if dtype == torch.float32:
         return ATTENTION_FP32
-    return ATTENTION[{80: 80, 90: 90, 100: 90}.get(arch, 86)]
+    return ATTENTION[_table_arch(arch)]
 
 
-def attention_config(device, dtype, rows):
-    """The launch of `delayed_attention` for `rows` = queries per row times query heads per K/V head."""
+def attention_config(device: torch.device, dtype: torch.dtype, rows: int) -> AttentionConfig:
+    """The config of `delayed_attention` for `rows` = queries per row times query heads per K/V head."""
     table = attention_table(architecture(device), dtype)
-    return next((launch for launch in table if launch.block_m >= rows), table[-1])
+    return next((config for config in table if config.block_m >= rows), table[-1])
 
 
 MAX_SPLITS = 16
 PARTIAL_BYTES_IN_L2 = 8 * 2**20
-# Two guesses, to be measured. The first: how many keys a program walks, alone on its processor, while a merge would
-# run. By the predictions, 0.4 to 0.9 us for 64 keys and 3 us for a merge, most of it the launch, that is 200 to 500;
-# the low end is the safer one, for a merge too many costs little.
+# Two guesses, to be measured. The first is the number of keys that a program alone on its SM walks while a merge runs.
+# Predictions are 0.4 to 0.9 us for 64 keys and 3 us for a merge, most of it the launch: 200 to 500 keys. The low end is
+# safer, because an unnecessary merge costs little.
 MERGE_KEYS = 256
-# The second: from how many programs a processor on they only share the memory's bandwidth.
+# The second is the number of programs per SM from which on they only share the memory bandwidth.
 PROGRAMS_PER_SM = 1.0
 
 
-# What they come to for 32 queries at batch 1 on 132 num_sms; in brackets the keys that a program is spared, less
-# those of the merge:
+# The resulting splits for 32 queries at batch 1 on 132 SMs; in brackets, the keys that a program is spared, less those
+# of the merge:
 #     columns    256    1024       2048        8192
 #     LLaDA      1      4 (512)    4 (1280)    4 (5888)
 #     Dream      1      8 (640)    8 (1536)    9 (6976)
-def num_splits_heuristic(*, programs, keys, block_n, rows, row_groups, headdim, num_sms):
-    """Splits of the keys: as few as make a program's walk the shortest, 1 where that spares less than a merge costs.
+def num_splits_heuristic(
+    *, programs: int, keys: int, block_n: int, rows: int, row_groups: int, headdim: int, num_sms: int
+) -> int:
+    """The fewest splits of the keys with the shortest walk per program; 1 if a merge costs more than they save.
 
-    There are never so many that the programs only share the bandwidth, nor that the partial results dominate.
+    The number is limited: programs must not merely share the bandwidth, and partial results must not dominate.
 
     Args:
-        programs: int, programs of the unsplit launch.
-        keys: int, columns of the longest row; block_n: int, those of a tile.
-        rows: int, tile rows per (batch row, K/V head) at most; row_groups: int, how many of those groups there are.
-        headdim: int; num_sms: int, streaming multiprocessors of the GPU.
+        programs: programs of the unsplit launch.
+        keys: columns of the longest row; block_n: those of a tile.
+        rows: maximum number of tile rows per (batch row, K/V head); row_groups: the number of those groups.
+        headdim: size of a head; num_sms: streaming multiprocessors of the GPU.
     """
-    # float32 partial results are written and read once: against the K and V bytes, and free while they fit the L2
+    # float32 partial results are written and read once; compared with the bytes of K and V, and free if they fit the L2
     partial_bytes = 2 * 4 * rows * row_groups * headdim
     kv_bytes = 2 * 2 * keys * row_groups * headdim
-    most = min(
+    max_splits = min(
         MAX_SPLITS,
         int(PROGRAMS_PER_SM * num_sms) // max(programs, 1),
         max(kv_bytes // 2, PARTIAL_BYTES_IN_L2) // max(partial_bytes, 1),
     )
-    if most < 2 or programs == 0:
+    if max_splits < 2 or programs == 0:
         return 1
     tiles = -(-keys // block_n)
-    tiles_of_a_split = -(-tiles // most)
+    tiles_of_a_split = -(-tiles // max_splits)
     spared = (tiles - tiles_of_a_split) * block_n
     return -(-tiles // tiles_of_a_split) if spared > MERGE_KEYS else 1
 
@@ -226,59 +238,61 @@ def _properties(index):
     return torch.cuda.get_device_properties(index)
 
 
-def architecture(device):
-    """Compute capability as an int, 90 for 9.0; None for CPU tensors, which only the interpreter runs."""
+def architecture(device: torch.device) -> int | None:
+    """Compute capability as an int, 90 for 9.0; None for the CPU, where only the interpreter runs kernels."""
     if device.type != "cuda":
         return None
     properties = _properties(device.index if device.index is not None else torch.cuda.current_device())
     return 10 * properties.major + properties.minor
 
 
-def num_sms(device):
+def num_sms(device: torch.device) -> int:
     """Streaming multiprocessors of the GPU; 1 for the interpreter, which runs one program at a time."""
     if device.type != "cuda":
         return 1
     return _properties(device.index if device.index is not None else torch.cuda.current_device()).multi_processor_count
 
 
-def rope_config(device, headdim):
-    """One token a program, so that a few tokens still fill the GPU; every thread loads 16 bytes of 16-bit elements."""
+def rope_config(device: torch.device, headdim: int) -> RopeConfig:
+    """One token per program, so that few tokens fill the GPU; each thread loads 16 bytes of 16-bit elements."""
     if architecture(device) is None:
         return RopeConfig(block_t=16, block_h=8, num_warps=4)
     return RopeConfig(block_t=1, block_h=max(8, 512 // headdim), num_warps=max(1, headdim // 64))
 
 
-def row_config(seqlen):
-    """Up to 8 columns a thread, so that all loads of a row are in flight at once; seqlen: int, columns."""
+def row_config(seqlen: int) -> RowConfig:
+    """Up to 8 columns per thread, so that all loads of a row are in flight at once."""
     columns = triton.next_power_of_2(seqlen)
     return RowConfig(columns, num_warps=min(32, max(4, columns // 256)))
 
 
-def merge_config(device):
-    """One row a program, in one warp: its loads are all in flight at a time, and no warp waits for another."""
+def merge_config(device: torch.device) -> MergeConfig:
+    """One row per program, in one warp: all loads are in flight at once, and no warp waits for another."""
     return MergeConfig(block_m=64 if architecture(device) is None else 1, num_warps=1)
 
 
-def commit_config(device):
-    """Few entries a program spread the n^2 comparisons of a long row over the GPU; each is compared with many others at
-    a time, for every turn of the loop waits for its loads."""
+def commit_config(device: torch.device) -> CommitConfig:
+    """Few entries per program spread the n^2 comparisons of a long row over the GPU.
+
+    Each is compared with many others at a time, because every turn of the loop waits for its loads.
+    """
     if architecture(device) is None:
         return CommitConfig(block_m=256, block_n=512, num_warps=4)
     return CommitConfig(block_m=16, block_n=512, num_warps=8)
 
 
-def norm_config(dtype, size):
-    """Two loads of 16 bytes a thread from each tensor, up to 16 warps: few rows wait for each load in turn."""
+def norm_config(dtype: torch.dtype, size: int) -> NormConfig:
+    """Two loads of 16 bytes per thread and tensor, up to 16 warps: with few rows, latency counts."""
     block = triton.next_power_of_2(size)
     return NormConfig(block, num_warps=min(16, max(1, block * dtype.itemsize // (2 * 16 * 32))))
 
 
-def swiglu_config(dtype):
-    """One load of 16 bytes a thread from gate and up, so that a few rows still fill the GPU."""
+def swiglu_config(dtype: torch.dtype) -> SwigluConfig:
+    """One load of 16 bytes per thread from gate and from up, so that few rows fill the GPU."""
     return SwigluConfig(block=4 * 32 * 16 // dtype.itemsize, num_warps=4)
 
 
-# the first entry with block_r >= rows is used, else the last one; in tiles of up to 32 rows the ids are the long side
+# the first entry with block_r >= rows is used, otherwise the last; up to 32 rows the ids are the long side of the tile
 LM_HEAD = {
     100: (
         LMHeadConfig(16, 128, 64, num_warps=4, num_stages=4, blocks_per_sm=2, parts=2),
@@ -306,7 +320,7 @@ LM_HEAD = {
         LMHeadConfig(128, 128, 64, num_warps=8, num_stages=3, blocks_per_sm=1, parts=4),
     ),
 }
-# in place of the last entry where noise is drawn, which needs registers
+# replaces the last entry if noise is drawn, because that needs registers
 LM_HEAD_NOISE = {
     100: LMHeadConfig(128, 64, 64, num_warps=8, num_stages=4, blocks_per_sm=1, parts=2),
     90: LMHeadConfig(128, 128, 64, num_warps=8, num_stages=4, blocks_per_sm=1, parts=4),
@@ -323,8 +337,8 @@ LM_HEAD_INTERPRETER = (
 )
 
 
-def lm_head_table(arch, dtype, noise):
-    """The tile sizes to choose from, as in `attention_table`; noise: whether Gumbel noise is drawn."""
+def lm_head_table(arch: int | None, dtype: torch.dtype, noise: bool) -> tuple[LMHeadConfig, ...]:
+    """The configs to choose from, as in `attention_table`; noise: whether Gumbel noise is drawn."""
     if arch is None:
         return LM_HEAD_INTERPRETER
     if dtype == torch.float32:
@@ -333,20 +347,20 @@ def lm_head_table(arch, dtype, noise):
     return (*LM_HEAD[arch][:-1], LM_HEAD_NOISE[arch]) if noise else LM_HEAD[arch]
 
 
-def lm_head_config(device, dtype, rows, noise):
-    """The launch of `lm_head_confidence` for `rows` rows."""
+def lm_head_config(device: torch.device, dtype: torch.dtype, rows: int, noise: bool) -> LMHeadConfig:
+    """The config of `lm_head_confidence` for so many rows."""
     table = lm_head_table(architecture(device), dtype, noise)
-    return next((launch for launch in table if launch.block_r >= rows), table[-1])
+    return next((config for config in table if config.block_r >= rows), table[-1])
 
 
-def lm_head_merge_config(device):
-    """All partial results of a row at a time; more of them than programs run at once on any GPU of the tables."""
+def lm_head_merge_config(device: torch.device) -> LMHeadMergeConfig:
+    """All partial results of a row at once; max_slices exceeds the resident programs of any GPU of the tables."""
     if architecture(device) is None:
         return LMHeadMergeConfig(block_m=64, max_slices=8, num_warps=4)
     return LMHeadMergeConfig(block_m=1, max_slices=512, num_warps=4)
 
 
-# by the number of weight tiles of a program, and rows: the first entry with block_r >= rows is used, else the last one
+# by weight tiles per program; then the first entry with block_r >= rows is used, otherwise the last one
 PRODUCT = {
     90: {
         1: (
@@ -396,39 +410,40 @@ PRODUCT_FP32 = (ProductConfig(64, 16, 32, num_warps=8, num_stages=3),)
 PRODUCT_INTERPRETER = (ProductConfig(64, 64, 256, num_warps=4, num_stages=1),)
 # with more rows the GPU's own library is expected to be faster
 MAX_PRODUCT_ROWS = 256
-# one for each block of outputs whose channels are split; more than any launch of the tables has
+# one for each block of outputs whose channels are split; no launch of the tables has so many
 SEMAPHORES = 4096
-# channels are not split further than this
+# limits of splitting the channels
 MAX_PRODUCT_SPLITS, MIN_STEPS_PER_SPLIT = 4, 8
+ProductKind = Literal["qkv", "gate_up", "residual"]
 WEIGHT_TILES = {"qkv": 2, "gate_up": 2, "residual": 1}
 
 
 @dataclass(frozen=True)
 class MeasuredProduct:
-    """A launch of a product for up to so many rows, as a GPU has timed it.
+    """The best config of a product for up to `rows` rows, as timed on a GPU.
 
-    `us` are its microseconds, `library_us` those of what it stands for: the product by the GPU's own library, and the
-    launches around it.
+    `us` is the time of our kernel in microseconds; `library_us` that of the library's product and the launches around
+    it, which our kernel replaces.
     """
 
     rows: int
-    launch: ProductConfig
+    config: ProductConfig
     us: float
     library_us: float
 
 
-def read_products():
+def read_products() -> list[dict[str, Any]]:
     """The rows of fused_products.json, as benchmarks/product_sweep.py writes them."""
     return json.loads(Path(__file__).with_name("fused_products.json").read_text())["products"]
 
 
 @functools.cache
 def _measured_products():
-    """(compute capability, kind, out_features, in_features) -> [MeasuredProduct], by rising rows."""
+    """(compute capability, kind, out_features, in_features) -> [MeasuredProduct], sorted by rows."""
     found = {}
     for row in read_products():
         key = row["arch"], row["kind"], row["out_features"], row["in_features"]
-        measured = MeasuredProduct(row["rows"], ProductConfig(**row["launch"]), row["us"], row["library_us"])
+        measured = MeasuredProduct(row["rows"], ProductConfig(**row["config"]), row["us"], row["library_us"])
         found.setdefault(key, []).append(measured)
     return {key: sorted(rows, key=lambda row: row.rows) for key, rows in found.items()}
 
@@ -438,40 +453,42 @@ def _measured_product(arch, dtype, kind, rows, shape):
     return next((measured for measured in known if measured.rows >= rows), None)
 
 
-def product_config(device, dtype, kind, rows, shape):
-    """The launch of a product of `rows` rows and a weight: the fastest one that was measured, else one of the table.
+def product_config(
+    device: torch.device, dtype: torch.dtype, kind: ProductKind, rows: int, shape: tuple[int, int]
+) -> ProductConfig:
+    """The config of a product of `rows` rows and a weight: the fastest measured one, otherwise one of the table.
 
-    Args:
-        kind: of WEIGHT_TILES.
-        shape: (out_features, in_features) of the weight.
+    shape: (out_features, in_features) of the weight.
     """
     arch = architecture(device)
     measured = _measured_product(arch, dtype, kind, rows, shape)
     if measured is not None:
-        return measured.launch
+        return measured.config
     if arch is None:
         table = PRODUCT_INTERPRETER
     elif dtype == torch.float32:
         table = PRODUCT_FP32
     else:
-        table = PRODUCT[{80: 80, 90: 90, 100: 90}.get(arch, 86)][WEIGHT_TILES[kind]]
-    launch = next((launch for launch in table if launch.block_r >= rows), table[-1])
+        table = PRODUCT[_table_arch(arch)][WEIGHT_TILES[kind]]
+    config = next((config for config in table if config.block_r >= rows), table[-1])
     if arch is None:
-        return launch
+        return config
     out_features, in_features = shape
-    tiles = triton.cdiv(out_features, launch.block_n * WEIGHT_TILES[kind])
-    # two programs a processor keep the memory busy
-    wanted = 2 * num_sms(device) // (tiles * triton.cdiv(rows, launch.block_r))
-    steps = triton.cdiv(in_features, launch.block_k)
-    return replace(launch, splits=max(1, min(wanted, MAX_PRODUCT_SPLITS, steps // MIN_STEPS_PER_SPLIT)))
+    tiles = triton.cdiv(out_features, config.block_n * WEIGHT_TILES[kind])
+    # two programs per SM keep the memory busy
+    wanted = 2 * num_sms(device) // (tiles * triton.cdiv(rows, config.block_r))
+    steps = triton.cdiv(in_features, config.block_k)
+    return replace(config, splits=max(1, min(wanted, MAX_PRODUCT_SPLITS, steps // MIN_STEPS_PER_SPLIT)))
 
 
-def fused_products_pay(device, dtype, rows, products):
-    """Whether the products of a layer are faster as kernels of ours than as the library's, as far as a GPU has shown.
+def fused_products_pay(
+    device: torch.device, dtype: torch.dtype, rows: int, products: Sequence[tuple[ProductKind, tuple[int, int]]]
+) -> bool:
+    """Whether our kernels compute the products of a layer faster than the library, as measured on this GPU.
 
     products: [(kind, (out_features, in_features))] of a layer.
     """
-    # in float16 a row times the weight of its norm may pass 65504, where the library's way does not
+    # in float16 a row times the weight of its norm can overflow; the library's way normalises first
     if dtype != torch.bfloat16:
         return False
     arch = architecture(device)
@@ -479,10 +496,10 @@ def fused_products_pay(device, dtype, rows, products):
     return None not in found and sum(one.us for one in found) < sum(one.library_us for one in found)
 
 
-# the one switch of programmatic dependent launch, see skinny.py
+# switches programmatic dependent launch on, see skinny.py
 PDL = False
 
 
-def uses_pdl(device):
-    """Whether the kernels of a layer start before the one in front has ended; that takes compute capability 9.0."""
+def uses_pdl(device: torch.device) -> bool:
+    """Whether each kernel of a layer starts before the previous one has ended; needs compute capability 9.0."""
     return PDL and (architecture(device) or 0) >= 90

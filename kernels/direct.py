@@ -1,10 +1,12 @@
-"""The operators without checks of their arguments, for callers whose arguments are right by construction.
+"""The operators without argument checks, for callers whose arguments are right by construction.
 
-Under the names and with the signatures of the PyTorch twins, which are what `impl` "reference" means, but for what no
-kernel takes yet; a call costs no more than the launch itself.
+Names and signatures are those of the PyTorch twins, which serve `impl` "reference". A call costs no more than the
+launch itself.
 """
 
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+
+from torch import Tensor
 
 from dkv.kernels import (
     activation,
@@ -28,19 +30,19 @@ TRITON = SimpleNamespace(
     add_rms_norm=norm._launch,
     advance_rows=advance._launch,
     commit_tokens=commit._launch,
-    deferred_norm=norm._launch_deferred,
+    deferred_norm=norm._launch_deferred_norm,
     delayed_attention=attention._launch,
     linear_add_norm=residual._launch,
     linear_rope_cache_update=qkv._launch,
     linear_swiglu=gate_up._launch,
     lm_head_confidence=lm_head._launch,
     pack_positions=packing._launch,
-    pack_step=packing._launch_step,
+    pack_step=packing._launch_pack_step,
     rope_cache_update=rope_cache._launch,
     swiglu=activation._launch,
 )
 
 
-def direct(impl, tensor):
-    """The operators that an `impl` of `dkv.kernels` means, for tensors of the device and dtype of `tensor`."""
+def direct(impl: checks.Impl, tensor: Tensor) -> SimpleNamespace | ModuleType:
+    """The operators that `impl` means for tensors of the device and dtype of `tensor`."""
     return TRITON if checks.resolve_impl(impl, norm._add_rms_norm_kernel, tensor) == "triton" else reference

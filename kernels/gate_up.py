@@ -6,16 +6,18 @@ For a deferred norm of rows x, s = rsqrt(mean(x^2) + eps):
     out = gate / (1 + exp(-gate)) * up                                      (SwiGLU, Shazeer, arXiv 2002.05202)
 
 in float32, rounded once. Layouts: rows (rows, in_features), weight (2 * size, in_features), gate first; out (rows,
-size). Each program computes some columns of a block of rows, the weight's rows as the long side of two products. For
-few rows it is memory-bound, at one read of the weight: 2 * size * in_features elements, for 4 * rows * size *
-in_features operations; what the projections give stays on the chip.
+size). Each program computes some columns of a block of rows; the weight's rows are the long side of its two products.
+For few rows it is memory-bound, at one read of the weight: 2 * size * in_features elements, for 4 * rows * size *
+in_features operations. The projections stay on the chip.
 """
 
 import torch
+from torch import Tensor
 
 from dkv.kernels import checks, reference
-from dkv.kernels.configs import product_config
+from dkv.kernels.configs import ProductConfig, product_config
 from dkv.kernels.language import gdc_launch_dependents, gdc_wait, tl, triton
+from dkv.kernels.operators import operator
 from dkv.kernels.reference import DeferredNorm
 from dkv.kernels.skinny import (
     is_last_to_arrive,
@@ -58,12 +60,11 @@ def _linear_swiglu_kernel(
     BLOCK_K: tl.constexpr,
     MASK_K: tl.constexpr,
     SPLITS: tl.constexpr,
-    PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
     tiles = tl.cdiv(size, BLOCK_N)
     tile, row_block, output, split, first, last = share_of(tiles, row_blocks, in_features, SPLITS, BLOCK_K)
-    # tiles are [BLOCK_N, BLOCK_R]: columns of the output, rows; those beyond the last one repeat it
+    # tiles are [BLOCK_N, BLOCK_R]: output columns by rows; an index beyond the last one repeats it
     columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_n = tl.minimum(columns, size - 1)
     gate_ptrs = weight_ptr + offs_n.to(tl.int64) * stride_weight
@@ -77,7 +78,7 @@ def _linear_swiglu_kernel(
     offs_r = tl.minimum(offs_r, rows - 1)
     square_sums = load_square_sums(square_sums_ptr, offs_r, rows, parts, PARTS)
     x_ptrs = x_ptr + offs_r.to(tl.int64) * stride_x
-    gate, up = two_products(x_ptrs, gate_ptrs, up_ptrs, first, last, in_features, BLOCK_K, MASK_K, PRECISION)
+    gate, up = two_products(x_ptrs, gate_ptrs, up_ptrs, first, last, in_features, BLOCK_K, MASK_K)
     if PDL:
         gdc_launch_dependents()
     if SPLITS > 1:
@@ -95,17 +96,24 @@ def _linear_swiglu_kernel(
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=written)
 
 
-def _launch(normed, eps, weight, *, semaphores=None, launch=None):
+def _launch(
+    normed: DeferredNorm,
+    eps: float,
+    weight: Tensor,
+    *,
+    semaphores: Tensor | None = None,
+    config: ProductConfig | None = None,
+) -> Tensor:
     x, square_sums = normed
     rows, in_features = x.shape
     size = weight.shape[0] // 2
     out = torch.empty((rows, size), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    launch = launch or product_config(x.device, x.dtype, "gate_up", rows, weight.shape)
-    tiles, row_blocks = triton.cdiv(size, launch.block_n), triton.cdiv(rows, launch.block_r)
-    splits = launch.splits_of(in_features)
-    partial, semaphores = scratch(x, tiles * row_blocks, splits, 2 * launch.block_n * launch.block_r, semaphores)
+    config = config or product_config(x.device, x.dtype, "gate_up", rows, weight.shape)
+    tiles, row_blocks = triton.cdiv(size, config.block_n), triton.cdiv(rows, config.block_r)
+    splits = config.splits_of(in_features)
+    partial, semaphores = scratch(x, tiles * row_blocks, splits, 2 * config.block_n * config.block_r, semaphores)
     with checks.device_guard(x):
         _linear_swiglu_kernel[(tiles * row_blocks * splits,)](
             x_ptr=x,
@@ -123,43 +131,33 @@ def _launch(normed, eps, weight, *, semaphores=None, launch=None):
             parts=square_sums.shape[0],
             eps=eps,
             PARTS=triton.next_power_of_2(square_sums.shape[0]),
-            BLOCK_N=launch.block_n,
-            **options_of(launch, in_features, x.device),
+            BLOCK_N=config.block_n,
+            **options_of(config, in_features, x.device),
         )
     return out
 
 
-def _linear_swiglu(
-    weighted: torch.Tensor, square_sums: torch.Tensor, eps: float, weight: torch.Tensor, impl: str
-) -> torch.Tensor:
-    run = _launch if impl == "triton" else reference.linear_swiglu
-    return run(DeferredNorm(weighted, square_sums), eps, weight)
+def _fake(normed, weight, **_):
+    return normed.weighted.new_empty((normed.weighted.shape[0], weight.shape[0] // 2))
 
 
-_operator = torch.library.custom_op("dkv::linear_swiglu", mutates_args=())(_linear_swiglu)
+_operator = operator("linear_swiglu", _launch, reference.linear_swiglu, fake=_fake)
 
 
-@_operator.register_fake
-def _(weighted, square_sums, eps, weight, impl):
-    return weighted.new_empty((weighted.shape[0], weight.shape[0] // 2))
-
-
-def linear_swiglu(
-    normed: DeferredNorm, eps: float, weight: torch.Tensor, *, impl: checks.Impl = "auto"
-) -> torch.Tensor:
+def linear_swiglu(normed: DeferredNorm, eps: float, weight: Tensor, *, impl: checks.Impl = "auto") -> Tensor:
     """Projects rows to gate and up, and computes silu(gate) * up.
 
-    Mutates nothing. Made for up to 256 rows; where it splits the channels, a small launch clears semaphores first.
+    Mutates nothing. Made for up to 256 rows. If it splits the channels, a small launch clears semaphores first.
 
     Args:
         normed: `DeferredNorm` of (rows, in_features), float16, bfloat16 or float32 (float64: impl "reference" only).
-        eps: of the norm, added to the mean of the squares.
+        eps: the norm's, added to the mean of the squares.
         weight: (2 * size, in_features), the dtype of the rows, gate first; any row stride with the last dim contiguous.
         impl: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "reference".
 
     Returns:
-        (rows, size), contiguous. Everything is computed in float32 and rounded once, where norm, projection and
-        activation by themselves round five times.
+        (rows, size), contiguous. Everything is computed in float32 and rounded once; separate norm, projection and
+        activation round five times.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or strides that do not fit together.
@@ -179,5 +177,4 @@ def linear_swiglu(
         raise ValueError(f"weight must have shape (2 * size, in_features), an even first size, got {weight.shape[0]}.")
     checks.check_same("normed.weighted", x, weight=weight)
     checks.check_last_dim_contiguous(weight=weight)
-    impl = checks.resolve_impl(impl, _linear_swiglu_kernel, x)
-    return checks.pick(torch.ops.dkv.linear_swiglu, _linear_swiglu)(*normed, eps, weight, impl)
+    return _operator(normed=normed, eps=eps, weight=weight, impl=checks.resolve_impl(impl, _linear_swiglu_kernel, x))

@@ -1,8 +1,7 @@
-"""Triton as the kernels write it: `triton` and `tl`, or stand-ins where Triton cannot be imported.
+"""Triton for the kernels: `triton` and `tl`, or stand-ins if Triton cannot be imported.
 
-Triton is built for Linux. The stand-ins let the kernels be defined elsewhere too, so that the PyTorch twins run on any
-CPU; `check_installed` refuses before anything would be launched. `sys.modules` stays as it is: torch asks it about
-Triton.
+Triton is built for Linux. With the stand-ins the kernels can be defined elsewhere too, so that the PyTorch twins run on
+any CPU; `check_installed` raises before a launch. `sys.modules` is left alone, because torch looks for Triton there.
 """
 
 try:
@@ -21,8 +20,8 @@ except ImportError as error:
     tl = SimpleNamespace(constexpr=lambda value: SimpleNamespace(value=value))
 
 
-def check_installed():
-    """Raises NotImplementedError where there is no Triton to run a kernel."""
+def check_installed() -> None:
+    """Raises NotImplementedError if there is no Triton to run a kernel."""
     if WHY_MISSING is not None:
         raise NotImplementedError(
             f"the kernels need Triton, which cannot be imported here ({WHY_MISSING}); install it (Linux only), or use "

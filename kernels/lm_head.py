@@ -2,40 +2,42 @@
 
 With z = logit_scale * (hidden @ weight^T), -inf for excluded ids, and for each row the largest z (best), its id, and
 
-    others = sum of exp(z - best) over all ids but that one        second = the second largest z
-    weighted = sum of exp(z - best) * (z - best) over them
+    others = sum of exp(z - best) over all other ids        second = the second largest z
+    weighted = sum of exp(z - best) * (z - best) over all other ids
 
     log_prob = (z[token] - best) - log1p(others)                   margin = (1 - exp(second - best)) / (1 + others)
     entropy = log1p(others) - weighted / (1 + others)
 
-`others` leaves out the largest term, which is exactly 1, so that nothing is lost where the rest is tiny. What holds for
-disjoint sets of ids can be merged, as in the online softmax (Milakov and Gimelshein, arXiv 1805.02867); so can the
-argmax of z + noise_scale * Gumbel, which samples from a softmax. Layouts: hidden (rows, hidden_size), weight (vocab,
+`others` leaves out the largest term, which is exactly 1, so that tiny terms are not lost. These statistics of disjoint
+sets of ids can be merged, as in the online softmax (Milakov and Gimelshein, arXiv 1805.02867); so can the argmax of
+z + noise_scale * Gumbel, which samples from a softmax. Layouts: hidden (rows, hidden_size), weight (vocab,
 hidden_size). Each program keeps a block of rows and walks over tiles of the vocabulary; a second kernel merges the
-programs. How many blocks there are is read on the device: padding costs no work, and all programs share the rest. Up to
-some hundred rows it is memory-bound, at one read of the weight. For few rows the vocabulary is the long side of the
-matrix product, for many rows the rows are.
+programs. The number of blocks is read on the device, so padding costs no work, and all programs share the rest. Up to
+a few hundred rows it is memory-bound, at one read of the weight. The long side of the matrix product is the vocabulary
+for few rows, and the rows for many.
 """
 
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from dkv.kernels import checks, reference
 from dkv.kernels.configs import lm_head_config, lm_head_merge_config, num_sms
 from dkv.kernels.language import tl, triton
 from dkv.kernels.noise import draw, gumbel_of, log1p
+from dkv.kernels.operators import operator
 from dkv.kernels.reference import Confidence
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# stands for -inf, without the NaN of inf - inf
+# in place of -inf: inf - inf would be NaN
 LOWEST = tl.constexpr(-1e30)
 NO_ID = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
 def _reduce(best, best_id, others, weighted, second, AXIS: tl.constexpr):
-    """The statistics of all sets of ids along AXIS, merged; of single ids: z, id, 0, 0, LOWEST."""
+    """Merges the statistics of the sets of ids along AXIS; those of a single id are z, id, 0, 0, LOWEST."""
     top = tl.max(best, AXIS)
     top_id = tl.min(tl.where(best == tl.expand_dims(top, AXIS), best_id, NO_ID), AXIS)
     wins = best_id == tl.expand_dims(top_id, AXIS)
@@ -48,7 +50,7 @@ def _reduce(best, best_id, others, weighted, second, AXIS: tl.constexpr):
 
 @triton.jit
 def _merge(one, other):
-    """The statistics of two sets of ids, merged; the ids of `other` are the higher ones."""
+    """Merges the statistics of two sets of ids; `other` has the higher ids."""
     best, best_id, others, weighted, second = one
     best_2, best_id_2, others_2, weighted_2, second_2 = other
     wins = best >= best_2
@@ -93,7 +95,7 @@ def _add_tile(
     SIZE: tl.constexpr = z.shape[AXIS]
     ROWS: tl.constexpr = z.shape[1 - AXIS]
     if PARTS > 1:
-        # one part after the other, or the temporaries of a large tile do not fit the registers
+        # one part after the other: the temporaries of a large tile would not fit the registers
         if AXIS == 0:
             low, high = z.reshape(2, SIZE // 2, ROWS).permute(1, 2, 0).split()
         else:
@@ -106,19 +108,19 @@ def _add_tile(
             state, high, first_id, vocab, exclude_ids_ptr, num_excluded, keys, noise_scale, AXIS, PARTS // 2, HAS_NOISE
         )
     else:
-        # [SIZE], so that a loop over any number of ids keeps no tile
+        # [SIZE], so that the loop over excluded ids keeps no tile in registers
         ids = tl.arange(0, SIZE) + first_id
         allowed = ids < vocab
         for i in range(num_excluded):
             allowed = allowed & (ids != tl.load(exclude_ids_ptr + i))
         ids = tl.expand_dims(ids, 1 - AXIS)
-        # at least LOWEST, and NaN stays
+        # no less than LOWEST; NaN stays
         z = tl.maximum(tl.where(tl.expand_dims(allowed, 1 - AXIS), z, LOWEST), LOWEST, tl.PropagateNan.ALL)
         statistics, best_noisy = state
         statistics = _merge(statistics, _reduce(z, ids, 0.0, 0.0, LOWEST, AXIS))
         if HAS_NOISE:
             noise = gumbel_of(draw(keys, ids.to(tl.uint32)))
-            # a 64th of it, which no scale of the noise makes infinite
+            # a 64th of the sum, which no finite noise scale makes infinite
             noisy = tl.where(z > LOWEST, z * 0.015625 + (noise_scale * 0.015625) * noise, float("-inf"))
             noisy, noisy_id, noisy_z = _reduce_noisy(noisy, ids, z, AXIS)
             higher = noisy > best_noisy[0]
@@ -132,7 +134,7 @@ def _add_tile(
 
 @triton.jit
 def _load_tile(ptrs, channels, hidden_size, MASK: tl.constexpr):
-    """Some channels of the rows that ptrs points at."""
+    """Some channels of the rows at ptrs."""
     if MASK:
         return tl.load(ptrs[:, None] + channels[None, :], mask=(channels < hidden_size)[None, :], other=0.0)
     else:
@@ -150,21 +152,21 @@ def _share_work(
     BLOCK_V: tl.constexpr,
     MAX_SLICES: tl.constexpr,
 ):
-    """How many rows are no padding, their blocks, and how many slices the vocabulary is cut into.
+    """The number of rows that are not padding, of their blocks, and of slices of the vocabulary.
 
-    Program i has block i % blocks and slice i // blocks: the blocks of one tile run next to each other, so that the
-    weight comes from the L2 after the first. The programs beyond have nothing to do. Batch -1 stands for no cu_seqlens.
+    Program i has block i % blocks and slice i // blocks: the blocks of a tile are neighbours, so all but the first find
+    the weight in the L2. The remaining programs have nothing to do. batch is -1 if there is no cu_seqlens.
     """
-    real_rows = tl.load(cu_seqlens_ptr + batch, mask=batch >= 0, other=rows)
-    real_rows = tl.maximum(tl.minimum(real_rows, rows), 0)
-    row_blocks = tl.cdiv(real_rows, BLOCK_R)
+    valid_rows = tl.load(cu_seqlens_ptr + batch, mask=batch >= 0, other=rows)
+    valid_rows = tl.maximum(tl.minimum(valid_rows, rows), 0)
+    row_blocks = tl.cdiv(valid_rows, BLOCK_R)
     tiles = tl.cdiv(vocab, BLOCK_V)
     slices = tl.minimum(tl.minimum(programs // tl.maximum(row_blocks, 1), MAX_SLICES), tiles)
-    # no more than give each the same number of tiles
-    return real_rows, row_blocks, tl.cdiv(tiles, tl.cdiv(tiles, slices))
+    # the fewest slices with so many tiles each
+    return valid_rows, row_blocks, tl.cdiv(tiles, tl.cdiv(tiles, slices))
 
 
-# what differs from call to call must not compile it anew
+# values that differ from call to call must not recompile it
 @triton.jit(
     do_not_specialize=["batch", "rows", "num_excluded"],
     do_not_specialize_on_alignment=["noise_key_ptr", "logit_scale_ptr", "noise_scale_ptr", "cu_seqlens_ptr"],
@@ -203,11 +205,10 @@ def _lm_head_kernel(
     BLOCK_D: tl.constexpr,
     PARTS: tl.constexpr,
     MAX_SLICES: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     program = tl.program_id(0)
     programs = tl.num_programs(0)
-    real_rows, row_blocks, slices = _share_work(
+    valid_rows, row_blocks, slices = _share_work(
         cu_seqlens_ptr, batch, rows, vocab, programs, BLOCK_R, BLOCK_V, MAX_SLICES
     )
     if program >= row_blocks * slices:
@@ -216,8 +217,8 @@ def _lm_head_kernel(
     offs_r = (program % row_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_d = tl.arange(0, BLOCK_D)
     AXIS: tl.constexpr = 0 if VOCAB_FIRST else 1
-    # rows and ids beyond the last one repeat it: nobody reads what is found for the rows, and the ids are masked later
-    offs_r = tl.minimum(offs_r, real_rows - 1)
+    # rows and ids beyond the last one repeat it: results of such rows are not read, and the ids are masked later
+    offs_r = tl.minimum(offs_r, valid_rows - 1)
     row_ptrs = hidden_ptr + offs_r.to(tl.int64) * stride_hidden
 
     lowest = tl.full([BLOCK_R], LOWEST, dtype=tl.float32)
@@ -243,9 +244,9 @@ def _lm_head_kernel(
             weight = _load_tile(id_ptrs, start + offs_d, hidden_size, MASK_CHANNELS)
             hidden = _load_tile(row_ptrs, start + offs_d, hidden_size, MASK_CHANNELS)
             if VOCAB_FIRST:
-                logits = tl.dot(weight, hidden.T, logits, input_precision=PRECISION)
+                logits = tl.dot(weight, hidden.T, logits, input_precision="ieee")
             else:
-                logits = tl.dot(hidden, weight.T, logits, input_precision=PRECISION)
+                logits = tl.dot(hidden, weight.T, logits, input_precision="ieee")
         if ROUND_LOGITS:
             logits = logits.to(weight_ptr.dtype.element_ty).to(tl.float32)
         if logit_scale_ptr is not None:
@@ -311,16 +312,16 @@ def _merge_confidence_kernel(
     BLOCK_M: tl.constexpr,
     MAX_SLICES: tl.constexpr,
 ):
-    """Merges what the programs found for each of BLOCK_M rows; BLOCK_R and BLOCK_V are those of the programs."""
-    real_rows, row_blocks, slices = _share_work(
+    """Merges the programs' results for BLOCK_M rows; BLOCK_R and BLOCK_V are the tile sizes of the programs."""
+    valid_rows, row_blocks, slices = _share_work(
         cu_seqlens_ptr, batch, rows, vocab, programs, BLOCK_R, BLOCK_V, MAX_SLICES
     )
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_s = tl.arange(0, MAX_SLICES)
     in_range = offs_m < rows
-    real = offs_m < real_rows
+    valid = offs_m < valid_rows
     # [BLOCK_M, MAX_SLICES]
-    written = real[:, None] & (offs_s < slices)[None, :]
+    written = valid[:, None] & (offs_s < slices)[None, :]
     found_by = (offs_m // BLOCK_R)[:, None] + (offs_s * row_blocks)[None, :]
     offs = (offs_m % BLOCK_R * programs)[:, None] + found_by
     field = programs.to(tl.int64) * BLOCK_R
@@ -332,7 +333,7 @@ def _merge_confidence_kernel(
         tl.load(partial_values_ptr + 3 * field + offs, mask=written, other=LOWEST),
         AXIS=1,
     )
-    # a NaN among its z makes `others` NaN, whatever a maximum makes of it
+    # a NaN among the z makes `others` NaN, although a maximum may drop it
     answered = (tl.abs(best) < -LOWEST) & (others == others)
     token = best_id
     token_z = best
@@ -343,27 +344,27 @@ def _merge_confidence_kernel(
             tl.load(partial_values_ptr + 5 * field + offs, mask=written, other=LOWEST),
             AXIS=1,
         )
-        # of a row whose own scale is NaN none is found
+        # a row whose scale is NaN has no noisy maximum
         answered &= noisy > float("-inf")
 
     others = tl.where(answered, others, float("nan"))
     log_sum = log1p(others)
     top_prob = 1.0 / (1.0 + others)
-    token = tl.where(real, tl.where(answered, token, first_id), 0)
-    log_prob = tl.where(real, (token_z - best) - log_sum, float("-inf"))
-    margin = tl.where(real, (1.0 - tl.exp2((second - best) * LOG2_E)) * top_prob, 0.0)
-    entropy = tl.where(real, log_sum - weighted * top_prob, 0.0)
+    token = tl.where(valid, tl.where(answered, token, first_id), 0)
+    log_prob = tl.where(valid, (token_z - best) - log_sum, float("-inf"))
+    margin = tl.where(valid, (1.0 - tl.exp2((second - best) * LOG2_E)) * top_prob, 0.0)
+    entropy = tl.where(valid, log_sum - weighted * top_prob, 0.0)
     tl.store(token_ptr + offs_m, token.to(tl.int64), mask=in_range)
     tl.store(log_prob_ptr + offs_m, log_prob, mask=in_range)
     tl.store(margin_ptr + offs_m, margin, mask=in_range)
     tl.store(entropy_ptr + offs_m, entropy, mask=in_range)
 
 
-_EXCLUDED = {}  # never freed, for CUDA graphs keep the addresses
+_EXCLUDED = {}  # never freed: CUDA graphs keep the addresses
 
 
 def _on_device(exclude_ids, device):
-    """The ids as an int32 tensor, made once, by the device alone."""
+    """The ids as an int32 tensor, made once and without a copy from the host."""
     key = exclude_ids, device
     if key in _EXCLUDED:
         return _EXCLUDED[key]
@@ -371,26 +372,26 @@ def _on_device(exclude_ids, device):
     for place, excluded in enumerate(exclude_ids):
         ids.narrow(0, place, 1).fill_(excluded)
     if torch.cuda.is_available():
-        # what a graph makes has its values only after a replay
+        # a tensor made during capture has its values only after a replay, so it is not kept
         if torch.cuda.is_current_stream_capturing():
             return ids
-        # who finds them next may be on another stream
+        # the next user may be on another stream
         torch.cuda.current_stream(device).synchronize()
     _EXCLUDED[key] = ids
     return ids
 
 
 def _launch(
-    hidden,
-    weight,
+    hidden: Tensor,
+    weight: Tensor,
     *,
-    logit_scale=1.0,
-    noise_scale=0.0,
-    noise_key=None,
-    exclude_ids=None,
-    round_logits=False,
-    cu_seqlens=None,
-):
+    logit_scale: float | Tensor = 1.0,
+    noise_scale: float | Tensor = 0.0,
+    noise_key: Tensor | None = None,
+    exclude_ids: Sequence[int] | None = None,
+    round_logits: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Confidence:
     rows, hidden_size = hidden.shape
     vocab = weight.shape[0]
     token = torch.empty(rows, dtype=torch.int64, device=hidden.device)
@@ -401,17 +402,17 @@ def _launch(
     logit_scale, logit_scales = checks.float_and_tensor(logit_scale)
     noise_scale, noise_scales = checks.float_and_tensor(noise_scale)
     has_noise = noise_scales is not None or noise_scale > 0
-    launch = lm_head_config(hidden.device, hidden.dtype, rows, has_noise)
+    config = lm_head_config(hidden.device, hidden.dtype, rows, has_noise)
     merge = lm_head_merge_config(hidden.device)
-    # as many as run at once; enough for every block, should all rows be real
-    programs = min(launch.blocks_per_sm * num_sms(hidden.device), merge.max_slices)
-    programs = max(programs, triton.cdiv(rows, launch.block_r))
-    values_shape, ids_shape = ((fields, launch.block_r, programs) for fields in ((6, 2) if has_noise else (4, 1)))
+    # as many as run at once, but enough for every block of rows
+    programs = min(config.blocks_per_sm * num_sms(hidden.device), merge.max_slices)
+    programs = max(programs, triton.cdiv(rows, config.block_r))
+    values_shape, ids_shape = ((fields, config.block_r, programs) for fields in ((6, 2) if has_noise else (4, 1)))
     partial_values = torch.empty(values_shape, dtype=torch.float32, device=hidden.device)
     partial_ids = torch.empty(ids_shape, dtype=torch.int32, device=hidden.device)
     with checks.device_guard(hidden):
         excluded = _on_device(tuple(exclude_ids or ()), hidden.device)
-        # without cu_seqlens nothing is read there; another int32 tensor spares another compilation
+        # without cu_seqlens nothing is read there; any int32 tensor saves a second compilation
         counts, batch = (excluded, -1) if cu_seqlens is None else (cu_seqlens, cu_seqlens.shape[0] - 1)
         shared = dict(
             cu_seqlens_ptr=counts,
@@ -421,8 +422,8 @@ def _launch(
             rows=rows,
             vocab=vocab,
             HAS_NOISE=has_noise,
-            BLOCK_R=launch.block_r,
-            BLOCK_V=launch.block_v,
+            BLOCK_R=config.block_r,
+            BLOCK_V=config.block_v,
             MAX_SLICES=merge.max_slices,
         )
         _lm_head_kernel[(programs,)](
@@ -440,14 +441,13 @@ def _launch(
             logit_scale=logit_scale,
             noise_scale=noise_scale,
             ROUND_LOGITS=round_logits and hidden.dtype != torch.float32,
-            MASK_VOCAB=vocab % launch.block_v != 0,
-            MASK_CHANNELS=hidden_size % launch.block_d != 0,
-            VOCAB_FIRST=launch.block_r <= 32,
-            BLOCK_D=launch.block_d,
-            PARTS=launch.parts,
-            PRECISION="ieee",
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            MASK_VOCAB=vocab % config.block_v != 0,
+            MASK_CHANNELS=hidden_size % config.block_d != 0,
+            VOCAB_FIRST=config.block_r <= 32,
+            BLOCK_D=config.block_d,
+            PARTS=config.parts,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
         )
         _merge_confidence_kernel[(triton.cdiv(rows, merge.block_m),)](
             **shared,
@@ -463,83 +463,54 @@ def _launch(
     return Confidence(token, log_prob, margin, entropy)
 
 
-def _lm_head_confidence(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    logit_scale: float | None,
-    logit_scales: torch.Tensor | None,
-    noise_scale: float | None,
-    noise_scales: torch.Tensor | None,
-    noise_key: torch.Tensor | None,
-    exclude_ids: Sequence[int],
-    round_logits: bool,
-    cu_seqlens: torch.Tensor | None,
-    impl: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    run = _launch if impl == "triton" else reference.lm_head_confidence
-    found = run(
-        hidden,
-        weight,
-        logit_scale=logit_scale if logit_scales is None else logit_scales,
-        noise_scale=noise_scale if noise_scales is None else noise_scales,
-        noise_key=noise_key,
-        exclude_ids=exclude_ids,
-        round_logits=round_logits,
-        cu_seqlens=cu_seqlens,
-    )
-    return tuple(found)
-
-
-_operator = torch.library.custom_op("dkv::lm_head_confidence", mutates_args=())(_lm_head_confidence)
-
-
-@_operator.register_fake
-def _(hidden, weight, *options):
+def _fake(hidden, **_):
     rows, dtype = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
     token = hidden.new_empty(rows, dtype=torch.int64)
-    log_prob, margin, entropy = (hidden.new_empty(rows, dtype=dtype) for _ in range(3))
-    return token, log_prob, margin, entropy
+    return Confidence(token, *(hidden.new_empty(rows, dtype=dtype) for _ in range(3)))
+
+
+_operator = operator("lm_head_confidence", _launch, reference.lm_head_confidence, fake=_fake)
 
 
 def lm_head_confidence(
-    hidden,
-    weight,
+    hidden: Tensor,
+    weight: Tensor,
     *,
-    logit_scale=1.0,
-    noise_scale=0.0,
-    noise_key=None,
-    exclude_ids=None,
-    round_logits=False,
-    cu_seqlens=None,
-    impl="auto",
-):
-    """Predicts a token for each row and how confident the model is of it, without keeping the logits.
+    logit_scale: float | Tensor = 1.0,
+    noise_scale: float | Tensor = 0.0,
+    noise_key: Tensor | None = None,
+    exclude_ids: Sequence[int] | None = None,
+    round_logits: bool = False,
+    cu_seqlens: Tensor | None = None,
+    impl: checks.Impl = "auto",
+) -> Confidence:
+    """Predicts a token for each row, and the model's confidence in it, without keeping the logits.
 
-    Nothing is mutated. With z = logit_scale * (hidden @ weight.T) in float32, -inf for the excluded ids, the token is
+    Mutates nothing. With z = logit_scale * (hidden @ weight.T) in float32, -inf for the excluded ids, the token is
     the argmax of z + noise_scale * Gumbel noise, which for a noise_scale of 1 samples from softmax(z).
 
     Args:
         hidden: (rows, hidden_size), float16, bfloat16 or float32 (float64: impl "reference" only), after the final
             norm; any row stride with the last dim contiguous.
-        weight: (vocab, hidden_size), the dtype of hidden, of the head; any row stride with the last dim contiguous.
-        logit_scale: a positive float, or (rows,) float32 (float64 too for float64 hidden) of such.
-        noise_scale: a float of at least 0, or (rows,) of such as above; 0: the token is the most likely one.
-        noise_key: (rows,) int64, keys of `dkv.kernels.noise.noise_key`; needed for noise_scale > 0 and for a tensor.
-            The noise of id v in a row depends on the row's key and on v alone.
-        exclude_ids: ints, ids that can neither be the token nor have probability; some must be left. None: none.
-        round_logits: round the product to the dtype of weight first, as code does that keeps the logits.
-        cu_seqlens: (batch + 1,) int32, as for the other operators: rows from cu_seqlens[-1] on are padding, which is
-            not computed. None: all rows count.
+        weight: (vocab, hidden_size), the LM head's, the dtype of hidden; any row stride with the last dim contiguous.
+        logit_scale: a positive float, or a tensor of them, (rows,) float32 (float64 too for float64 hidden).
+        noise_scale: a float of at least 0, or a tensor as above; 0: the token is the most likely one.
+        noise_key: (rows,) int64, keys of `dkv.kernels.noise.noise_key`; required if noise_scale is positive or a
+            tensor. The noise of id v in a row depends on the row's key and on v alone.
+        exclude_ids: ids that are never the token and have no probability; at least one id must be left. None: none.
+        round_logits: whether to round the product to the dtype of weight first, like code that keeps the logits.
+        cu_seqlens: (batch + 1,) int32, as for the other operators: rows from cu_seqlens[-1] on are padding and not
+            computed. None: no padding.
         impl: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "reference".
 
     Returns:
-        Confidence(token, log_prob, margin, entropy), each (rows,): token int64, ties go to the lowest id; under
-        softmax(z), log_prob of the token, margin between the two largest probabilities, and entropy in nats, float32
-        (float64 for float64). log_prob keeps the order of very confident rows, where a plain softmax ties at 1. Padding
-        has token 0, log_prob -inf, margin 0 and entropy 0.
+        Confidence(token, log_prob, margin, entropy), each (rows,). token is int64; ties go to the lowest id. The others
+        are float32 (float64 for float64) and refer to softmax(z): log_prob of the token, margin between the two largest
+        probabilities, entropy in nats. log_prob keeps the order of very confident rows, for which a plain softmax ties
+        at 1. Padding has token 0, log_prob -inf, margin 0 and entropy 0.
 
-        A z of -1e30 or less counts as -inf, one of 1e30 or more as +inf. A row that has NaN or +inf among its z, or
-        nothing above -inf, has no answer: its token is the lowest id that is not excluded, and its log_prob, margin and
+        A z of -1e30 or less counts as -inf, one of 1e30 or more as +inf. A row with NaN or +inf among its z, or with
+        all of them -inf, has no answer: its token is the lowest id that is not excluded, and its log_prob, margin and
         entropy are NaN.
 
     Raises:
@@ -569,16 +540,23 @@ def lm_head_confidence(
     checks.check_tensor("noise_key", noise_key, hidden, (rows,), "(rows,)", torch.int64)
     checks.check_tensor("cu_seqlens", cu_seqlens, hidden, (None,), "(batch + 1,)")
     if cu_seqlens is not None and cu_seqlens.shape[0] == 0:
-        raise ValueError("cu_seqlens must have shape (batch + 1,), one element at least, got (0,).")
+        raise ValueError("cu_seqlens must have shape (batch + 1,), at least one element, got (0,).")
     exclude_ids = _checked_ids(exclude_ids, weight.shape[0])
-    impl = checks.resolve_impl(impl, _lm_head_kernel, hidden)
-    run = checks.pick(torch.ops.dkv.lm_head_confidence, _lm_head_confidence)
-    scales = *checks.float_and_tensor(logit_scale), *checks.float_and_tensor(noise_scale)
-    return Confidence(*run(hidden, weight, *scales, noise_key, exclude_ids, bool(round_logits), cu_seqlens, impl))
+    return _operator(
+        hidden=hidden,
+        weight=weight,
+        logit_scale=logit_scale,
+        noise_scale=noise_scale,
+        noise_key=noise_key,
+        exclude_ids=exclude_ids,
+        round_logits=bool(round_logits),
+        cu_seqlens=cu_seqlens,
+        impl=checks.resolve_impl(impl, _lm_head_kernel, hidden),
+    )
 
 
 def _check_scale(name, scale, hidden):
-    """`logit_scale` or `noise_scale`; what a tensor holds stays on the device."""
+    """Checks `logit_scale` or `noise_scale`; the values of a tensor are not read."""
     if isinstance(scale, torch.Tensor):
         checks.check_no_grad(**{name: scale})
         dtypes = (torch.float32,) if hidden.dtype != torch.float64 else (torch.float32, torch.float64)
@@ -590,7 +568,7 @@ def _check_scale(name, scale, hidden):
 
 
 def _checked_ids(exclude_ids, vocab):
-    """The ids in order and without repetition."""
+    """The ids, checked, sorted and without repetition."""
     if exclude_ids is None:
         exclude_ids = ()
     if not isinstance(exclude_ids, list | tuple) or not all(type(i) is int for i in exclude_ids):

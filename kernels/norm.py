@@ -4,17 +4,19 @@ With s the sum x + residual, rounded to the dtype (x itself where there is no re
 
     normed = weight * round(s * rsqrt(mean(s^2) + eps))          (RMSNorm, Zhang and Sennrich, arXiv 1910.07467)
 
-s is normalised in float32 and rounded to the dtype before the weight is applied, as LLaDA and Dream do. Layouts: x and
+s is normalised in float32 and rounded to the dtype before the weight is applied, as in LLaDA and Dream. Layouts: x and
 residual (rows, size), any strides; weight (size,). Each program holds one row in registers, so every value is read
-once; it is memory-bound, at 4 * rows * size elements. The deferred norm leaves round(s * weight) and sums of squares;
-the next product applies the scale (skinny.py).
+once; it is memory-bound, at 4 * rows * size elements. A deferred norm stops at round(s * weight) and the sums of
+squares; the next product applies the scale (skinny.py).
 """
 
 import torch
+from torch import Tensor
 
 from dkv.kernels import checks, reference
 from dkv.kernels.configs import norm_config
 from dkv.kernels.language import tl, triton
+from dkv.kernels.operators import operator
 from dkv.kernels.skinny import PART, empty_deferred
 
 
@@ -54,12 +56,12 @@ def _add_rms_norm_kernel(
     tl.store(normed_ptr + row * SIZE + offs, normed, mask=valid)
 
 
-def _launch(x, residual, weight, eps):
+def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     rows, size = x.shape
     normed = torch.empty((rows, size), dtype=x.dtype, device=x.device)
     if normed.numel() == 0:
         return normed
-    launch = norm_config(x.dtype, size)
+    config = norm_config(x.dtype, size)
     residual_strides = (0, 0) if residual is None else residual.stride()
     with checks.device_guard(x):
         _add_rms_norm_kernel[(rows,)](
@@ -73,8 +75,8 @@ def _launch(x, residual, weight, eps):
             stride_residual_column=residual_strides[1],
             eps=eps,
             SIZE=size,
-            BLOCK=launch.block,
-            num_warps=launch.num_warps,
+            BLOCK=config.block,
+            num_warps=config.num_warps,
         )
     return normed
 
@@ -108,12 +110,12 @@ def _deferred_norm_kernel(
     tl.store(square_sums_ptr + parts.to(tl.int64) * rows + row, square_sums, mask=parts < tl.cdiv(size, PART))
 
 
-def _launch_deferred(x, weight):
+def _launch_deferred_norm(x: Tensor, weight: Tensor) -> reference.DeferredNorm:
     rows, size = x.shape
     weighted, square_sums = normed = empty_deferred(x)
     if weighted.numel() == 0:
         return normed
-    launch = norm_config(x.dtype, max(size, reference.PART))
+    config = norm_config(x.dtype, max(size, reference.PART))
     with checks.device_guard(x):
         _deferred_norm_kernel[(rows,)](
             x_ptr=x,
@@ -124,58 +126,46 @@ def _launch_deferred(x, weight):
             stride_x_column=x.stride(1),
             rows=rows,
             size=size,
-            BLOCK=launch.block,
-            num_warps=launch.num_warps,
+            BLOCK=config.block,
+            num_warps=config.num_warps,
         )
     return normed
 
 
-def _add_rms_norm(x, residual, weight, eps, impl):
-    return (_launch if impl == "triton" else reference.add_rms_norm)(x, residual, weight, eps)
+def _launch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _launch(x, None, weight, eps)
 
 
-def _rms_norm(x, weight, eps, impl):
-    return _add_rms_norm(x, None, weight, eps, impl)
+def _twin_of_rms_norm(x, weight, eps):
+    return reference.add_rms_norm(x, None, weight, eps)
 
 
-@torch.library.custom_op("dkv::add_rms_norm", mutates_args=("residual",))
-def _operator(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, impl: str
-) -> torch.Tensor:
-    return _add_rms_norm(x, residual, weight, eps, impl).contiguous()
-
-
-@_operator.register_fake
-def _(x, residual, weight, eps, impl):
+def _fake(x, **_):
     return x.new_empty(x.shape)
 
 
-# of its own: torch.compile does not take an operator that may change what is not there
-@torch.library.custom_op("dkv::rms_norm", mutates_args=())
-def _operator_alone(x: torch.Tensor, weight: torch.Tensor, eps: float, impl: str) -> torch.Tensor:
-    return _rms_norm(x, weight, eps, impl).contiguous()
+_add_rms_norm = operator("add_rms_norm", _launch, reference.add_rms_norm, fake=_fake, mutates=("residual",))
+# an operator of its own, because torch.compile does not take one that writes to an optional tensor
+_rms_norm = operator("rms_norm", _launch_rms_norm, _twin_of_rms_norm, fake=_fake)
 
 
-@_operator_alone.register_fake
-def _(x, weight, eps, impl):
-    return x.new_empty(x.shape)
-
-
-def add_rms_norm(x, residual, weight, eps, *, impl="auto"):
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, impl: checks.Impl = "auto"
+) -> Tensor:
     """Adds token rows to the residual stream and returns the RMS norm of the sum.
 
-    Mutates residual in place: residual += x, rounded to its dtype. Without a residual it is the norm of x alone.
+    Mutates residual in place: residual += x, rounded to its dtype. Without a residual it returns the norm of x.
 
     Args:
         x: (rows, size), float16, bfloat16 or float32 (float64: impl "reference" only), any strides.
-        residual: like x, in memory of its own and not expanded, or None.
+        residual: like x, not expanded and sharing no memory with x, or None.
         weight: (size,), the dtype of x, contiguous.
         eps: added to the mean of the squares.
         impl: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "reference".
 
     Returns:
-        normed (rows, size), contiguous (impl "reference": laid out as x is): normalised in float32, rounded, then times
-        weight and rounded again.
+        normed (rows, size), contiguous (impl "reference": the layout of x). It is normalised in float32 and rounded,
+        then multiplied by weight and rounded again.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or strides that do not fit together.
@@ -200,24 +190,17 @@ def add_rms_norm(x, residual, weight, eps, *, impl="auto"):
         checks.check_not_expanded(residual=residual)
     impl = checks.resolve_impl(impl, _add_rms_norm_kernel, x)
     if residual is None:
-        return checks.pick(torch.ops.dkv.rms_norm, _rms_norm)(x, weight, eps, impl)
-    return checks.pick(torch.ops.dkv.add_rms_norm, _add_rms_norm)(x, residual, weight, eps, impl)
+        return _rms_norm(x=x, weight=weight, eps=eps, impl=impl)
+    return _add_rms_norm(x=x, residual=residual, weight=weight, eps=eps, impl=impl)
 
 
-def _deferred_norm(x: torch.Tensor, weight: torch.Tensor, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return tuple((_launch_deferred if impl == "triton" else reference.deferred_norm)(x, weight))
+_deferred_norm = operator(
+    "deferred_norm", _launch_deferred_norm, reference.deferred_norm, fake=lambda x, **_: empty_deferred(x)
+)
 
 
-_deferred_operator = torch.library.custom_op("dkv::deferred_norm", mutates_args=())(_deferred_norm)
-
-
-@_deferred_operator.register_fake
-def _(x, weight, impl):
-    return empty_deferred(x)
-
-
-def deferred_norm(x: torch.Tensor, weight: torch.Tensor, *, impl: checks.Impl = "auto") -> reference.DeferredNorm:
-    """Begins the RMS norm of token rows, which the next product finishes by scaling its rows.
+def deferred_norm(x: Tensor, weight: Tensor, *, impl: checks.Impl = "auto") -> reference.DeferredNorm:
+    """Begins the RMS norm of token rows; the next product finishes it by scaling its rows.
 
     Mutates nothing.
 
@@ -227,8 +210,8 @@ def deferred_norm(x: torch.Tensor, weight: torch.Tensor, *, impl: checks.Impl = 
         impl: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "reference".
 
     Returns:
-        `DeferredNorm`: x times weight, rounded, and the sums of squares in float32. What x times weight does not hold
-        in its dtype (float16 ends at 65504) is infinite, and so is what comes of it.
+        `DeferredNorm`: x times weight, rounded, and the sums of squares in float32. Products that overflow the dtype
+        (float16 ends at 65504) become infinite, and so do results computed from them.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or strides that do not fit together.
@@ -246,6 +229,4 @@ def deferred_norm(x: torch.Tensor, weight: torch.Tensor, *, impl: checks.Impl = 
     checks.check_shape("weight", weight, (x.shape[1],), "(size,)")
     checks.check_same("x", x, weight=weight)
     checks.check_last_dim_contiguous(weight=weight)
-    impl = checks.resolve_impl(impl, _deferred_norm_kernel, x)
-    run = checks.pick(torch.ops.dkv.deferred_norm, _deferred_norm)
-    return reference.DeferredNorm(*run(x, weight, impl))
+    return _deferred_norm(x=x, weight=weight, impl=checks.resolve_impl(impl, _deferred_norm_kernel, x))

@@ -1,35 +1,37 @@
-"""Positions of all rows as one packed list: what `active.nonzero()` says, without asking the host.
+"""Packs the active positions of all rows into one list: `active.nonzero()` without a synchronisation with the host.
 
     slots = row * seqlen + column of every active position, in order;  cu_seqlens[b] = active positions of rows before b
 
-`pack_positions` does that for any flags. A step packs two lists in one launch: what is recomputed, with its tokens and
-RoPE positions, and the candidates for tokens, with the places of their predictors in the first list. Layouts: flags
-(batch, seqlen) bool, of `pack_positions` with any strides; lists (capacity,), so that no shape depends on the values.
+`pack_positions` does this for any flags. A step packs two lists in one launch: the active positions with their tokens
+and RoPE positions, and the candidates for tokens with the places of their predictors in the first list. Layouts: flags
+(batch, seqlen) bool, with any strides for `pack_positions`; lists (capacity,), so that no shape depends on the values.
 Each program packs one row, in order, by a prefix sum over its columns (compaction by scan: Blelloch, "Prefix sums and
 their applications", 1990); it is bound by latency.
 """
 
 import torch
+from torch import Tensor
 
 from dkv.kernels import checks, reference
 from dkv.kernels.configs import PACK
 from dkv.kernels.language import tl, triton
 from dkv.kernels.noise import key_of
+from dkv.kernels.operators import operator
 from dkv.kernels.reference import Packed
 from dkv.kernels.rows import COUNTERS, FIRST_COLUMN, REQUEST, SEED, SIZE_CANDIDATES, STEP
 
 
 @triton.jit
 def load_bound(cu_seqlens_ptr, row, total):
-    """Where a row begins, an element of cu_seqlens, among `total` entries: whatever it is, between 0 and total."""
+    """An element of cu_seqlens, the first entry of a row, clamped to 0 .. total."""
     return tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + row), 0), total)
 
 
 @triton.jit
 def _rows_before(counts_ptr, stride, row, flag_rows, BLOCK: tl.constexpr):
-    """The sum of the counts of all rows before this one, and [BLOCK] the largest ones.
+    """The sum of the counts of all rows before this one, and [BLOCK] maxima of them.
 
-    Where rows are many, so are the programs that do it.
+    Every row sums again, but many rows are also many programs.
     """
     offs = tl.arange(0, BLOCK)
     before, largest = tl.zeros([BLOCK], dtype=tl.int32), tl.zeros([BLOCK], dtype=tl.int32)
@@ -66,7 +68,7 @@ def _pack_positions_kernel(
     capacity,
     # constants
     BLOCK: tl.constexpr,
-    # of a step
+    # for a step
     ids_ptr=None,
     positions_ptr=None,
     packed_ids_ptr=None,
@@ -89,11 +91,13 @@ def _pack_positions_kernel(
     tl.store(cu_seqlens_ptr + row, place)
     candidate_place = 0
     if ids_ptr is not None:
-        candidate_place, most = _rows_before(counts_ptr + SIZE_CANDIDATES, stride_counts, row, flag_rows, BLOCK)
-        largest = tl.maximum(largest, most)
+        candidate_place, candidates_largest = _rows_before(
+            counts_ptr + SIZE_CANDIDATES, stride_counts, row, flag_rows, BLOCK
+        )
+        largest = tl.maximum(largest, candidates_largest)
         tl.store(candidate_cu_seqlens_ptr + row, candidate_place)
 
-    # the program behind the last row fills the places that are left
+    # the program after the last row fills the remaining places
     if row == rows:
         _fill(slots_ptr, place, capacity, -1, BLOCK)
         if ids_ptr is not None:
@@ -110,7 +114,7 @@ def _pack_positions_kernel(
                 tl.store(excess_ptr, tl.maximum(tl.load(excess_ptr), excess))
         return
 
-    # whatever the counts are, nothing is written in front of the lists; and behind them all places are the same
+    # wrong counts must not write before the lists; all places beyond them are masked alike
     place = tl.minimum(tl.maximum(place, 0), capacity)
     candidate_place = tl.minimum(tl.maximum(candidate_place, 0), candidate_capacity)
     row64, flag_row = row.to(tl.int64), (row % flag_rows).to(tl.int64)
@@ -148,7 +152,7 @@ def _pack_positions_kernel(
                 before = (columns > tl.maximum(first_column, 0)).to(tl.int32)
                 places -= active * before
                 slots -= before
-            # a predictor is always active; what found no room has no place
+            # a predictor is always active, but may not have fitted into the list
             places = tl.minimum(tl.maximum(places, 0), tl.maximum(capacity - 1, 0))
             tl.store(logits_indices_ptr + candidate_places, places.to(tl.int64), mask=written)
             positions = tl.load(positions_ptr + slots, mask=written, other=0)
@@ -156,27 +160,27 @@ def _pack_positions_kernel(
         place += tl.sum(active)
 
 
-def _launch(active, capacity):
+def _launch(active: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     slots, cu_seqlens = _list(active, capacity), _ends(active, active.shape[0])
-    _launch_kernel(active, active.sum(1, dtype=torch.int32)[:, None], slots, cu_seqlens)
+    _pack(active, active.sum(1, dtype=torch.int32)[:, None], slots, cu_seqlens)
     return slots, cu_seqlens
 
 
-def _launch_step(
-    active,
-    candidates,
-    sizes,
-    ids,
-    positions,
-    counters,
-    excess=None,
+def _launch_pack_step(
+    active: Tensor,
+    candidates: Tensor,
+    sizes: Tensor,
+    ids: Tensor,
+    positions: Tensor,
+    counters: Tensor,
+    excess: Tensor | None = None,
     *,
-    capacity,
-    candidate_capacity,
-    per_row,
-    shifted,
-    noisy=False,
-):
+    capacity: int,
+    candidate_capacity: int,
+    per_row: int,
+    shifted: bool,
+    noisy: bool = False,
+) -> tuple[Packed, Packed]:
     slots, packed_ids, packed_positions = (_list(active, capacity) for _ in range(3))
     packed = Packed(slots, _ends(active, ids.shape[0]), packed_positions, ids=packed_ids)
     candidate_slots, candidate_positions, logits_indices = (_list(active, candidate_capacity) for _ in range(3))
@@ -184,7 +188,7 @@ def _launch_step(
     wanted = Packed(
         candidate_slots, _ends(active, ids.shape[0]), candidate_positions, logits_indices=logits_indices, keys=keys
     )
-    _launch_kernel(
+    _pack(
         active,
         sizes,
         slots,
@@ -209,7 +213,7 @@ def _launch_step(
 
 
 def _list(active, capacity):
-    # memory of its own, not a part of a larger tensor: aligned, whatever the capacity
+    # a tensor of its own, not a part of a larger one, so that it is aligned for any capacity
     return torch.empty((capacity,), dtype=torch.int64, device=active.device)
 
 
@@ -217,7 +221,7 @@ def _ends(active, rows):
     return torch.empty((rows + 1,), dtype=torch.int32, device=active.device)
 
 
-def _launch_kernel(active, counts, slots, cu_seqlens, **of_a_step):
+def _pack(active, counts, slots, cu_seqlens, **for_a_step):
     rows = cu_seqlens.shape[0] - 1
     with checks.device_guard(active):
         _pack_positions_kernel[(rows + 1,)](
@@ -234,42 +238,36 @@ def _launch_kernel(active, counts, slots, cu_seqlens, **of_a_step):
             capacity=slots.shape[0],
             BLOCK=PACK.block,
             num_warps=PACK.num_warps,
-            **of_a_step,
+            **for_a_step,
         )
 
 
-def _pack_positions(active: torch.Tensor, capacity: int, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
-    run = _launch if impl == "triton" else reference.pack_positions
-    return run(active, capacity)
-
-
-_operator = torch.library.custom_op("dkv::pack_positions", mutates_args=())(_pack_positions)
-
-
-@_operator.register_fake
-def _(active, capacity, impl):
+def _fake(active, capacity):
     slots = active.new_empty((capacity,), dtype=torch.int64)
     return slots, active.new_empty((active.shape[0] + 1,), dtype=torch.int32)
 
 
-def pack_positions(active, capacity=None, *, impl="auto"):
-    """Lists the active positions of all rows, packed by row, as the other operators take them.
+_operator = operator("pack_positions", _launch, reference.pack_positions, fake=_fake)
 
-    Nothing is mutated. With a capacity nothing is read on the host, so that it can be captured in a CUDA graph.
+
+def pack_positions(active: Tensor, capacity: int | None = None, *, impl: checks.Impl = "auto") -> tuple[Tensor, Tensor]:
+    """Lists the active positions of all rows, packed by row, for the other operators.
+
+    Mutates nothing. With a capacity it does not synchronise with the host, so it can be captured in a CUDA graph.
 
     Args:
         active: (batch, seqlen) bool, any strides.
-        capacity: the length of `slots`, at least 0. None: as many as are active, which takes one read on the host.
+        capacity: the length of `slots`, at least 0. None: the number of active positions, which the host must read.
         impl: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "reference".
 
     Returns:
-        slots (capacity,) int64: row * seqlen + column of the active positions, ascending, -1 behind them. Positions
-            beyond the capacity are left out.
-        cu_seqlens (batch + 1,) int32: the active positions of row b are number cu_seqlens[b] .. cu_seqlens[b + 1] - 1.
-            These are the true numbers, whatever the capacity: cu_seqlens[-1] > capacity says that some were left out.
+        slots (capacity,) int64: row * seqlen + column of the active positions, ascending, then -1. Positions beyond the
+            capacity are left out.
+        cu_seqlens (batch + 1,) int32: the active positions of row b have the indices cu_seqlens[b] ..
+            cu_seqlens[b + 1] - 1. The capacity does not limit them: cu_seqlens[-1] > capacity if some were left out.
 
     Raises:
-        ValueError, TypeError: a tensor of another shape or dtype, a negative capacity.
+        ValueError, TypeError: a wrong shape or dtype, a negative capacity.
         NotImplementedError: an implementation that cannot run here.
 
     Source: Blelloch, "Prefix sums and their applications" (1990).
@@ -287,4 +285,4 @@ def pack_positions(active, capacity=None, *, impl="auto"):
     impl = checks.resolve_impl(impl, _pack_positions_kernel, active)
     if capacity is None and (impl == "triton" or torch.compiler.is_compiling()):
         capacity = int(active.sum())
-    return checks.pick(torch.ops.dkv.pack_positions, _pack_positions)(active, capacity, impl)
+    return _operator(active=active, capacity=capacity, impl=impl)

@@ -7,15 +7,17 @@ For a deferred norm of rows x, s = rsqrt(mean(x^2) + eps), and a head of the mer
 
 in float32, rounded once. Layouts: rows (rows, in_features), weight ((nheads + 2 * nheads_k) * headdim, in_features):
 queries, keys, values; caches (batch, seqlen_cache, nheads_k, headdim). Each program computes one head of a block of
-rows, the weight's rows as the long side of the product. For few rows it is memory-bound, at one read of the weight:
+rows; the weight's rows are the long side of its product. For few rows it is memory-bound, at one read of the weight:
 out_features * in_features elements, for 2 * rows * out_features * in_features operations.
 """
 
 import torch
+from torch import Tensor
 
 from dkv.kernels import checks, reference
-from dkv.kernels.configs import product_config
+from dkv.kernels.configs import ProductConfig, product_config
 from dkv.kernels.language import gdc_launch_dependents, gdc_wait, tl, triton
+from dkv.kernels.operators import operator
 from dkv.kernels.reference import DeferredNorm
 from dkv.kernels.skinny import (
     is_last_to_arrive,
@@ -33,7 +35,7 @@ from dkv.kernels.skinny import (
 
 @triton.jit
 def _store_halves(ptrs, first_half, second_half, valid):
-    """A head of each row: ptrs (rows,) points at its first element."""
+    """Stores one head of each row; ptrs (rows,) point at its first element."""
     HALF: tl.constexpr = first_half.shape[0]
     first_ptrs = ptrs[None, :] + tl.arange(0, HALF)[:, None]
     tl.store(first_ptrs, first_half.to(ptrs.dtype.element_ty), mask=valid[None, :])
@@ -85,12 +87,11 @@ def _linear_rope_cache_kernel(
     BLOCK_K: tl.constexpr,
     MASK_K: tl.constexpr,
     SPLITS: tl.constexpr,
-    PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
     HEADS: tl.constexpr = NHEADS + 2 * NHEADS_K
     head, row_block, output, split, first, last = share_of(HEADS, row_blocks, in_features, SPLITS, BLOCK_K)
-    # tiles are [HALF, BLOCK_R]: one half of a head, rows
+    # tiles are [HALF, BLOCK_R]: one half of a head by rows
     offs_d = tl.arange(0, HALF)
     features = head * (2 * HALF) + offs_d
     a_ptrs = weight_ptr + features.to(tl.int64) * stride_weight
@@ -107,7 +108,7 @@ def _linear_rope_cache_kernel(
     slots = tl.load(slots_ptr + offs_r)
     positions = tl.load(positions_ptr + offs_r)
     x_ptrs = x_ptr + offs_r.to(tl.int64) * stride_x
-    a, b = two_products(x_ptrs, a_ptrs, b_ptrs, first, last, in_features, BLOCK_K, MASK_K, PRECISION)
+    a, b = two_products(x_ptrs, a_ptrs, b_ptrs, first, last, in_features, BLOCK_K, MASK_K)
     if PDL:
         gdc_launch_dependents()
     if SPLITS > 1:
@@ -124,9 +125,9 @@ def _linear_rope_cache_kernel(
     if bias_ptr is not None:
         a += tl.load(bias_ptr + features).to(tl.float32)[:, None]
         b += tl.load(bias_ptr + features + HALF).to(tl.float32)[:, None]
-    # padding entries have no position, and nothing of them reaches the cache
+    # padding entries have no position and write nothing to the cache
     written = in_range & (slots >= 0) & (slots < num_slots)
-    # narrow enough to divide fast, and only now
+    # narrow integers divide fast; checked slots fit
     slots = tl.where(written, slots, 0).to(num_slots.dtype)
     cache_rows = (slots // seqlen_cache).to(tl.int64)
     cache_columns = (slots % seqlen_cache).to(tl.int64)
@@ -149,7 +150,21 @@ def _linear_rope_cache_kernel(
         _store_halves(v_ptrs + (head - NHEADS - NHEADS_K).to(tl.int64) * stride_v_cache_head, a, b, written)
 
 
-def _launch(normed, eps, weight, bias, cos, sin, positions, slots, k_cache, v_cache, *, semaphores=None, launch=None):
+def _launch(
+    normed: DeferredNorm,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    semaphores: Tensor | None = None,
+    config: ProductConfig | None = None,
+) -> Tensor:
     x, square_sums = normed
     rows, in_features = x.shape
     nheads_k, headdim = k_cache.shape[2:]
@@ -158,9 +173,9 @@ def _launch(normed, eps, weight, bias, cos, sin, positions, slots, k_cache, v_ca
     q_rotated = torch.empty((rows, nheads, headdim), dtype=x.dtype, device=x.device)
     if rows == 0 or heads == 0:
         return q_rotated
-    launch = launch or product_config(x.device, x.dtype, "qkv", rows, weight.shape)
-    row_blocks, splits = triton.cdiv(rows, launch.block_r), launch.splits_of(in_features)
-    partial, semaphores = scratch(x, heads * row_blocks, splits, headdim * launch.block_r, semaphores)
+    config = config or product_config(x.device, x.dtype, "qkv", rows, weight.shape)
+    row_blocks, splits = triton.cdiv(rows, config.block_r), config.splits_of(in_features)
+    partial, semaphores = scratch(x, heads * row_blocks, splits, headdim * config.block_r, semaphores)
     with checks.device_guard(x):
         _linear_rope_cache_kernel[(heads * row_blocks * splits,)](
             x_ptr=x,
@@ -189,7 +204,7 @@ def _launch(normed, eps, weight, bias, cos, sin, positions, slots, k_cache, v_ca
             row_blocks=row_blocks,
             in_features=in_features,
             parts=square_sums.shape[0],
-            # nothing is written where there is no column, but the kernel divides by their number
+            # a cache without columns gets no write, but the kernel divides by their number
             seqlen_cache=max(k_cache.shape[1], 1),
             num_slots=k_cache.shape[0] * k_cache.shape[1],
             max_position=cos.shape[0],
@@ -198,77 +213,62 @@ def _launch(normed, eps, weight, bias, cos, sin, positions, slots, k_cache, v_ca
             NHEADS_K=nheads_k,
             HALF=headdim // 2,
             PARTS=triton.next_power_of_2(square_sums.shape[0]),
-            **options_of(launch, in_features, x.device),
+            **options_of(config, in_features, x.device),
         )
     return q_rotated
 
 
-def _linear_rope_cache_update(
-    weighted: torch.Tensor,
-    square_sums: torch.Tensor,
-    eps: float,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    positions: torch.Tensor,
-    slots: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    impl: str,
-) -> torch.Tensor:
-    run = _launch if impl == "triton" else reference.linear_rope_cache_update
-    normed = DeferredNorm(weighted, square_sums)
-    return run(normed, eps, weight, bias, cos, sin, positions, slots, k_cache, v_cache)
-
-
-_operator = torch.library.custom_op("dkv::linear_rope_cache_update", mutates_args=("k_cache", "v_cache"))(
-    _linear_rope_cache_update
-)
-
-
-@_operator.register_fake
-def _(weighted, square_sums, eps, weight, bias, cos, sin, positions, slots, k_cache, v_cache, impl):
+def _fake(normed, weight, k_cache, **_):
     nheads_k, headdim = k_cache.shape[2:]
-    return weighted.new_empty((weighted.shape[0], weight.shape[0] // headdim - 2 * nheads_k, headdim))
+    return normed.weighted.new_empty((normed.weighted.shape[0], weight.shape[0] // headdim - 2 * nheads_k, headdim))
+
+
+_operator = operator(
+    "linear_rope_cache_update",
+    _launch,
+    reference.linear_rope_cache_update,
+    fake=_fake,
+    mutates=("k_cache", "v_cache"),
+)
 
 
 def linear_rope_cache_update(
     normed: DeferredNorm,
     eps: float,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    positions: torch.Tensor,
-    slots: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
     *,
     impl: checks.Impl = "auto",
-) -> torch.Tensor:
+) -> Tensor:
     """Projects rows to queries, keys and values, rotates, and writes keys and values into their cache slots.
 
     Mutates k_cache and v_cache in place, at the given slots only. Distinct rows must have distinct slots. Made for up
-    to 256 rows; where it splits the channels, a small launch clears semaphores first.
+    to 256 rows. If it splits the channels, a small launch clears semaphores first.
 
     Args:
         normed: `DeferredNorm` of (rows, in_features), float16, bfloat16 or float32 (float64: impl "reference" only).
-        eps: of the norm, added to the mean of the squares.
-        weight: ((nheads + 2 * nheads_k) * headdim, in_features), the dtype of the rows: of queries, keys, values; any
-            row stride with the last dim contiguous. headdim is 16, 32, 64 or 128, nheads a multiple of nheads_k.
+        eps: the norm's, added to the mean of the squares.
+        weight: ((nheads + 2 * nheads_k) * headdim, in_features), the dtype of the rows: queries, keys, values in this
+            order; any row stride with the last dim contiguous. headdim is 16, 32, 64 or 128, nheads a multiple of
+            nheads_k.
         bias: ((nheads + 2 * nheads_k) * headdim,), contiguous, or None.
         cos, sin: (max_position, headdim // 2) float32, of the half-split RoPE.
         positions: (rows,) int32 or int64: the RoPE position of each row, clamped to 0 .. max_position - 1.
-        slots: (rows,) int32 or int64: row * seqlen_cache + column of each one's K/V; -1, or any other that the cache
-            does not have: a padding entry, of which nothing is written and whose rotated query is zero.
+        slots: (rows,) int32 or int64: row * seqlen_cache + column of each one's K/V. A slot that the cache does not
+            have, such as -1, marks padding: nothing is written, and the rotated query is zero.
         k_cache, v_cache: (batch, seqlen_cache, nheads_k, headdim), the dtype of the rows, any strides with the last dim
             contiguous, not expanded.
         impl: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "reference".
 
     Returns:
-        q_rotated (rows, nheads, headdim), contiguous. Everything is computed in float32 and rounded once, where norm,
-        projection and rotation by themselves round four times.
+        q_rotated (rows, nheads, headdim), contiguous. Everything is computed in float32 and rounded once; separate
+        norm, projection and rotation round four times.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or strides that do not fit together.
@@ -308,6 +308,16 @@ def linear_rope_cache_update(
     checks.check_tensor("slots", slots, x, (rows,), "(rows,)", torch.int32, torch.int64)
     checks.check_last_dim_contiguous(weight=weight, k_cache=k_cache, v_cache=v_cache)
     checks.check_not_expanded(k_cache=k_cache, v_cache=v_cache)
-    impl = checks.resolve_impl(impl, _linear_rope_cache_kernel, x)
-    run = checks.pick(torch.ops.dkv.linear_rope_cache_update, _linear_rope_cache_update)
-    return run(*normed, eps, weight, bias, cos, sin, positions, slots, k_cache, v_cache, impl)
+    return _operator(
+        normed=normed,
+        eps=eps,
+        weight=weight,
+        bias=bias,
+        cos=cos,
+        sin=sin,
+        positions=positions,
+        slots=slots,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        impl=checks.resolve_impl(impl, _linear_rope_cache_kernel, x),
+    )

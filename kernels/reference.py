@@ -1,26 +1,28 @@
-"""PyTorch twins of every operator of `dkv.kernels`: the specification, and what runs without a GPU.
+"""The PyTorch twins: what the kernels must compute, and what a CPU runs, so a few of them have fast paths for it.
 
-Each function has the signature of its Triton twin (without `impl`) and works for float64, which the tests use as the
-oracle. They read small index tensors on the host, so on a GPU they synchronise; the Triton kernels do not.
+Each function has the signature of its Triton twin (without `impl`) and accepts float64, which the tests use as the
+oracle. Some read small index tensors on the host, so they synchronise on a GPU; the Triton kernels never do.
 """
 
 import itertools
 import operator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from torch import Tensor
 
 from dkv.kernels import noise
 from dkv.kernels.cpu import linear
-from dkv.kernels.rows import MASKED, PROMPT, Counter
+from dkv.kernels.rows import MASKED, PROMPT, Counter, Rule
 
-PART = 64  # columns of a row that a `DeferredNorm` has one sum of squares for
+PART = 64  # columns of a row for each sum of squares of a `DeferredNorm`
 
 
-def rotate_half_split(x, cos, sin):
-    """Half-split RoPE, computed in float32 at least and rounded once.
+def rotate_half_split(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Half-split RoPE, computed in float32 or float64 and rounded once.
 
     Args:
         x: (total, nheads, headdim).
@@ -36,66 +38,68 @@ def rotate_half_split(x, cos, sin):
     return rotated.to(x.dtype)
 
 
-def rope_cache_update(q, k, v, cos, sin, positions, slots, k_cache, v_cache, *, k_descale=None, v_descale=None):
-    """Twin of `dkv.kernels.rope_cache_update`."""
+def rope_cache_update(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> Tensor:
+    """Twin of `dkv.kernels.rope_cache_update`; of float32 q, k, v it writes and returns the dtype of the caches."""
     num_slots = k_cache.shape[0] * k_cache.shape[1]
-    least, most = _extremes(slots)
-    if least >= 0 and most < num_slots:
-        return _rope_cache_update(q, k, v, cos, sin, positions, slots, k_cache, v_cache)
-    q_rotated = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    written = slots >= 0
-    if most >= num_slots:
-        written &= slots < num_slots
-    count = int(written.sum())
-    if count > 0:
-        # padding, mostly behind the others
+    min_slot, max_slot = _extremes(slots)
+    written = slice(None)
+    if min_slot < 0 or max_slot >= num_slots:
+        written = (slots >= 0) & (slots < num_slots)
+        count = int(written.sum())
+        # padding is mostly at the end
         written = slice(count) if bool(written[:count].all()) else written
-        q_rotated[written] = _rope_cache_update(
-            q[written], k[written], v[written], cos, sin, positions[written], slots[written], k_cache, v_cache
-        )
+    positions = positions[written].clamp(0, cos.shape[0] - 1)
+    cos, sin = cos.index_select(0, positions)[:, None], sin.index_select(0, positions)[:, None]
+    k_rotated, v = rotate_half_split(k[written], cos, sin).to(k_cache.dtype), v[written].to(v_cache.dtype)
+    slots = slots[written].long()
+    if k_cache.shape[0] == 1:
+        k_cache[0].index_copy_(0, slots, k_rotated)
+        v_cache[0].index_copy_(0, slots, v)
+    else:
+        rows, columns = slots // max(k_cache.shape[1], 1), slots % max(k_cache.shape[1], 1)
+        k_cache[rows, columns] = k_rotated
+        v_cache[rows, columns] = v
+    rotated = rotate_half_split(q[written], cos, sin).to(k_cache.dtype)
+    if rotated.shape[0] == q.shape[0]:
+        return rotated
+    q_rotated = torch.zeros(q.shape, dtype=rotated.dtype, device=q.device)
+    q_rotated[written] = rotated
     return q_rotated
 
 
 def _extremes(indices):
-    """The least and the largest one, in one pass, where comparisons of all take several; 0 and -1 of none."""
+    """Minimum and maximum in one pass, where comparisons would take several; 0 and -1 if there are no indices."""
     if indices.shape[0] == 0:
         return 0, -1
-    least, most = indices.aminmax()
-    return least.item(), most.item()
-
-
-def _rope_cache_update(q, k, v, cos, sin, positions, slots, k_cache, v_cache):
-    """The same for slots that are all there."""
-    positions = positions.clamp(0, cos.shape[0] - 1)
-    cos, sin = cos.index_select(0, positions)[:, None], sin.index_select(0, positions)[:, None]
-    k_rotated = rotate_half_split(k, cos, sin)
-    if k_cache.shape[0] == 1:
-        k_cache[0].index_copy_(0, slots.long(), k_rotated)
-        v_cache[0].index_copy_(0, slots.long(), v)
-    else:
-        rows, columns = slots.long() // k_cache.shape[1], slots.long() % k_cache.shape[1]
-        k_cache[rows, columns] = k_rotated
-        v_cache[rows, columns] = v
-    return rotate_half_split(q, cos, sin)
+    min_index, max_index = indices.aminmax()
+    return min_index.item(), max_index.item()
 
 
 def delayed_attention(
-    q,
-    k_cache,
-    v_cache,
-    cu_seqlens_q,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cu_seqlens_q: Tensor,
     *,
-    max_seqlen_q=None,
-    cache_leftpad=None,
-    cache_seqlens=None,
-    key_mask=None,
-    key_index=None,
-    k_descale=None,
-    v_descale=None,
-    softmax_scale=None,
-    num_splits=None,
-    return_softmax_lse=False,
-):
+    max_seqlen_q: int | None = None,
+    cache_leftpad: Tensor | None = None,
+    cache_seqlens: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    key_index: Tensor | None = None,
+    softmax_scale: float | None = None,
+    num_splits: int | None = None,
+    return_softmax_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Twin of `dkv.kernels.delayed_attention`; `max_seqlen_q` and `num_splits` change nothing here."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     groups = list(_groups(q, k_cache, cu_seqlens_q, cache_leftpad, cache_seqlens, key_mask, key_index))
@@ -109,36 +113,30 @@ def delayed_attention(
         k_rows, v_rows = (_select(cache, rows, keys) for cache in (k_cache, v_cache))
         out[queries] = _attend(q[queries], k_rows, v_rows, scale)
         if return_softmax_lse:
-            q_packed = _pack(q[queries], k_rows)
-            scores = q_packed.to(lse_dtype) @ rearrange(k_rows, "b n h d -> b h d n").to(lse_dtype) * scale
-            packing_lse = "b h (a g) -> (h g) (b a)"
-            lse[:, queries] = rearrange(scores.logsumexp(-1), packing_lse, g=q.shape[1] // k_cache.shape[2])
+            folded = _fold_heads(q[queries], k_rows)
+            scores = folded.to(lse_dtype) @ rearrange(k_rows, "b n h d -> b h d n").to(lse_dtype) * scale
+            group = q.shape[1] // k_cache.shape[2]
+            lse[:, queries] = rearrange(scores.logsumexp(-1), "b h (a g) -> (h g) (b a)", g=group)
     return (out, lse.float() if q.dtype != torch.float64 else lse) if return_softmax_lse else out
 
 
-def _pack(q, k_rows):
-    """(b * a, h * g, d) -> (b, h, a * g, d): the query heads of one K/V head are further queries of it.
-
-    So K and V are not copied for grouped-query attention.
-    """
-    batch, _, nheads_k, headdim = k_rows.shape
-    grouped = q.reshape(batch, -1, nheads_k, q.shape[1] // nheads_k, headdim)
-    return grouped.transpose(1, 2).reshape(batch, nheads_k, -1, headdim)
+def _fold_heads(q, k_rows):
+    """Makes the query heads of a K/V head further queries of it, so K and V are not copied for grouped queries."""
+    return rearrange(q, "(b a) (h g) d -> b h (a g) d", b=k_rows.shape[0], h=k_rows.shape[2])
 
 
 def _attend(q, k_rows, v_rows, scale):
-    """The queries `q` (b * a, nheads, d) over all of the keys (b, n, nheads_k, d) of their row."""
-    batch, _, nheads_k, headdim = k_rows.shape
-    packed = _pack(q, k_rows)
-    out = F.scaled_dot_product_attention(packed, k_rows.transpose(1, 2), v_rows.transpose(1, 2), scale=scale)
-    return out.view(batch, nheads_k, -1, q.shape[1] // nheads_k, headdim).transpose(1, 2).reshape(q.shape)
+    """Attends the queries (b * a, nheads, d) over all keys (b, n, nheads_k, d) of their row."""
+    folded = _fold_heads(q, k_rows)
+    out = F.scaled_dot_product_attention(folded, k_rows.transpose(1, 2), v_rows.transpose(1, 2), scale=scale)
+    return rearrange(out, "b h (a g) d -> (b a) (h g) d", g=q.shape[1] // k_rows.shape[2])
 
 
 def _groups(q, k_cache, cu_seqlens_q, cache_leftpad, cache_seqlens, key_mask, key_index):
     """Yields (rows, queries, keys): slices of batch rows and of packed queries that share one set of key columns.
 
-    `keys` is a slice, or a 1-D index tensor where the valid columns are not contiguous. Rows without queries or
-    without valid keys are left out: their output is already what it must be.
+    `keys` is a slice, or a 1-D index tensor if the valid columns are not contiguous. Rows without queries or without
+    valid keys are left out: their output is right already.
     """
     batch, seqlen_cache = k_cache.shape[:2]
     bounds = [min(max(n, 0), q.shape[0]) for n in cu_seqlens_q.tolist()]
@@ -177,7 +175,7 @@ def _select(cache, rows, keys):
     return cache if (rows, keys) == (slice(0, cache.shape[0]), slice(0, cache.shape[1])) else cache[rows, keys]
 
 
-def pack_positions(active, capacity=None):
+def pack_positions(active: Tensor, capacity: int | None = None) -> tuple[Tensor, Tensor]:
     """Twin of `dkv.kernels.pack_positions`."""
     cu_seqlens = F.pad(active.sum(1).cumsum(0), (1, 0)).int()
     slots = active.flatten().nonzero()[:capacity, 0]
@@ -187,38 +185,38 @@ def pack_positions(active, capacity=None):
 
 
 def pack_step(
-    active,
-    candidates,
-    sizes,
-    ids,
-    positions,
-    counters,
-    excess=None,
+    active: Tensor,
+    candidates: Tensor,
+    sizes: Tensor,
+    ids: Tensor,
+    positions: Tensor,
+    counters: Tensor,
+    excess: Tensor | None = None,
     *,
-    capacity,
-    candidate_capacity,
-    per_row,
-    shifted,
-    noisy=False,
-):
-    """Packs what a step recomputes, and the candidates for tokens; the launcher of `dkv.kernels.packing` is its twin.
+    capacity: int,
+    candidate_capacity: int,
+    per_row: int,
+    shifted: bool,
+    noisy: bool = False,
+) -> tuple["Packed", "Packed"]:
+    """Packs the active positions of a step and its candidates; the launcher of `dkv.kernels.packing` is its twin.
 
     Mutates excess.
 
     Args:
         active, candidates: (batch, seqlen) bool.
-        sizes: (batch, len(Size)) int32, how many of both each row has.
-        ids: (rows, seqlen) int64, rows a multiple of batch: tokens, and by those what the model computes. Rows beyond
-            the batch have the flags of the first ones again, as the unconditional rows of guidance.
+        sizes: (batch, len(Size)) int32, the number of both in each row.
+        ids: (rows, seqlen) int64, the tokens of the model's rows. rows is a multiple of batch: the rows beyond the
+            batch, the unconditional ones of guidance, repeat the flags of the first ones.
         positions: (rows, seqlen) int64, for RoPE.
         counters: (batch, len(Counter)) int64.
-        excess: () int64, raised to the number of positions that found no room; None: nobody asks.
-        capacity, candidate_capacity: ints, the places of either list; per_row: int, those that any row may take.
-        shifted: bool, whether the output at column j - 1 predicts column j.
-        noisy: bool, whether noise keys are needed.
+        excess: () int64, raised to the number of positions that did not fit; None: not counted.
+        capacity, candidate_capacity: lengths of the two lists; per_row: the largest number that fits from one row.
+        shifted: whether the output at column j - 1 predicts column j.
+        noisy: whether noise keys are needed.
 
     Returns:
-        Two `Packed`; the positions and places of the second are those of the predictors.
+        Two `Packed`; positions and logits_indices of the second are those of the predictors.
     """
     if ids.shape[0] > active.shape[0]:
         copies = ids.shape[0] // active.shape[0]
@@ -249,10 +247,18 @@ def pack_step(
     return packed, Packed(slots, cu_seqlens, positions.flatten()[at], logits_indices=logits_indices, keys=keys)
 
 
-def recomputed(decoded_step, counters, rule, *, shifted, candidates=None, rank=None):
-    """(batch, seqlen) bool: what a `Rule` of `dkv.kernels.rows` says, before what else a step needs.
+def recomputed(
+    decoded_step: Tensor,
+    counters: Tensor,
+    rule: Rule,
+    *,
+    shifted: bool,
+    candidates: Tensor | None = None,
+    rank: Tensor | None = None,
+) -> Tensor:
+    """(batch, seqlen) bool: the positions that a `Rule` recomputes, before those that a step needs anyway.
 
-    Arguments as of `active_positions`; candidates and rank are only for the rule "others".
+    The arguments are those of `active_positions`; only the rule "others" needs candidates and rank.
     """
     columns = torch.arange(decoded_step.shape[1], device=decoded_step.device)
     step, block_step = counters[:, Counter.STEP, None], counters[:, Counter.BLOCK_STEP, None]
@@ -268,13 +274,13 @@ def recomputed(decoded_step, counters, rule, *, shifted, candidates=None, rank=N
         if rule.stable == "decoded":
             active = decoded_step > limit
         elif rule.stable == "next":
-            # the last column has no next: it takes the first one's
+            # the last column has no next: it takes the first one
             first_column = counters[:, Counter.FIRST_COLUMN, None].clamp(0, decoded_step.shape[1] - 1)
             first = decoded_step.gather(1, first_column)
             active = torch.cat((decoded_step[:, 1:], first), dim=1) > limit
         else:
             active = torch.maximum(decoded_step, following) > limit
-            # and here that of the one before
+            # the last column takes the one before it
             active[:, -1] = active[:, max(active.shape[1] - 2, 0)]
         # the first cached step of a block knows only what was decoded before the block
         active = torch.where(block_step == 1, following > step - 2, active)
@@ -288,16 +294,16 @@ def recomputed(decoded_step, counters, rule, *, shifted, candidates=None, rank=N
     if rule.interval is not None:
         active = active | (block_step % rule.interval == 0)
     if rule.frozen_prompt:
-        # under Dream but for its last token, whose output is needed
+        # a shifted model recomputes the prompt's last token: its output is needed
         active = active & ((following if shifted else decoded_step) != PROMPT)
     return active
 
 
 def _window(decoded_step, just_decoded, to_decode, rank, rule):
-    """What was just decoded, what is about to be, and the window of the rule around it."""
+    """Positions just decoded, those about to be, and the rule's window around them."""
     active, seqlen = just_decoded | to_decode, decoded_step.shape[1]
     if rule.contiguous:
-        # what is wider than the row has no more columns
+        # a wider window covers the whole row too
         window = min(rule.window, 2 * seqlen)
         for offset in range(-((window + 1) // 2), window // 2 + 1):
             active |= _shifted_columns(just_decoded, offset)
@@ -317,7 +323,7 @@ def _window(decoded_step, just_decoded, to_decode, rank, rule):
 
 
 def _shifted_columns(flags, offset):
-    """flags moved `offset` columns to the right, False moving in."""
+    """flags moved `offset` columns to the right, filled up with False."""
     moved = torch.zeros_like(flags)
     length = flags.shape[1]
     if abs(offset) < length:
@@ -325,51 +331,55 @@ def _shifted_columns(flags, offset):
     return moved
 
 
-def predictors(candidates, first_column, *, shifted):
+def predictors(candidates: Tensor, first_column: Tensor, *, shifted: bool) -> Tensor:
     """(batch, seqlen) bool: the positions whose outputs predict the candidates.
 
     Args:
-        candidates: (batch, seqlen) bool; first_column: (batch, 1) int64, the first that is not padding.
-        shifted: bool, whether the output at column j - 1 predicts column j.
+        candidates: (batch, seqlen) bool.
+        first_column: (batch, 1) int64, the first column that is not padding.
+        shifted: whether the output at column j - 1 predicts column j.
     """
     if not shifted:
         return candidates
     columns = torch.arange(candidates.shape[1], device=candidates.device)
     # a mask in the first column is predicted by its own output
     first = candidates & (columns <= first_column.clamp(min=0))
-    # nothing rolls over the edge: column 0 is among the first
+    # nothing rolls over the edge: a candidate in column 0 is in `first`
     return (candidates ^ first).roll(-1, dims=1) | first
 
 
 def active_positions(
-    decoded_step,
-    valid,
-    candidates,
-    counters,
-    active,
-    sizes,
-    totals=None,
+    decoded_step: Tensor,
+    valid: Tensor,
+    candidates: Tensor,
+    counters: Tensor,
+    active: Tensor,
+    sizes: Tensor,
+    totals: Tensor | None = None,
     *,
-    shifted,
-    rule=None,
-    chosen=None,
-    rank=None,
-    foresee=False,
-):
-    """Writes what the next step recomputes; the launcher of `dkv.kernels.active` is its twin.
+    shifted: bool,
+    rule: Rule | None = None,
+    chosen: Tensor | None = None,
+    rank: Tensor | None = None,
+    foresee: bool = False,
+) -> None:
+    """Writes the positions that the next step recomputes; the launcher of `dkv.kernels.active` is its twin.
 
     Mutates active and sizes, and adds to totals.
 
     Args:
         decoded_step: (batch, seqlen) int32, the step that decoded a position, or PROMPT or MASKED.
-        valid, candidates: (batch, seqlen) bool, False for padding; the masks that may be committed.
+        valid, candidates: (batch, seqlen) bool: positions that are not padding; masks that may be committed.
         counters: (batch, len(Counter)) int64.
-        active: (batch, seqlen) bool; sizes: (batch, len(Size)) int32.
+        active: (batch, seqlen) bool.
+        sizes: (batch, len(Size)) int32.
         totals: (batch, 2) int64, recomputed and computable positions of all steps, or None.
-        shifted: bool, whether the output at column j - 1 predicts column j.
-        rule: a `Rule`; None: chosen, (batch, seqlen) bool, is what a policy wants to recompute.
+        shifted: whether the output at column j - 1 predicts column j.
+        rule: a `Rule`; None: `chosen` takes its place.
+        chosen: (batch, seqlen) bool, the positions that a policy recomputes.
         rank: (batch, seqlen) int32, the order in which a block is decoded; for a rule with a window of nearest masks.
-        foresee: bool, whether sizes gets LATER by the rule (not of "others"), and not merely all that can be computed.
+        foresee: whether the rule decides sizes[:, LATER] (any rule but "others"); otherwise all computable positions
+            count there.
     """
     masks = counters[:, Counter.MASKS, None]
     computable = valid & (masks > 0)
@@ -391,20 +401,20 @@ def active_positions(
 
 
 def advance_rows(
-    x,
-    decoded_step,
-    counters,
-    candidates,
+    x: Tensor,
+    decoded_step: Tensor,
+    counters: Tensor,
+    candidates: Tensor,
     *,
-    mask_id,
-    prompt_masks_wait=True,
-    commits=None,
-    counts=None,
-    due=None,
-    end_ids=None,
-    pad_id=0,
-):
-    """Writes what the commit of a step has changed; the launcher of `dkv.kernels.advance` is its twin.
+    mask_id: int,
+    prompt_masks_wait: bool = True,
+    commits: Tensor | None = None,
+    counts: Tensor | None = None,
+    due: Tensor | None = None,
+    end_ids: Tensor | None = None,
+    pad_id: int = 0,
+) -> None:
+    """Records the commit of a step and finds the next candidates; the launcher of `dkv.kernels.advance` is its twin.
 
     Mutates decoded_step, counters, candidates and counts, and x where a row ends.
 
@@ -413,13 +423,13 @@ def advance_rows(
         decoded_step: (batch, seqlen) int32, the step that decoded a position, or PROMPT or MASKED.
         counters: (batch, len(Counter)) int64.
         candidates: (batch, seqlen) bool, gets the masks that the next step may commit.
-        mask_id, pad_id: ints, the token of a mask and that of padding.
-        prompt_masks_wait: bool, whether a row stays at its first block until the masks in front of it are decoded.
-        commits: (batch, blocks, steps of a block) int64, how many tokens a step commits; counts: (batch,) int64, gets
-            the next step's. None: nothing is counted.
-        due: (batch, seqlen) int32, the step of its block that decodes a position, where that is known beforehand.
-        end_ids: (n,) int64, the ends of a text; a row with one that has no mask before it gets pad_id for its masks.
-            None: rows do not end early.
+        mask_id, pad_id: the tokens of a mask and of padding.
+        prompt_masks_wait: whether a row stays at its first block until the masks before that block are decoded.
+        commits: (batch, blocks, steps of a block) int64, the number of tokens that each step commits; None: no counts.
+        counts: (batch,) int64, gets the number of the next step.
+        due: (batch, seqlen) int32, the step of its block that decodes a position, if that is known beforehand.
+        end_ids: (n,) int64, tokens that end a text: a row with one that has no mask before it gets pad_id in place of
+            its masks. None: rows do not end early.
     """
     columns = torch.arange(x.shape[1], device=x.device)
     step, block_step, old_block = (counters[:, c, None] for c in (Counter.STEP, Counter.BLOCK_STEP, Counter.BLOCK))
@@ -454,17 +464,28 @@ def advance_rows(
         counts.copy_(commits.flatten(1).gather(1, place)[:, 0])
 
 
-def commit_tokens(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=None, factor=None, counters=None):
-    """Twin of `dkv.kernels.commit_tokens`; counters, (batch, len(Counter)) int64, get the step of a first NaN."""
+def commit_tokens(
+    x: Tensor,
+    tokens: Tensor,
+    scores: Tensor,
+    slots: Tensor,
+    cu_seqlens: Tensor,
+    counts: Tensor | None,
+    *,
+    threshold: float | Tensor | None = None,
+    factor: float | Tensor | None = None,
+    counters: Tensor | None = None,
+) -> Tensor:
+    """Twin of `dkv.kernels.commit_tokens`; counters (batch, len(Counter)) int64 get the step of the first NaN."""
     total = tokens.shape[0]
     ends = cu_seqlens.tolist()
     if ends[0] < 0 or ends[-1] > total or ends != sorted(ends):
-        # rows of falling bounds are empty
+        # a row whose bounds fall is empty
         cu_seqlens = cu_seqlens.clamp(0, total).cummax(0).values
         ends = cu_seqlens.tolist()
     first, last, (rows, seqlen) = ends[0], ends[-1], x.shape
     columns = torch.arange(max(map(operator.sub, ends[1:], ends), default=0), device=x.device)
-    # one line per row, the entries first; as they are where all rows have the same number
+    # one line per row, its entries first; a view if all rows have the same number
     in_row = None
     if last - first == rows * columns.shape[0]:
         scores = scores[first:last].view(rows, columns.shape[0])
@@ -476,16 +497,16 @@ def commit_tokens(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=Non
         step, nan_step = counters[:, Counter.STEP], counters[:, Counter.NAN_STEP]
         nan_step.copy_(torch.where(scores.isnan().any(1) & (nan_step < 0), step, nan_step))
     scores = scores.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
-    # what a row has beyond its columns is padding
+    # entries beyond the columns of a row are padding
     if columns.shape[0] > seqlen:
         scores[:, seqlen:] = float("-inf")
     order = scores.argsort(dim=1, descending=True, stable=True)
     ranks = torch.empty_like(order).scatter_(1, order, columns.expand_as(order))
-    threshold, factor = (v[:, None] if isinstance(v, torch.Tensor) else v for v in (threshold, factor))
+    threshold, factor = (v[:, None] if isinstance(v, Tensor) else v for v in (threshold, factor))
     if threshold is not None:
         chosen = (scores >= threshold) | (ranks == 0)
     elif factor is not None:
-        # scores fall and limits rise with the rank, so whoever passes has only such before it that pass
+        # scores fall and limits rise with the rank, so all entries before one that passes pass too
         limits = 1 - torch.zeros_like(scores).add_(factor) / (ranks + 2)
         chosen = (scores >= limits) | (ranks == 0)
     else:
@@ -499,8 +520,8 @@ def commit_tokens(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=Non
         torch.masked_select(lines, in_row, out=chosen[first:last])
     entries = chosen.nonzero().squeeze(1)
     places = slots.index_select(0, entries)
-    least, most = _extremes(places)
-    if least < 0 or most >= x.numel():
+    min_slot, max_slot = _extremes(places)
+    if min_slot < 0 or max_slot >= x.numel():
         chosen &= (slots >= 0) & (slots < x.numel())
         entries = chosen.nonzero().squeeze(1)
         places = slots.index_select(0, entries)
@@ -508,7 +529,7 @@ def commit_tokens(x, tokens, scores, slots, cu_seqlens, counts, *, threshold=Non
     return chosen
 
 
-def add_rms_norm(x, residual, weight, eps):
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """Twin of `dkv.kernels.add_rms_norm`."""
     if residual is not None:
         x = residual.add_(x)
@@ -517,26 +538,26 @@ def add_rms_norm(x, residual, weight, eps):
     return (s * scale).to(x.dtype).mul_(weight)
 
 
-def swiglu(gate_up):
+def swiglu(gate_up: Tensor) -> Tensor:
     """Twin of `dkv.kernels.swiglu`."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
 
 class DeferredNorm(NamedTuple):
-    """Rows of an RMSNorm that the next product finishes: it scales its own rows by rsqrt(mean of squares + eps).
+    """Rows of an unfinished RMSNorm: the next product scales its result by rsqrt(mean of squares + eps).
 
     Attributes:
         weighted: (rows, size), the rows times the weight of the norm, rounded.
-        square_sums: (ceil(size / 64), rows) float32 (float64 for float64), contiguous: the sums of the squares of 64
-            columns of each row.
+        square_sums: (ceil(size / 64), rows) float32 (float64 for float64), contiguous: sums of squares over 64 columns
+            of each row.
     """
 
-    weighted: torch.Tensor
-    square_sums: torch.Tensor
+    weighted: Tensor
+    square_sums: Tensor
 
 
-def deferred_norm(x, weight):
+def deferred_norm(x: Tensor, weight: Tensor) -> DeferredNorm:
     """Twin of `dkv.kernels.deferred_norm`."""
     s = x.to(torch.promote_types(x.dtype, torch.float32))
     parts = -(-x.shape[1] // PART)
@@ -545,22 +566,35 @@ def deferred_norm(x, weight):
     return DeferredNorm(weighted, squares.sum(-1).t().contiguous())
 
 
-def linear_add_norm(x, weight, residual, norm_weight, *, semaphores=None):
+def linear_add_norm(
+    x: Tensor, weight: Tensor, residual: Tensor, norm_weight: Tensor, *, semaphores: Tensor | None = None
+) -> DeferredNorm:
     """Twin of `dkv.kernels.linear_add_norm`; `semaphores` change nothing here."""
     h = _product(x, weight)
     residual.copy_(h.add_(residual))
     return deferred_norm(residual, norm_weight)
 
 
-def linear_swiglu(normed, eps, weight, *, semaphores=None):
+def linear_swiglu(normed: DeferredNorm, eps: float, weight: Tensor, *, semaphores: Tensor | None = None) -> Tensor:
     """Twin of `dkv.kernels.linear_swiglu`; `semaphores` change nothing here."""
     gate, up = _normed_product(normed, eps, weight).chunk(2, dim=-1)
     return F.silu(gate).mul_(up).to(normed.weighted.dtype).contiguous()
 
 
 def linear_rope_cache_update(
-    normed, eps, weight, bias, cos, sin, positions, slots, k_cache, v_cache, *, semaphores=None
-):
+    normed: DeferredNorm,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    semaphores: Tensor | None = None,
+) -> Tensor:
     """Twin of `dkv.kernels.linear_rope_cache_update`; `semaphores` change nothing here."""
     nheads_k, headdim = k_cache.shape[2:]
     heads = _normed_product(normed, eps, weight)
@@ -568,26 +602,17 @@ def linear_rope_cache_update(
         heads += bias
     heads = heads.unflatten(-1, (weight.shape[0] // headdim, headdim))
     q, k, v = heads.tensor_split((heads.shape[1] - 2 * nheads_k, heads.shape[1] - nheads_k), dim=1)
-    num_slots = k_cache.shape[0] * k_cache.shape[1]
-    written = (slots >= 0) & (slots < num_slots)
-    q_rotated = torch.zeros(q.shape, dtype=k_cache.dtype, device=q.device)
-    positions = positions[written].clamp(0, cos.shape[0] - 1)
-    cos, sin = cos.index_select(0, positions)[:, None], sin.index_select(0, positions)[:, None]
-    rows, columns = slots[written].long() // max(k_cache.shape[1], 1), slots[written].long() % max(k_cache.shape[1], 1)
-    k_cache[rows, columns] = rotate_half_split(k[written], cos, sin).to(k_cache.dtype)
-    v_cache[rows, columns] = v[written].to(v_cache.dtype)
-    q_rotated[written] = rotate_half_split(q[written], cos, sin).to(k_cache.dtype)
-    return q_rotated
+    return rope_cache_update(q, k, v, cos, sin, positions, slots, k_cache, v_cache)
 
 
 def _product(x, weight):
-    """x weight^T in float32 at least, so that nothing is rounded before its last use."""
+    """x weight^T in float32 or float64, so that nothing is rounded before its last use."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return linear(x.to(dtype), weight.to(dtype))
 
 
 def _normed_product(normed, eps, weight):
-    """The same of rows of a deferred norm."""
+    """The same for the rows of a deferred norm."""
     mean = normed.square_sums.sum(0) / weight.shape[1]
     return _product(normed.weighted, weight).mul_((mean + eps).rsqrt()[:, None])
 
@@ -596,61 +621,61 @@ class Packed(NamedTuple):
     """Some positions of every row of a batch, packed by row.
 
     Attributes:
-        slots: (total,) int64, row * seqlen + column; -1: padding behind the last row's.
-        cu_seqlens: (rows + 1,) int32, where each row's begin.
+        slots: (total,) int64, row * seqlen + column (vLLM's slot_mapping); -1: padding behind the last row.
+        cu_seqlens: (rows + 1,) int32, where each row begins.
         positions: (total,) int64, for RoPE.
-        ids: (total,) int64, their tokens, or None.
-        logits_indices: (total,) int64, where they are among other packed positions, or None.
+        ids: (total,) int64, tokens, or None.
+        logits_indices: (total,) int64, the index of each one's predictor among the active positions, or None.
         keys: (total,) int64, noise keys, or None.
     """
 
-    slots: torch.Tensor
-    cu_seqlens: torch.Tensor
-    positions: torch.Tensor
-    ids: torch.Tensor | None = None
-    logits_indices: torch.Tensor | None = None
-    keys: torch.Tensor | None = None
+    slots: Tensor
+    cu_seqlens: Tensor
+    positions: Tensor
+    ids: Tensor | None = None
+    logits_indices: Tensor | None = None
+    keys: Tensor | None = None
 
 
 class Confidence(NamedTuple):
-    """What `dkv.kernels.lm_head_confidence` returns, each (rows,): token int64, the others floating point."""
+    """The result of `dkv.kernels.lm_head_confidence`, each (rows,): token int64, the others floating point."""
 
-    token: torch.Tensor
-    log_prob: torch.Tensor
-    margin: torch.Tensor
-    entropy: torch.Tensor
+    token: Tensor
+    log_prob: Tensor
+    margin: Tensor
+    entropy: Tensor
 
 
 LOGITS_AT_A_TIME = 2**22  # 16 MiB of float32
-NOISE_AT_A_TIME = 2**20  # its integers are twice as large, and several
-LOWEST = -1e30  # stands for -inf, without the NaN of inf - inf
+NOISE_AT_A_TIME = 2**20  # takes several int64 tensors of that size
+LOWEST = -1e30  # in place of -inf: inf - inf would be NaN
 
 
-def first_allowed(exclude_ids):
-    """The lowest id that is not among exclude_ids, a sequence of ints or None."""
+def first_allowed(exclude_ids: Sequence[int] | None) -> int:
+    """The lowest id that is not excluded."""
     return next(i for i in itertools.count() if i not in (exclude_ids or ()))
 
 
 def lm_head_confidence(
-    hidden,
-    weight,
+    hidden: Tensor,
+    weight: Tensor,
     *,
-    logit_scale=1.0,
-    noise_scale=0.0,
-    noise_key=None,
-    exclude_ids=None,
-    round_logits=False,
-    cu_seqlens=None,
-):
-    """Twin of `dkv.kernels.lm_head_confidence`, a bounded number of logits at a time."""
+    logit_scale: float | Tensor = 1.0,
+    noise_scale: float | Tensor = 0.0,
+    noise_key: Tensor | None = None,
+    exclude_ids: Sequence[int] | None = None,
+    round_logits: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Confidence:
+    """Twin of `dkv.kernels.lm_head_confidence`; it keeps a bounded number of logits at a time."""
     rows = hidden.shape[0]
-    real = rows if cu_seqlens is None else min(max(int(cu_seqlens[-1]), 0), rows)
+    num_valid = rows if cu_seqlens is None else min(max(int(cu_seqlens[-1]), 0), rows)
     at_a_time = max(1, LOGITS_AT_A_TIME // weight.shape[0])
-    of_rows = (_parts(value, real, at_a_time) for value in (logit_scale, noise_scale, noise_key))
+    of_rows = (_parts(value, num_valid, at_a_time) for value in (logit_scale, noise_scale, noise_key))
     parts = []
-    for hidden_part, z_scale, *noise_part in zip(hidden[:real].split(at_a_time), *of_rows, strict=False):
+    for hidden_part, z_scale, *noise_part in zip(hidden[:num_valid].split(at_a_time), *of_rows, strict=False):
         z = _logits(hidden_part, weight, round_logits)
-        if isinstance(z_scale, torch.Tensor):
+        if isinstance(z_scale, Tensor):
             z.mul_(z_scale[:, None])
         elif z_scale != 1:
             z.mul_(z_scale)
@@ -658,19 +683,19 @@ def lm_head_confidence(
             z[:, excluded] = LOWEST
         parts.append(_confidence(z.clamp_(min=LOWEST), *noise_part, first_allowed(exclude_ids)))
     found = map(torch.cat, zip(*parts, strict=True))
-    if real < rows:
+    if num_valid < rows:
         of_padding = Confidence(0, float("-inf"), 0.0, 0.0)
-        found = (F.pad(values, (0, rows - real), value=v) for values, v in zip(found, of_padding, strict=True))
+        found = (F.pad(values, (0, rows - num_valid), value=v) for values, v in zip(found, of_padding, strict=True))
     return Confidence(*found)
 
 
 def _parts(value, rows, at_a_time):
-    """A tensor of rows in parts, a value for all of them again and again."""
-    return value[:rows].split(at_a_time) if isinstance(value, torch.Tensor) else itertools.repeat(value)
+    """Parts of a tensor of rows; a value for all rows is repeated."""
+    return value[:rows].split(at_a_time) if isinstance(value, Tensor) else itertools.repeat(value)
 
 
 def _logits(hidden, weight, rounded):
-    """(rows, vocab), float32 at least; of 16-bit tensors in float32 too, unless `rounded` to their dtype."""
+    """(rows, vocab) in float32 or float64; those of 16-bit tensors are `rounded` to their dtype first, or not."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     if rounded or hidden.dtype == dtype:
         return linear(hidden, weight).contiguous().to(dtype)
@@ -681,23 +706,29 @@ def _logits(hidden, weight, rounded):
     return z
 
 
-def confidence_of_logits(z, *, noise_scale=0.0, noise_key=None, exclude_ids=None):
-    """What `lm_head_confidence` returns, from its z: (rows, vocab), any float dtype, -inf for the excluded ids."""
+def confidence_of_logits(
+    z: Tensor,
+    *,
+    noise_scale: float | Tensor = 0.0,
+    noise_key: Tensor | None = None,
+    exclude_ids: Sequence[int] | None = None,
+) -> Confidence:
+    """The result of `lm_head_confidence` from its z: (rows, vocab), any float dtype, -inf for the excluded ids."""
     z = z.to(torch.promote_types(z.dtype, torch.float32)).clamp(min=LOWEST)
     return _confidence(z, noise_scale, noise_key, first_allowed(exclude_ids))
 
 
 def _confidence(z, noise_scale, noise_key, first_id):
-    """The same for z of float32 or float64, LOWEST at least, which it overwrites; nothing is read by the host."""
+    """The same for z of float32 or float64, no less than LOWEST. Overwrites z; reads nothing on the host."""
     top, best = _largest(z)
     answered = top.abs() < -LOWEST
     best = token = best[:, None]
-    if isinstance(noise_scale, torch.Tensor) or noise_scale > 0:
+    if isinstance(noise_scale, Tensor) or noise_scale > 0:
         noisy, token = _noisiest(z, noise_scale, noise_key)
-        # of a row whose own scale is NaN none is found
+        # a row whose scale is NaN has no noisy maximum
         answered &= noisy > float("-inf")
     shifted = z.sub_(top[:, None])
-    # the largest term is left out: it is exactly 1, and beside it others that are tiny would be lost
+    # without the largest term: it is exactly 1, and tiny ones added to it would be lost
     weights = shifted.exp().scatter_(1, best, 0.0)
     others, second = torch.where(answered, weights.sum(-1), float("nan")), weights.amax(-1)
     log_sum, top_prob = others.log1p(), 1 / (1 + others)
@@ -707,11 +738,11 @@ def _confidence(z, noise_scale, noise_key, first_id):
 
 
 def _noisiest(z, noise_scale, noise_key):
-    """The largest z with noise of each row (rows,), and its id (rows, 1); what is LOWEST gets none."""
+    """The largest z plus noise of each row (rows,), and its id (rows, 1); LOWEST gets no noise."""
     ids = torch.arange(z.shape[1], device=z.device)
     rows = max(1, NOISE_AT_A_TIME // z.shape[1])
     parts = []
-    scales = noise_scale[:, None] if isinstance(noise_scale, torch.Tensor) else noise_scale
+    scales = noise_scale[:, None] if isinstance(noise_scale, Tensor) else noise_scale
     of_rows = (_parts(value, z.shape[0], rows) for value in (scales, noise_key[:, None]))
     for z_part, scale_part, key_part in zip(z.split(rows), *of_rows, strict=False):
         noisy = noise.gumbel(noise.noise_key(key_part, ids)).mul_(scale_part).add_(z_part)
@@ -721,7 +752,7 @@ def _noisiest(z, noise_scale, noise_key):
 
 
 def _largest(z):
-    """z.max(-1), in two levels where that pays: on a CPU only a maximum without index is vectorised."""
+    """z.max(-1), in two levels if that pays: on a CPU only a maximum without its index is vectorised."""
     if z.shape[1] % 128 or z.numel() < 2**16:
         return z.max(-1)
     blocks = z.unflatten(1, (-1, 128))

@@ -1,19 +1,20 @@
-"""A projection back into the residual stream, its addition there, and the next norm's part of it, in one kernel.
+"""A projection added to the residual stream, and the beginning of the next norm, in one kernel.
 
-    s = round(residual + x w^T), which the residual becomes                weighted = round(s * norm_weight)
+    s = round(residual + x w^T), the new residual                weighted = round(s * norm_weight)
     square_sums[part] = sum of s^2 over the 64 columns of a part
 
-so that the next product finds rows of a deferred norm. Products and sums are in float32. Layouts: x (rows,
+weighted and square_sums are a deferred norm for the next product. Products and sums are in float32. Layouts: x (rows,
 in_features), weight (size, in_features), residual and weighted (rows, size), square_sums (parts, rows). Each program
-computes some columns of a block of rows, the weight's rows as the long side of the product. For few rows it is
+computes some columns of a block of rows; the weight's rows are the long side of its product. For few rows it is
 memory-bound, at one read of the weight: size * in_features elements, for 2 * rows * size * in_features operations.
 """
 
-import torch
+from torch import Tensor
 
 from dkv.kernels import checks, reference
-from dkv.kernels.configs import product_config
+from dkv.kernels.configs import ProductConfig, product_config
 from dkv.kernels.language import gdc_launch_dependents, gdc_wait, tl, triton
+from dkv.kernels.operators import operator
 from dkv.kernels.reference import DeferredNorm
 from dkv.kernels.skinny import (
     PART,
@@ -55,12 +56,11 @@ def _linear_add_norm_kernel(
     BLOCK_K: tl.constexpr,
     MASK_K: tl.constexpr,
     SPLITS: tl.constexpr,
-    PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
     tiles = tl.cdiv(size, BLOCK_N)
     tile, row_block, output, split, first, last = share_of(tiles, row_blocks, in_features, SPLITS, BLOCK_K)
-    # tiles are [BLOCK_N, BLOCK_R]: columns of the output, rows; those beyond the last one repeat it
+    # tiles are [BLOCK_N, BLOCK_R]: output columns by rows; an index beyond the last one repeats it
     columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = columns < size
     offs_n = tl.minimum(columns, size - 1)
@@ -78,7 +78,7 @@ def _linear_add_norm_kernel(
     acc = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
     for step in range(first, last):
         x = load_tile(x_ptrs, step, in_features, BLOCK_K, MASK_K).T
-        acc = tl.dot(load_tile(weight_ptrs, step, in_features, BLOCK_K, MASK_K), x, acc, input_precision=PRECISION)
+        acc = tl.dot(load_tile(weight_ptrs, step, in_features, BLOCK_K, MASK_K), x, acc, input_precision="ieee")
     if PDL:
         gdc_launch_dependents()
     if SPLITS > 1:
@@ -95,20 +95,28 @@ def _linear_add_norm_kernel(
     # [BLOCK_N // PART, BLOCK_R]
     square_sums = tl.sum((s * s).reshape(BLOCK_N // PART, PART, BLOCK_R), 1)
     parts = tile * (BLOCK_N // PART) + tl.arange(0, BLOCK_N // PART)
-    there = (parts < tl.cdiv(size, PART))[:, None] & in_range[None, :]
-    tl.store(square_sums_ptr + parts[:, None] * rows + offs_r[None, :], square_sums, mask=there)
+    exists = (parts < tl.cdiv(size, PART))[:, None] & in_range[None, :]
+    tl.store(square_sums_ptr + parts[:, None] * rows + offs_r[None, :], square_sums, mask=exists)
 
 
-def _launch(x, weight, residual, norm_weight, *, semaphores=None, launch=None):
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    *,
+    semaphores: Tensor | None = None,
+    config: ProductConfig | None = None,
+) -> DeferredNorm:
     rows, in_features = x.shape
     size = weight.shape[0]
     weighted, square_sums = normed = empty_deferred(residual)
     if weighted.numel() == 0:
         return normed
-    launch = launch or product_config(x.device, x.dtype, "residual", rows, weight.shape)
-    tiles, row_blocks = triton.cdiv(size, launch.block_n), triton.cdiv(rows, launch.block_r)
-    splits = launch.splits_of(in_features)
-    partial, semaphores = scratch(x, tiles * row_blocks, splits, launch.block_n * launch.block_r, semaphores)
+    config = config or product_config(x.device, x.dtype, "residual", rows, weight.shape)
+    tiles, row_blocks = triton.cdiv(size, config.block_n), triton.cdiv(rows, config.block_r)
+    splits = config.splits_of(in_features)
+    partial, semaphores = scratch(x, tiles * row_blocks, splits, config.block_n * config.block_r, semaphores)
     with checks.device_guard(x):
         _linear_add_norm_kernel[(tiles * row_blocks * splits,)](
             x_ptr=x,
@@ -126,50 +134,43 @@ def _launch(x, weight, residual, norm_weight, *, semaphores=None, launch=None):
             row_blocks=row_blocks,
             in_features=in_features,
             size=size,
-            BLOCK_N=launch.block_n,
-            **options_of(launch, in_features, x.device),
+            BLOCK_N=config.block_n,
+            **options_of(config, in_features, x.device),
         )
     return normed
 
 
-def _linear_add_norm(
-    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, norm_weight: torch.Tensor, impl: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return tuple((_launch if impl == "triton" else reference.linear_add_norm)(x, weight, residual, norm_weight))
-
-
-_operator = torch.library.custom_op("dkv::linear_add_norm", mutates_args=("residual",))(_linear_add_norm)
-
-
-@_operator.register_fake
-def _(x, weight, residual, norm_weight, impl):
+def _fake(residual, **_):
     return empty_deferred(residual)
 
 
+_operator = operator("linear_add_norm", _launch, reference.linear_add_norm, fake=_fake, mutates=("residual",))
+
+
 def linear_add_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    residual: torch.Tensor,
-    norm_weight: torch.Tensor,
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
     *,
     impl: checks.Impl = "auto",
 ) -> DeferredNorm:
     """Adds a projection of rows to the residual stream, and begins the RMS norm of the sum.
 
     Mutates residual in place: residual += x weight^T, computed in float32 and rounded to its dtype. Made for up to 256
-    rows; where it splits the channels, a small launch clears semaphores first.
+    rows. If it splits the channels, a small launch clears semaphores first.
 
     Args:
         x: (rows, in_features), float16, bfloat16 or float32 (float64: impl "reference" only), any row stride with the
             last dim contiguous.
         weight: (size, in_features), the dtype of x; any row stride with the last dim contiguous.
-        residual: (rows, size), the dtype of x, in memory of its own, any row stride with the last dim contiguous, not
-            expanded.
+        residual: (rows, size), the dtype of x, any row stride with the last dim contiguous, not expanded, and sharing
+            no memory with the other tensors.
         norm_weight: (size,), the dtype of x, contiguous.
         impl: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "reference".
 
     Returns:
-        `DeferredNorm` of the sum, which `linear_swiglu` or `linear_rope_cache_update` finishes.
+        `DeferredNorm` of the sum; `linear_swiglu` or `linear_rope_cache_update` finishes it.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or strides that do not fit together.
@@ -186,13 +187,17 @@ def linear_add_norm(
     checks.check_shape("x", x, (None, None), "(rows, in_features)")
     checks.check_shape("weight", weight, (None, x.shape[1]), "(size, in_features)")
     if x.shape[1] == 0:
-        raise ValueError("x must have a column at least, got none.")
+        raise ValueError("x must have at least one column, got none.")
     size = weight.shape[0]
     checks.check_shape("residual", residual, (x.shape[0], size), "(rows, size)")
     checks.check_shape("norm_weight", norm_weight, (size,), "(size,)")
     checks.check_same("x", x, weight=weight, residual=residual, norm_weight=norm_weight)
     checks.check_last_dim_contiguous(x=x, weight=weight, residual=residual, norm_weight=norm_weight)
     checks.check_not_expanded(residual=residual)
-    impl = checks.resolve_impl(impl, _linear_add_norm_kernel, x)
-    run = checks.pick(torch.ops.dkv.linear_add_norm, _linear_add_norm)
-    return DeferredNorm(*run(x, weight, residual, norm_weight, impl))
+    return _operator(
+        x=x,
+        weight=weight,
+        residual=residual,
+        norm_weight=norm_weight,
+        impl=checks.resolve_impl(impl, _linear_add_norm_kernel, x),
+    )

@@ -1,4 +1,4 @@
-"""Rotary position embedding of new queries and keys, and their write into a position-indexed K/V cache, in one launch.
+"""Rotary position embedding of new queries and keys, and the write into a position-indexed K/V cache, in one launch.
 
 With x = (x1, x2) the two halves of a head and the angles of the token's position:
 
@@ -10,10 +10,12 @@ dim contiguous. Each program handles a few heads of one token; it is memory-boun
 """
 
 import torch
+from torch import Tensor
 
 from dkv.kernels import checks, reference
 from dkv.kernels.configs import rope_config
 from dkv.kernels.language import tl, triton
+from dkv.kernels.operators import operator
 
 
 @triton.jit
@@ -70,10 +72,10 @@ def _rope_cache_kernel(
     offs_d = tl.arange(0, HALF)[None, None, :]
     in_range = tokens < total
 
-    # padding entries have no position, and nothing of them reaches the cache
+    # padding entries have no position and write nothing to the cache
     slots = tl.load(slots_ptr + tokens, mask=in_range, other=-1)
     written = (slots >= 0) & (slots < num_slots)
-    # narrow enough to divide fast, and only now
+    # narrow integers divide fast; checked slots fit
     slots = slots.to(num_slots.dtype)
     positions = tl.load(positions_ptr + tokens, mask=written, other=0)
     positions = tl.minimum(tl.maximum(positions, 0), max_position - 1).to(tl.int64)
@@ -106,16 +108,26 @@ def _rope_cache_kernel(
         tl.store(v_cache_ptrs + HALF, tl.load(v_ptrs + HALF, mask=valid, other=0.0), mask=valid)
 
 
-def _launch(q, k, v, cos, sin, positions, slots, k_cache, v_cache):
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> Tensor:
     total, nheads, headdim = q.shape
     nheads_k = k.shape[1]
     q_rotated = torch.empty((total, nheads, headdim), dtype=q.dtype, device=q.device)
     if total == 0:
         return q_rotated
-    launch = rope_config(q.device, headdim)
-    head_blocks = triton.cdiv(nheads, launch.block_h) + triton.cdiv(nheads_k, launch.block_h)
+    config = rope_config(q.device, headdim)
+    head_blocks = triton.cdiv(nheads, config.block_h) + triton.cdiv(nheads_k, config.block_h)
     with checks.device_guard(q):
-        _rope_cache_kernel[(triton.cdiv(total, launch.block_t), head_blocks)](
+        _rope_cache_kernel[(triton.cdiv(total, config.block_t), head_blocks)](
             q_ptr=q,
             k_ptr=k,
             v_ptr=v,
@@ -140,47 +152,42 @@ def _launch(q, k, v, cos, sin, positions, slots, k_cache, v_cache):
             stride_v_cache_column=v_cache.stride(1),
             stride_v_cache_head=v_cache.stride(2),
             total=total,
-            # nothing is written where there is no column, but the kernel divides by their number
+            # a cache without columns gets no write, but the kernel divides by their number
             seqlen_cache=max(k_cache.shape[1], 1),
             num_slots=k_cache.shape[0] * k_cache.shape[1],
             max_position=cos.shape[0],
             NHEADS=nheads,
             NHEADS_K=nheads_k,
             HALF=headdim // 2,
-            BLOCK_T=launch.block_t,
-            BLOCK_H=launch.block_h,
-            num_warps=launch.num_warps,
+            BLOCK_T=config.block_t,
+            BLOCK_H=config.block_h,
+            num_warps=config.num_warps,
         )
     return q_rotated
 
 
-def _rope_cache_update(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    positions: torch.Tensor,
-    slots: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    impl: str,
-) -> torch.Tensor:
-    run = _launch if impl == "triton" else reference.rope_cache_update
-    return run(q, k, v, cos, sin, positions, slots, k_cache, v_cache)
-
-
-_operator = torch.library.custom_op("dkv::rope_cache_update", mutates_args=("k_cache", "v_cache"))(_rope_cache_update)
-
-
-@_operator.register_fake
-def _(q, k, v, cos, sin, positions, slots, k_cache, v_cache, impl):
+def _fake(q, **_):
     return q.new_empty(q.shape)
 
 
+_operator = operator(
+    "rope_cache_update", _launch, reference.rope_cache_update, fake=_fake, mutates=("k_cache", "v_cache")
+)
+
+
 def rope_cache_update(
-    q, k, v, cos, sin, positions, slots, k_cache, v_cache, *, k_descale=None, v_descale=None, impl="auto"
-):
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    impl: checks.Impl = "auto",
+) -> Tensor:
     """Rotates packed queries and keys by their positions and writes keys and values into their cache slots.
 
     Mutates k_cache and v_cache in place, at the given slots only. Distinct tokens must have distinct slots.
@@ -188,15 +195,14 @@ def rope_cache_update(
     Args:
         q: (total, nheads, headdim), float16, bfloat16 or float32 (float64: impl "reference" only), any strides with
             the last dim contiguous. headdim is 16, 32, 64 or 128.
-        k, v: (total, nheads_k, headdim), the dtype of q. nheads is a multiple of nheads_k. One of them may be 0: then
-            only keys and values are written, or only queries rotated.
+        k, v: (total, nheads_k, headdim), the dtype of q. nheads is a multiple of nheads_k. Either may be 0: with nheads
+            0 only keys and values are written, with nheads_k 0 only queries are rotated.
         cos, sin: (max_position, headdim // 2) float32, of the half-split RoPE.
         positions: (total,) int32 or int64: the RoPE position of each token, clamped to 0 .. max_position - 1.
-        slots: (total,) int32 or int64: row * seqlen_cache + column of each token's K/V; -1, or any other that the cache
-            does not have: a padding entry, of which nothing is written and whose rotated query is zero.
+        slots: (total,) int32 or int64: row * seqlen_cache + column of each token's K/V (vLLM's slot_mapping). A slot
+            that the cache does not have, such as -1, marks padding: nothing is written, and the rotated query is zero.
         k_cache, v_cache: (batch, seqlen_cache, nheads_k, headdim), the dtype of q, any strides with the last dim
             contiguous, not expanded.
-        k_descale, v_descale: reserved for 8-bit caches; must be None.
         impl: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "reference".
 
     Returns:
@@ -204,7 +210,7 @@ def rope_cache_update(
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices or strides that do not fit together.
-        NotImplementedError: another headdim, 8-bit caches, an implementation that cannot run here.
+        NotImplementedError: another headdim, an implementation that cannot run here.
 
     Source: Su et al., RoFormer (arXiv 2104.09864).
 
@@ -213,7 +219,6 @@ def rope_cache_update(
         >>> q_rotated = rope_cache_update(q, k, v, cos, sin, positions, slots, k_cache, v_cache)
         >>> out = delayed_attention(q_rotated, k_cache, v_cache, cu_seqlens_q)
     """
-    checks.check_no_descale(k_descale, v_descale)
     checks.check_no_grad(q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     checks.check_floating("q", q)
     checks.check_shape("q", q, (None, None, None), "(total, nheads, headdim)")
@@ -233,6 +238,15 @@ def rope_cache_update(
     checks.check_tensor("slots", slots, q, (total,), "(total,)", torch.int32, torch.int64)
     checks.check_last_dim_contiguous(q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache)
     checks.check_not_expanded(k_cache=k_cache, v_cache=v_cache)
-    impl = checks.resolve_impl(impl, _rope_cache_kernel, q)
-    run = checks.pick(torch.ops.dkv.rope_cache_update, _rope_cache_update)
-    return run(q, k, v, cos, sin, positions, slots, k_cache, v_cache, impl)
+    return _operator(
+        q=q,
+        k=k,
+        v=v,
+        cos=cos,
+        sin=sin,
+        positions=positions,
+        slots=slots,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        impl=checks.resolve_impl(impl, _rope_cache_kernel, q),
+    )

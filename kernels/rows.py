@@ -1,7 +1,7 @@
-"""What a denoising run knows of each row, and the rules by which its positions are recomputed: names for the kernels.
+"""The state of each row of a denoising run, and the rules that choose the positions to recompute.
 
-A row of a batch is at a step and in a block of its own: all its numbers stand in one row of `counters`, a tensor
-(batch, len(Counter)) int64, in the order of `Counter`.
+Every row of a batch is at its own step and in its own block: one row of `counters`, a tensor (batch, len(Counter))
+int64, holds its numbers in the order of `Counter`.
 """
 
 from dataclasses import dataclass
@@ -18,13 +18,14 @@ class Counter(IntEnum):
     """A column of `counters`.
 
     Attributes:
-        STEP: steps done so far; the step about to run has this number. BLOCK_STEP: those since the block was reached.
-        BLOCK: the block of the first mask; BLOCK_START, BLOCK_END: its first column, and the one behind it.
-        MASKS: masks of the row that are left.
-        FIRST_COLUMN: the first column that is not padding; FIRST_GENERATED: where blocks are counted from.
+        STEP: steps done so far, which is the number of the step about to run.
+        BLOCK_STEP: steps done since the block was reached.
+        BLOCK: the block of the first mask; BLOCK_START, BLOCK_END: its first column and its end (exclusive).
+        MASKS: masks left in the row.
+        FIRST_COLUMN: the first column that is not padding; FIRST_GENERATED: the first column of block 0.
         GENERATED, BLOCK_LENGTH: columns to generate, and columns of a block.
-        SEED, REQUEST: what the noise of the row is drawn from, besides step and position.
-        NAN_STEP: the first step with a candidate whose score is NaN, for want of an answer; -1: there was none.
+        SEED, REQUEST: the noise of the row is drawn from these, the step and the position.
+        NAN_STEP: the first step with a candidate whose score was NaN, so it had no answer; -1: none.
     """
 
     STEP = 0
@@ -43,11 +44,11 @@ class Counter(IntEnum):
 
 
 class Size(IntEnum):
-    """A column of `sizes` (batch, len(Size)) int32: what a step is about to do with a row.
+    """A column of `sizes` (batch, len(Size)) int32: the sizes of a row's next step.
 
     Attributes:
-        ACTIVE: positions that are recomputed. CANDIDATES: masks that may become tokens. MASKS: masks that are left.
-        LATER: at most so many are recomputed at the step after it, if that is in the same block.
+        ACTIVE: positions to recompute. CANDIDATES: masks that may become tokens. MASKS: masks left.
+        LATER: an upper bound of ACTIVE one step later, if that step is in the same block.
         NAN_STEP: the counter of this name.
     """
 
@@ -58,7 +59,7 @@ class Size(IntEnum):
     NAN_STEP = auto()
 
 
-# the columns, for kernels
+# the same numbers for the kernels
 COUNTERS, SIZES = tl.constexpr(len(Counter)), tl.constexpr(len(Size))
 STEP, BLOCK_STEP = tl.constexpr(int(Counter.STEP)), tl.constexpr(int(Counter.BLOCK_STEP))
 BLOCK, BLOCK_LENGTH = tl.constexpr(int(Counter.BLOCK)), tl.constexpr(int(Counter.BLOCK_LENGTH))
@@ -73,18 +74,21 @@ SIZE_MASKS, SIZE_LATER = tl.constexpr(int(Size.MASKS)), tl.constexpr(int(Size.LA
 
 @dataclass(frozen=True)
 class Rule:
-    """Which positions a step recomputes: in a refresh all of them, else those that the attributes do not make stable.
+    """Which positions a step recomputes: all of them in a refresh, otherwise those that are not stable.
+
+    Stable positions are read from the cache. A position counts as decoded if a step before the last `delay` ones
+    decoded it.
 
     Attributes:
-        warmup, interval: the first `warmup` steps of a block refresh, and every `interval`-th one (None: no other).
-        stable: what is read from the cache, with "decoded" meaning decoded before the last `delay` steps: nothing, a
-            position that is decoded ("decoded"), one whose next is ("next"), one of which both are ("both"), or all
-            but what was just decoded, what is about to be and a window around it ("others").
-        delay: steps that a position is recomputed after the one that decoded it.
-        frozen_prompt: the prompt is stable even in a refresh, but for the outputs that are needed.
-        from_block_start, until_block_end: what lies in front of or behind the current block is stable.
-        window: of "others": for each position about to be decoded, so many of the nearest masks; or, `contiguous`, the
-            range of that width around each position decoded at the step before.
+        warmup, interval: the first `warmup` steps of a block are refreshes, and so is every `interval`-th step of it
+            (None: no other).
+        stable: "nothing"; positions that are "decoded"; those whose "next" position is decoded; those of which "both"
+            are; or all "others" than those just decoded, those about to be, and a window around them.
+        delay: number of steps for which a position is still recomputed after the step that decoded it.
+        frozen_prompt: the prompt is stable even in a refresh, except where its outputs are needed.
+        from_block_start, until_block_end: positions before or after the current block are stable.
+        window: for "others", the number of nearest masks for each position about to be decoded; if `contiguous`, the
+            width of the range around each position decoded at the previous step.
     """
 
     warmup: int = 0
@@ -98,9 +102,9 @@ class Rule:
     contiguous: bool = False
 
     def refreshes(self, block_step: int) -> bool:
-        """Whether the step with this number in its block is a refresh."""
+        """Whether this step of a block is a refresh."""
         return block_step < self.warmup or (self.interval is not None and block_step % self.interval == 0)
 
     def is_foreseen(self, shifted: bool) -> bool:
-        """Whether the numbers of masks decide how much is recomputed; else it depends on where the masks are."""
+        """Whether the number of masks alone decides how much is recomputed, and not their places."""
         return not shifted or self.stable not in ("decoded", "both")

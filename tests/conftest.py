@@ -1,4 +1,4 @@
-"""What every test relies on: the kernels run without a GPU, `dkv` is found, unwritten memory shows, runs repeat."""
+"""Set-up of all tests: the kernels run without a GPU, `dkv` is found, unwritten memory shows, runs repeat."""
 
 import contextlib
 import importlib.util
@@ -74,7 +74,7 @@ def device():
 
 
 def poisoned(allocate):
-    """`allocate`, but what the modules of dkv.kernels get from it is filled with NaN or the dtype's largest integer."""
+    """`allocate`, but tensors for the modules of dkv.kernels are filled with NaN or the dtype's largest integer."""
 
     def allocate_poisoned(*args, **kwargs):
         tensor = allocate(*args, **kwargs)
@@ -104,20 +104,20 @@ def poison_unwritten_outputs():
 
 @pytest.fixture
 def unpoisoned(monkeypatch):
-    """Allocations as they are, for who counts launches."""
+    """Unpoisoned allocations, for tests that count launches."""
     for (owner, name), allocate in ALLOCATIONS.items():
         monkeypatch.setattr(owner, name, allocate)
 
 
 @pytest.fixture
 def sized_as_on_a_gpu(monkeypatch):
-    """A function: from its call on, steps have the sizes that are known beforehand, and read none from the device."""
+    """A function: after its call, steps use the sizes known beforehand and read none from the device."""
     return lambda: monkeypatch.setattr("dkv.run.reads_sizes", lambda device: False)
 
 
 @pytest.fixture
 def standing_clock(monkeypatch):
-    """No time passes for the budgets of benchmarks: what they leave out does not depend on the machine."""
+    """No time passes for the budgets of benchmarks, so the speed of the machine decides nothing."""
     import common
 
     monkeypatch.setattr(common.Clock, "spent", 0.0)
@@ -126,7 +126,7 @@ def standing_clock(monkeypatch):
 
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory):
-    """A copy of the repository: what builds leave behind does not touch the real one."""
+    """A copy of the repository, so that builds do not touch the real one."""
     copy = tmp_path_factory.mktemp("checkout")
     for name in ("pyproject.toml", "Makefile", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
@@ -143,7 +143,7 @@ def wheel(checkout):
     stale = checkout / "build" / "lib" / "dkv" / "kernels" / "deleted.py"
     stale.parent.mkdir(parents=True)
     stale.touch()
-    # an empty STAMP: with the Python at hand; MAKEFLAGS would bring the options of a make that runs these tests
+    # an empty STAMP uses the running Python; MAKEFLAGS would pass on the options of a make that runs these tests
     env = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"} | {"PIP_NO_INDEX": "1"}
     subprocess.run(["make", "wheel", f"PY={sys.executable}", "STAMP="], cwd=checkout, env=env, check=True, timeout=600)
     (path,) = (checkout / "dist").iterdir()

@@ -14,7 +14,7 @@ from dkv.kernels import attention, configs, delayed_attention
 
 
 def check(case, **options):
-    """Runs the kernel and holds its output and log-sum-exp against the float64 oracle."""
+    """Runs the kernel and compares its output and log-sum-exp with the float64 oracle."""
     splits = options.pop("num_splits", None)
     out, lse = delayed_attention(*case.tensors(), num_splits=splits, return_softmax_lse=True, impl="triton", **options)
     oracle_out, oracle_lse = delayed_attention(
@@ -85,7 +85,7 @@ def test_key_mask_and_key_index(device, num_splits):
 
 @pytest.mark.parametrize("block_n", [16, 32])
 def test_key_mask_and_key_index_in_short_tiles(device, block_n):
-    """The tables have tiles of fewer keys than the interpreter takes."""
+    """The GPU tables have tiles with fewer keys than the interpreter's."""
     case = AttentionCase.random([3, 2], seqlen=75, nheads_k=1, headdim=16, device=device)
     generator = torch.Generator().manual_seed(0)
     key_mask = (torch.rand(2, 75, generator=generator) < 0.4).to(device)
@@ -142,7 +142,7 @@ def test_no_query_at_all(device, counts):
 
 @pytest.mark.parametrize("num_splits", [None, 1, 2])
 def test_a_bound_of_zero_queries(device, num_splits):
-    """Nothing but padding queries, and the host knows it."""
+    """All queries are padding, and the host knows it."""
     case = AttentionCase.random([0, 0], seqlen=32, padding=20, device=device)
     out, lse = check(case, max_seqlen_q=0, num_splits=num_splits)
     assert (out == 0).all() and (lse == float("-inf")).all()
@@ -150,7 +150,7 @@ def test_a_bound_of_zero_queries(device, num_splits):
 
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf")])
 def test_masked_and_invalid_columns_are_never_read(device, garbage):
-    """Slots outside the valid columns may hold anything, NaN from a freed buffer included."""
+    """Columns that are not valid may hold anything, even NaN from a freed buffer."""
     case = AttentionCase.random([6, 6], seqlen=100, device=device)
     valid = torch.zeros(2, 100, dtype=torch.bool, device=device)
     valid[0, 10:71] = True
@@ -337,7 +337,7 @@ def test_any_shape(device, data):
     check(case, num_splits=draw(st.integers(1, 4), label="splits"), **options)
 
 
-# what is read for a padding query is whatever lay there, and here that is NaN
+# the partial results of padding queries are unwritten memory, which is NaN here
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
 @settings(max_examples=8)
 @given(
@@ -349,7 +349,7 @@ def test_any_shape(device, data):
     empty=st.booleans(),
 )
 def test_any_number_of_splits(device, num_splits, seqlen, counts, padding, headdim, empty):
-    """More splits than tiles, than 16, a last row without any key: the partial results merge to the same."""
+    """Partial results merge to the same, with more splits than tiles, more than 16, or a last row without keys."""
     case = AttentionCase.random(
         counts, seqlen=seqlen, nheads_k=1, group=2, headdim=headdim, padding=padding, device=device
     )
@@ -394,7 +394,7 @@ HEADS = {"LLaDA": (32, 32), "Dream": (28, 4)}
 
 
 def splits(model, batch, queries, seqlen, num_sms=132):
-    """What the launcher asks of the rule for bfloat16 on a Hopper GPU."""
+    """Splits that the launcher gets from the heuristic for bfloat16 on a Hopper GPU."""
     nheads, nheads_k = HEADS[model]
     rows = queries * nheads // nheads_k
     table = configs.attention_table(90, torch.bfloat16)

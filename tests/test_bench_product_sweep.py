@@ -65,7 +65,7 @@ def measured(monkeypatch):
     def make(us):
         def measure(case, launches, seconds):
             rows = [({"setting": "default"}, 120.0), ({"setting": "cublaslt"}, 100.0)]
-            return rows + [({"launch": vars(launch)}, us(case, launch)) for launch in launches], []
+            return rows + [({"config": vars(launch)}, us(case, launch)) for launch in launches], []
 
         monkeypatch.setattr(product_sweep, "measure", measure)
 
@@ -78,7 +78,7 @@ def test_a_sweep_writes_the_table_that_is_read(table, as_h100, measured, monkeyp
     faster = lambda case: (case.x.shape[0] == 16) == (case.shape[1] != 384)
     measured(lambda case, launch: (60.0 if faster(case) else 120.0) + launch.num_stages)
     launch = {"block_n": 64, "block_r": 16, "block_k": 64, "num_warps": 4, "num_stages": 3}
-    of_another_gpu = {"arch": 80, "kind": "qkv", "out_features": 384, "in_features": 128, "rows": 16, "launch": launch}
+    of_another_gpu = {"arch": 80, "kind": "qkv", "out_features": 384, "in_features": 128, "rows": 16, "config": launch}
     of_another_gpu |= {"us": 50, "library_us": 60}
     table.write_text(json.dumps({"products": [of_another_gpu]}))
     lines, written = swept(table)
@@ -91,13 +91,13 @@ def test_a_sweep_writes_the_table_that_is_read(table, as_h100, measured, monkeyp
     assert all(row["library_us"] == 100 for row in written["products"])
     assert {line["setting"] for line in lines if "setting" in line} == {"default", "cublaslt"}
     for row in written["products"]:
-        stages = row["launch"]["num_stages"]
-        tried = [line["launch"] for line in lines if "launch" in line and line["rows"] == row["rows"]]
-        assert row["launch"] in tried and row["us"] in (60 + stages, 120 + stages)
+        stages = row["config"]["num_stages"]
+        tried = [line["config"] for line in lines if "config" in line and line["rows"] == row["rows"]]
+        assert row["config"] in tried and row["us"] in (60 + stages, 120 + stages)
         shape = row["out_features"], row["in_features"]
         for rows in (row["rows"] - 5, row["rows"]):
             launch = configs.product_config(CUDA, torch.bfloat16, row["kind"], rows, shape)
-            assert launch == configs.ProductConfig(**row["launch"])
+            assert launch == configs.ProductConfig(**row["config"])
         assert stages == min(each["num_stages"] for each in tried)
     for rows, pays in ((1, True), (16, True), (17, False), (32, False), (33, False)):
         assert configs.fused_products_pay(CUDA, torch.bfloat16, rows, LAYER) is pays
@@ -126,8 +126,8 @@ def test_a_wrong_candidate_is_left_out(table, as_h100, monkeypatch):
     """Also one that fails, or writes nothing: each is reported, the others make the table."""
     swiglu = reference.linear_swiglu
 
-    def broken(normed, eps, weight, *, semaphores, launch):
-        fault = FAULTS.get((launch.block_n, launch.block_k))
+    def broken(normed, eps, weight, *, semaphores, config):
+        fault = FAULTS.get((config.block_n, config.block_k))
         if fault == "fails":
             raise RuntimeError("out of resource: shared memory")
         out = swiglu(normed, eps, weight)
@@ -142,12 +142,12 @@ def test_a_wrong_candidate_is_left_out(table, as_h100, monkeypatch):
         assert ("error" in line) == ("us" not in line)
         if "error" in line:
             assert line["product"] == "gate, up"
-            failed[line["launch"]["block_n"], line["launch"]["block_k"]] = line["error"]
+            failed[line["config"]["block_n"], line["config"]["block_k"]] = line["error"]
     assert failed.keys() == FAULTS.keys()
     for tile, error in failed.items():
         expected = {"fails": "shared memory", "writes nothing": "by nan"}.get(FAULTS[tile], "off its twin by")
         assert expected in error
-    (best,) = (row["launch"] for row in written["products"] if row["kind"] == "gate_up")
+    (best,) = (row["config"] for row in written["products"] if row["kind"] == "gate_up")
     assert (best["block_n"], best["block_k"]) == (128, 128)
 
 
@@ -156,8 +156,8 @@ NAMES = ("deferred_norm", "add_rms_norm", "swiglu", "rope_cache_update", "linear
 
 
 def accepting(twin):
-    """The twin in place of a kernel, which takes a launch."""
-    return lambda *arguments, launch=None, **options: twin(*arguments, **options)
+    """The twin in place of a kernel, which takes a config."""
+    return lambda *arguments, config=None, **options: twin(*arguments, **options)
 
 
 def without_caches(twin, *arguments, **options):

@@ -1,4 +1,4 @@
-"""The books of a step (`advance`, `active`, `packing`): each kernel does what its PyTorch twin says, step by step."""
+"""The bookkeeping of a step (`active`, `advance`, `packing`): kernels and twins agree, step by step."""
 
 import itertools
 from types import SimpleNamespace
@@ -25,12 +25,12 @@ END, PAD = 7, 9
 
 
 class Books:
-    """A run without a model: tokens come from a generator, and everything else from one implementation."""
+    """A run without a model: tokens come from a generator, everything else from one implementation."""
 
     def __init__(
         self, ops, family, policy, *, prompt, gen_length, block_length, device, ordered=None, commits=None, of_rows=()
     ):
-        """of_rows: what `State.start` is told of each row, in place of the same for all."""
+        """of_rows: arguments of `State.start` that differ by row."""
         batch, shifted = len(prompt), family == "dream"
         seqlen = prompt.shape[1] + gen_length
         self.policy, self.commits, self.foresee = policy, None, False
@@ -42,10 +42,10 @@ class Books:
         )
         self.ids = torch.full((batch, seqlen), MASK, device=device)
         self.ids[:, : prompt.shape[1]] = prompt
-        real = self.ids != PAD
+        valid = self.ids != PAD
         options = {"first_generated": prompt.shape[1], "block_length": block_length, "gen_length": gen_length}
         options["seed"] = torch.arange(batch, device=device) * 2**30 + 5
-        self.state.start(self.ids, real, **options | dict(of_rows))
+        self.state.start(self.ids, valid, **options | dict(of_rows))
         masks = (prompt == MASK).sum(1).tolist()
         if ordered:
             sampler = SimpleNamespace(
@@ -86,7 +86,7 @@ def prompts(lengths, device, *, masks=0):
 
 
 def commit(books, generator):
-    """Decodes a random part of the candidates, the same in all of the books."""
+    """Decodes a random part of the candidates, the same in all books."""
     candidates = books[0].state.candidates
     chosen = candidates & (torch.rand(candidates.shape, generator=generator).to(candidates.device) < 0.5)
     tokens = torch.randint(0, 20, candidates.shape, generator=generator).to(candidates.device)
@@ -147,7 +147,7 @@ def test_any_shape(device, lengths, gen_length, block_length, family, policy, ma
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("policy", [p for p in POLICIES if not p.startswith("Greedy")])
 def test_what_is_foreseen_is_enough(family, policy, device):
-    """LATER is at least what the next step recomputes in the same block; under Decode with its delay exactly that."""
+    """LATER bounds the positions that the next step in the same block recomputes; under Decode it is exact."""
     policy = POLICIES[policy](family)
     books = Books(
         reference, family, policy, prompt=prompts([6, 1, 4], device), gen_length=13, block_length=5, device=device
@@ -170,7 +170,7 @@ def test_what_is_foreseen_is_enough(family, policy, device):
 
 
 def packed_by_hand(books, positions, capacity, copies):
-    """The lists of a step, a position at a time."""
+    """The lists of a step, one position at a time."""
     state, active = books.state, books.active
     found = {name: [] for name in ("slots", "ids", "positions", "places", "keys", "wanted slots", "wanted positions")}
     ends, wanted_ends = [0], [0]
@@ -200,7 +200,7 @@ def packed_by_hand(books, positions, capacity, copies):
     return found, ends, wanted_ends
 
 
-# of every room: roomy, too small, too small for a row
+# capacities of the two lists and per row: roomy, too small, too small for a row
 @pytest.mark.parametrize("ops", [TRITON, reference], ids=["triton", "reference"])
 @pairwise("family, copies, room", FAMILIES, [1, 2], [(200, 90, 30), (31, 7, 30), (200, 90, 9)])
 def test_a_step_is_packed(ops, family, copies, room, device):
@@ -250,7 +250,7 @@ def test_a_step_is_packed(ops, family, copies, room, device):
 
 @pytest.mark.parametrize("ops", [TRITON, reference], ids=["triton", "reference"])
 def test_rows_are_at_steps_of_their_own(ops, device):
-    """Two rows of other lengths and blocks that were started at different times do what each does alone."""
+    """Two rows with different lengths and blocks, started at different times, act as each does alone."""
     prompt = prompts([5, 5], device)
 
     numbers = {"first_generated": [5, 6], "block_length": [4, 3], "gen_length": [8, 6], "seed": [3, 4]}

@@ -30,12 +30,12 @@ FENCE = 64
 
 
 def foreign(dtype):
-    """What fences hold: values that show wherever they are read."""
+    """Values of the fences, which show wherever they are read."""
     return float("nan") if dtype.is_floating_point else dtype == torch.bool or 77
 
 
 class Fences:
-    """Tensors in buffers of their own; `check` says whether what surrounds them is as it was."""
+    """Tensors in buffers of their own; `check` raises if the memory around them has changed."""
 
     def __init__(self):
         self.buffers = []
@@ -70,7 +70,7 @@ class Fences:
 
 
 class Watch:
-    """Counts what interpreted kernels load, store and add to, and keeps what lies outside of their tensors from happening."""
+    """Counts the accesses of interpreted kernels, and blocks those outside of their tensors."""
 
     def __init__(self, patch):
         self.accesses, self.outside = 0, Tally()
@@ -151,7 +151,7 @@ class Call:
     defined: bool = True
 
     def run(self, impl):
-        """What it returns and what it has written, flat."""
+        """Its results and the tensors that it has written, flat."""
         fences = Fences()
         arguments = {name: fences.copy(v, strided=name in self.strided) for name, v in self.arguments.items()}
         public = getattr(dkv.kernels, self.name, None)
@@ -167,7 +167,7 @@ class Call:
 
 
 def fence_allocations(patch, fences):
-    """What the modules of dkv.kernels allocate is fenced too, and holds foreign values until it is written."""
+    """Fences allocations of dkv.kernels too, and fills them with foreign values."""
     empty, new_empty, zeros = torch.empty, torch.Tensor.new_empty, torch.zeros
 
     def is_ours(frame):
@@ -197,7 +197,7 @@ def flat(found):
     if isinstance(found, torch.Tensor):
         yield found
     elif isinstance(found, Packed):
-        # of what stands beside a slot of -1 nothing is said
+        # entries beside a slot of -1 are undefined
         yield from found[:2]
         yield from (each.masked_fill(found.slots < 0, 0) for each in found[2:] if each is not None)
     elif found is not None:
@@ -242,7 +242,7 @@ class Random:
         return self.tensor([self.odd(limit, dtype) if o else self.size(0, limit - 1) for o in odd], dtype)
 
     def slots(self, count, limit, dtype=None):
-        """Those that exist, at most once each."""
+        """Existing ones, at most once each."""
         slots = self.indices(count, limit, dtype)
         seen = set()
         for i, slot in enumerate(slots.tolist()):
@@ -252,7 +252,7 @@ class Random:
         return slots
 
     def bounds(self, rows, total):
-        """cu_seqlens of rows with entries in front of them and behind, and then anything."""
+        """cu_seqlens of rows with entries before and after them, and then anything."""
         bounds = sorted(self.size(0, total) for _ in range(rows + 1))
         if self.flip():
             bounds[0] = 0
@@ -308,7 +308,7 @@ class Random:
             **{name: value for name, value in options.items() if self.flip()},
         }
         strided = ("q", "k_cache", "v_cache", "key_mask", "key_index") if self.flip() else ()
-        # of a row with more queries than it was said they may be NaN
+        # a row with more queries than max_seqlen_q may have NaN
         enough = arguments.get("max_seqlen_q") not in (0, 1)
         return Call("delayed_attention", arguments, (), strided, defined=rising and enough)
 
@@ -354,7 +354,7 @@ class Random:
         active = self.flags(batch, seqlen)
         candidates = self.flags(batch, seqlen)
         sizes = torch.stack((active.sum(1), candidates.sum(1), *[active.sum(1)] * (len(Size) - 2)), dim=1).int()
-        # sums of those that are larger overflow: the interpreter refuses that
+        # sums of larger values overflow, which the interpreter refuses
         lies = self.indices(batch * len(Size), seqlen, torch.int32).view(batch, -1).clamp(-(2**28), 2**28)
         false = self.flip()
         rows = batch * copies
@@ -404,7 +404,7 @@ class Random:
             "foresee": self.flip() and stable != "others" and not given,
         }
         mutated = ("active", "sizes") + (("totals",) if arguments["totals"] is not None else ())
-        # an order of decoding has no place twice
+        # an order of decoding is a permutation
         return Call("active_positions", arguments, mutated, defined=given or stable != "others" or rule.contiguous)
 
     def advance_rows(self):
@@ -440,7 +440,7 @@ class Random:
         return Call("deferred_norm", arguments, (), ("x",) if self.flip() else ())
 
     def in_features(self):
-        """Up to three steps, whole ones or not."""
+        """Up to three steps, the last one possibly partial."""
         return self.size(1, 150) if self.flip() else 64 * self.size(1, 3)
 
     def normed(self, rows, size):
@@ -494,7 +494,7 @@ OPERATORS = sorted(vars(TRITON))
 
 
 def check(name, seed, device, watch):
-    """One random call of an operator; the results of both implementations are the same where they must be."""
+    """One random call of an operator; both implementations agree where results are defined."""
     call = getattr(Random(seed, device), name)()
     watch.outside.clear()
     found = call.run("triton")
@@ -578,7 +578,7 @@ def test_slots_that_the_cache_does_not_have_are_padding(device, impl):
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("impl", IMPLS)
 def test_entries_that_cannot_be_committed(device, impl, watch):
-    """In front of the rows, behind them, beyond the columns of a row, or without a place in x."""
+    """Before the rows, after them, beyond the columns of a row, or without a place in x."""
     x = torch.zeros(3, 4, dtype=torch.int64, device=device)
     slots = torch.tensor([0, 1, 2, -1, 12, 2**32 + 7, 3, 8, 9, 10, 11, 4, 5, 6], device=device)
     tokens = torch.arange(100, 114, device=device)
@@ -625,7 +625,7 @@ def test_queries_of_no_row_are_padding(device, impl, num_splits, bounds):
     "name, output", [("rope_cache_update", "k_cache"), ("rope_cache_update", "v_cache"), ("add_rms_norm", "residual")]
 )
 def test_expanded_outputs_are_refused(device, impl, name, output):
-    """Two of their elements would lie in the same place."""
+    """Two of their elements would share one place."""
     arguments = {"eps": 1e-5, "weight": torch.ones(16), "x": torch.ones(3, 16), "residual": torch.ones(3, 16)}
     if name == "rope_cache_update":
         arguments = {token: torch.ones(3, 1, 16) for token in "qkv"} | {
@@ -653,5 +653,5 @@ def test_expanded_sequences_are_refused(device):
 def test_a_table_without_a_position_is_refused(device):
     q, cache = torch.ones(1, 1, 16, device=device), torch.ones(1, 4, 1, 16, device=device)
     table, zero = torch.ones(0, 8, device=device), torch.zeros(1, device=device).int()
-    with pytest.raises(ValueError, match="cos and sin must have a row for each position, one at least"):
+    with pytest.raises(ValueError, match="cos and sin must have a row for each position, at least one"):
         dkv.kernels.rope_cache_update(q, q, q, table, table, zero, zero, cache, cache)

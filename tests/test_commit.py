@@ -1,4 +1,4 @@
-"""`commit_tokens`: equal to a loop that sorts each row, whatever the scores, ties and borders."""
+"""`commit_tokens` equals a loop that sorts each row, for any scores, ties and borders."""
 
 import math
 
@@ -18,7 +18,7 @@ NAN, INF = math.nan, math.inf
 
 @pytest.fixture(scope="module", autouse=True)
 def poison_bool_outputs():
-    """Bytes that are neither False nor True, so that what was never written shows."""
+    """Bytes that are neither False nor True, so that unwritten entries show."""
     allocate = torch.empty
 
     def allocate_poisoned(*args, **kwargs):
@@ -33,7 +33,7 @@ def poison_bool_outputs():
 
 
 def choose_by_a_loop(rows, rule, value):
-    """For each row of float32 scores, which are chosen; `value`: the threshold or factor, or a list of one per row."""
+    """The chosen entries of each row of float32 scores; `value`: the threshold or factor, or a list of one per row."""
     chosen = []
     for row, scores in enumerate(rows):
         scores = np.array([-INF if math.isnan(score) else score for score in scores], dtype=np.float32)
@@ -66,7 +66,7 @@ def inputs(rows, *, padding=0, seqlen=None, device="cpu", dtype=torch.float32):
         slots += (row * seqlen + columns).tolist()
     x = torch.randint(0, 1000, (len(rows), seqlen), generator=generator)
     tokens = torch.randint(1000, 2000, (total,), generator=generator)
-    # what padding entries hold must not matter
+    # the values of padding entries must not matter
     scores = torch.tensor([score for row in rows for score in row] + [INF] * padding, dtype=dtype)
     slots = torch.tensor(slots + [-1] * padding, dtype=torch.int64)
     return [t.to(device) for t in (x, tokens, scores, slots, cumulative(lengths))]
@@ -119,7 +119,7 @@ def test_ragged_rows(device, small_tiles, impl, rule, value, ties, padding):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("rule, values", LIMITS, ids=["threshold", "factor"])
 def test_limits_of_rows(device, small_tiles, impl, rule, values):
-    """Each row has its own; with NaN only the highest is chosen. Where all are the same, as a float."""
+    """Each row has its own limit; NaN chooses only the highest entry. Equal limits act like a float."""
     rows = random_rows(20, 50, 7, 33)
     check(rows, rule, values, impl, padding=9, device=device)
     check(random_rows(0, 5, 0, 3), rule, values, impl, device=device)
@@ -156,7 +156,7 @@ def test_nothing_there(device, impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_more_padding_than_columns(device, small_tiles, impl):
-    """The blocks of a row are fewer than those of the padding."""
+    """A row has fewer blocks than the padding."""
     check(random_rows(2, 1), "counts", [1, 1], impl, padding=300, seqlen=2, device=device)
 
 
@@ -196,7 +196,7 @@ def test_counts_dtypes(device, impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_positions_beyond_the_capacity_do_not_exist(device, impl):
-    """`cu_seqlens` of `pack_positions` counts them: rows are cut off where the entries end."""
+    """`cu_seqlens` of `pack_positions` counts them, so rows are cut off at the last entry."""
     candidates = torch.ones(3, 6, dtype=torch.bool, device=device)
     slots, cu_seqlens = pack_positions(candidates, 8)
     tokens, scores = torch.arange(100, 108, device=device), torch.arange(8.0, device=device)
@@ -207,7 +207,7 @@ def test_positions_beyond_the_capacity_do_not_exist(device, impl):
 
 
 def test_float64_scores(device):
-    """Ranked as they are, though equal in float32."""
+    """They are ranked in float64, although equal in float32."""
     args = inputs([[1.0, 1.0 + 1e-12, 1.0]], dtype=torch.float64, device=device)
     assert commit_tokens(*args, torch.tensor([1], device=device)).tolist() == [False, True, False]
     # so are their limits
@@ -261,7 +261,7 @@ def call(device, **changes):
                 "x rows",
                 dict(x=torch.zeros(2, 8, dtype=torch.int64)[:, :4]),
                 ValueError,
-                r"x must be contiguous, got strides \(8, 1\) for shape \(2, 4\); pass x\.contiguous\(\) and keep it",
+                r"x must be contiguous, got strides \(8, 1\) for shape \(2, 4\); pass x\.contiguous\(\) and keep that",
             ),
             (
                 "x columns",
@@ -284,7 +284,7 @@ def call(device, **changes):
             ),
             ("counts dtype", dict(counts=torch.zeros(2)), TypeError, "counts must be int64 or int32"),
             ("counts shape", dict(counts=torch.zeros(2, 1).long()), ValueError, r"counts must have shape \(batch,\)"),
-            ("no rule", dict(counts=None), ValueError, "counts must be a tensor where neither threshold nor factor"),
+            ("no rule", dict(counts=None), ValueError, "counts must be a tensor if neither threshold nor factor"),
             ("both", dict(threshold=0.9, factor=1.0), ValueError, "threshold and factor exclude each other"),
             ("factor 0", dict(factor=0), ValueError, "factor must be positive, got 0"),
             ("factor nan", dict(factor=NAN), ValueError, "factor must be positive, got nan"),
@@ -333,9 +333,9 @@ def test_opcheck(device, impl):
     args = inputs(random_rows(4, 7), padding=2, device=device)
     counts = torch.tensor([2, 3], device=device)
     limits = torch.tensor([0.9, 0.5], device=device)
-    for rule in ((counts, None, None, None, None), (None, 0.9, None, None, None), (None, None, limits, None, None)):
+    for rule in ((counts, None, None, None, None), (None, 0.9, None, None, None), (None, None, None, limits, None)):
         torch.library.opcheck(torch.ops.dkv.commit_tokens, (*args, *rule, impl))
-    for rule in ((None, None, None, 1.0, None), (None, None, None, None, limits)):
+    for rule in ((None, None, 1.0, None, None), (None, None, None, None, limits)):
         torch.library.opcheck(torch.ops.dkv.commit_tokens, (*args, *rule, impl))
 
 
@@ -351,7 +351,7 @@ def test_compiles_without_a_graph_break(device):
 
 @pytest.mark.gpu
 def test_in_a_cuda_graph():
-    """The host decides nothing: replayed on other scores and counts, a recorded call commits by those."""
+    """The host decides nothing: a recorded call commits by the scores and counts at its replay."""
     args = inputs(random_rows(60, 200), padding=20, device="cuda")
     counts = torch.tensor([2, 3], device="cuda")
     commit_tokens(*args, counts)

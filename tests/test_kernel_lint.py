@@ -450,7 +450,7 @@ def products_of(rows, seqlen):
                 angles = torch.empty(length, 64, dtype=torch.float32, device="cuda:0")
                 caches = [torch.empty(3, length, 1, 128, **like) for _ in "kv"]
                 weight, norm_weight = torch.empty(512, 512, **like), torch.empty(512, **like)
-                normed = norm._launch_deferred(x, norm_weight)
+                normed = norm._launch_deferred_norm(x, norm_weight)
                 qkv._launch(normed, 1e-5, weight, None, angles, angles, places, places, *caches)
                 gate_up._launch(normed, 1e-5, weight)
                 residual._launch(x, weight, torch.empty_like(x), norm_weight)

@@ -1,4 +1,4 @@
-"""`lm_head_confidence`: tokens and confidences against float64, whatever the tiles, ties, exclusions and noise."""
+"""`lm_head_confidence`: tokens and confidences against float64, for any tiles, ties, exclusions and noise."""
 
 import math
 
@@ -21,7 +21,7 @@ INF = math.inf
 
 def inputs(rows, vocab=300, hidden_size=70, *, spread=2.0, dtype=torch.float32, device="cpu"):
     """Hidden states and a head whose logits have the standard deviation `spread`."""
-    # the same everywhere, unless that would take a CPU long
+    # the same on every device, unless that would be slow on a CPU
     source = device if vocab > 10_000 else "cpu"
     generator = torch.Generator(source).manual_seed(rows * 1000 + vocab)
     hidden = torch.randn(rows, hidden_size, generator=generator, device=source)
@@ -68,7 +68,7 @@ def check(hidden, weight, impl="triton", *, noise_scale=0.0, noise_key=None, **o
         noisy = z + by_row(noise_scale) * gumbel(keys_of(noise_key[:, None], ids))
     torch_z, same_dtype = from_logits(hidden, weight, torch.float32, found.token, **options)
     largest = z[z.isfinite()].abs().max().item()
-    # the largest, but for what rounding can hide
+    # the largest, up to rounding
     tolerance = 4 * (torch_z - z)[z.isfinite()].abs().max().item() + 1e-5 * (1 + largest)
     assert (noisy.gather(1, found.token[:, None])[:, 0] >= noisy.amax(-1) - tolerance).all()
 
@@ -138,7 +138,7 @@ def test_ties_go_to_the_lowest_id(device, impl, rows):
 @pytest.mark.parametrize("rows", [5, 40])
 @pytest.mark.parametrize("noise_scale", [0.0, 0.7])
 def test_excluded_ids(device, impl, rows, noise_scale):
-    """As if these ids did not exist: their tile may hold no other id, and they may be the likeliest."""
+    """As if these ids did not exist, even if a tile has no other id, or they are the likeliest."""
     hidden, weight = inputs(rows, 130, device=device)
     likeliest = (hidden @ weight.T).argmax(-1)
     exclude_ids = (129, 128, int(likeliest[0]), int(likeliest[1]), 128)
@@ -165,7 +165,7 @@ def test_one_id_left(device, impl):
 
 
 def test_excluded_ids_reach_the_device_once(device, monkeypatch):
-    """And stay there, as CUDA graphs keep their addresses; nothing in a launch depends on how many there are."""
+    """They stay there, because CUDA graphs keep their addresses; no launch depends on their number."""
     monkeypatch.setattr(lm_head, "_EXCLUDED", {})
     hidden, weight = inputs(3, device=device)
     for exclude_ids in ([], [3], [9, 3, 9], [3, 9], [9, 3]):
@@ -184,7 +184,7 @@ def test_excluded_ids_reach_the_device_once(device, monkeypatch):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("rows", [30, 60])
 def test_very_confident_rows_keep_their_order(device, impl, rows):
-    """Where a plain softmax in float32 says 1 for all of them."""
+    """A plain softmax in float32 would be 1 for all of them."""
     gaps = torch.linspace(24, 80, rows, device=device)
     hidden = torch.zeros(rows, 64, device=device)
     hidden[:, 0] = gaps
@@ -208,14 +208,14 @@ def test_logit_scale(device, impl):
     found = check(hidden, weight, impl, logit_scale=2.5, noise_scale=1.0, noise_key=keys)
     scaled = lm_head_confidence(hidden, weight * 2.5, noise_scale=1.0, noise_key=keys, impl=impl)
     assert torch.equal(found.token, scaled.token)
-    # the same softmax, the other way round: what divides the logits multiplies the noise
+    # the same softmax the other way round: dividing the logits is multiplying the noise
     other = lm_head_confidence(hidden, weight, noise_scale=1 / 2.5, noise_key=keys, impl=impl)
     assert torch.equal(found.token, other.token)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_round_logits(device, impl):
-    """Logits that differ by less than a rounding tie; float32 is left as it is."""
+    """Logits that differ by less than a rounding tie; float32 is not rounded."""
     hidden = torch.ones(5, 2, dtype=torch.float16, device=device)
     weight = torch.zeros(200, 2, dtype=torch.float16, device=device)
     weight[50] = torch.tensor([16.0, 0.0])
@@ -259,7 +259,7 @@ def test_a_row_of_nan_is_loud_and_alone(device, impl, rows):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_noise_depends_on_the_key_alone(device, impl):
-    """Neither on the other rows, nor on the tiles that their number leads to."""
+    """Not on other rows, nor on the tiles that their number selects."""
     hidden, weight = inputs(45, device=device)
     keys = keys_for(45, device)
     options = dict(noise_scale=1.0, impl=impl)
@@ -290,7 +290,7 @@ def test_samples_follow_the_softmax(device, impl, samples):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("rows", [6, 40])
 def test_scales_of_rows(device, impl, rows):
-    """Where all are the same, as a float; a row with its own finds what it finds alone, noise of 0 is none."""
+    """Equal scales act like a float; a row with its own scale acts as if alone; a noise scale of 0 is no noise."""
     hidden, weight = inputs(rows, 130, device=device)
     hidden[2] = 0.0
     keys = keys_for(rows, device)
@@ -338,7 +338,7 @@ def tiles_of(monkeypatch, *, merge=None, num_sms=3, **sizes):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_padding(device, monkeypatch, impl):
-    """Whatever it holds, the real rows are those of a call without it, and its own results are defined."""
+    """Whatever padding holds, valid rows are those of a call without it, and padding has defined results."""
     tiles_of(monkeypatch)
     hidden, weight = inputs(20, 100, device=device)
     keys, scale = keys_for(20, device), torch.linspace(0.5, 2, 20, device=device)
@@ -382,7 +382,7 @@ def test_counts_beyond_the_rows(device, monkeypatch, impl):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="watches the interpreter")
 def test_padding_costs_no_tile(monkeypatch):
-    """It is not read, its blocks multiply nothing, and their programs share the work of the others evenly."""
+    """It is not read or multiplied, and the programs of its blocks take an even share of the work."""
     tiles_of(monkeypatch, num_sms=4)
     hidden, weight = inputs(60, 300)
     tiles, add_tile = [], lm_head._add_tile
@@ -402,7 +402,7 @@ def test_padding_costs_no_tile(monkeypatch):
 
 @pytest.mark.parametrize("count", [16, 40])
 def test_no_more_slices_than_the_merge_has_room_for(device, monkeypatch, count):
-    """Many blocks of which few are real leave each of those more programs than that."""
+    """If few of many blocks have valid rows, each of them would get more programs than that."""
     tiles_of(monkeypatch, merge=LMHeadMergeConfig(block_m=4, max_slices=2, num_warps=1))
     hidden, weight = inputs(70, device=device)
     found = lm_head_confidence(hidden, weight, cu_seqlens=cumulative([count], device), impl="triton")
@@ -470,7 +470,7 @@ def test_the_reference_works_in_float64_and_by_chunks(device, monkeypatch):
 
 
 def test_the_reference_finds_maxima_in_blocks(device):
-    """Of many logits it takes the maximum in two levels: the same, with the lowest of tied ids."""
+    """The maximum of many logits in two levels is the same, with the lowest of tied ids."""
     z = torch.randint(0, 40, (130, 640), generator=torch.Generator().manual_seed(0)).float().to(device)
     z[7, [130, 500]], z[8, [127, 128]] = 99.0, 99.0
     assert z.numel() >= 2**16
@@ -482,7 +482,7 @@ def test_the_reference_finds_maxima_in_blocks(device):
 
 
 def logits_made(monkeypatch, call):
-    """The logits that the reference made during a call."""
+    """The logits that the reference computes during a call."""
     made, make = [], reference._logits
     with monkeypatch.context() as patch:
         patch.setattr(reference, "_logits", lambda *arguments: made.append(make(*arguments)) or made[-1])
@@ -493,7 +493,7 @@ def logits_made(monkeypatch, call):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("vocab", [256, 300])
 def test_confidence_of_logits(device, dtype, vocab):
-    """From logits that are at hand, with -inf among them; they stay as they are."""
+    """The confidences of given logits, some of them -inf, which are left unchanged."""
     hidden, weight = inputs(6, vocab, device=device)
     z = (hidden @ weight.T).to(dtype)
     z[:, 3], z[0, 5:] = -INF, -INF
@@ -543,7 +543,7 @@ ERRORS = [
     ("scale grad", dict(noise_scale=zeros(4, requires_grad=True)), ValueError, "but noise_scale requires grad"),
     ("counts dtype", dict(cu_seqlens=KEY), TypeError, "cu_seqlens must be int32, got torch.int64"),
     ("counts rank", dict(cu_seqlens=KEY.int()[None]), ValueError, r"cu_seqlens must have shape \(batch \+ 1,\)"),
-    ("no counts", dict(cu_seqlens=KEY.int()[:0]), ValueError, r"cu_seqlens must have shape \(batch \+ 1,\), one element at least"),
+    ("no counts", dict(cu_seqlens=KEY.int()[:0]), ValueError, r"cu_seqlens must have shape \(batch \+ 1,\), at least one element"),
     ("counts device", dict(cu_seqlens=KEY.int().to("meta")), ValueError, "cu_seqlens must be on the device"),
     ("key dtype", dict(noise_key=KEY.int()), TypeError, "noise_key must be int64, got torch.int32"),
     ("key shape", dict(noise_key=KEY[:3]), ValueError, r"noise_key must have shape \(rows,\) = \(4\), got \(3,\)"),
@@ -570,11 +570,11 @@ def test_bad_input(changes, error, message):
 def test_opcheck(device, impl):
     hidden, weight = inputs(4, 40, 16, device=device)
     operator = torch.ops.dkv.lm_head_confidence
-    torch.library.opcheck(operator, (hidden, weight, 1.0, None, 0.0, None, None, [], False, None, impl))
+    torch.library.opcheck(operator, (hidden, weight, 1.0, 0.0, None, [], False, None, None, None, impl))
     keys, count = keys_for(4, device), cumulative([1, 2], device)
-    torch.library.opcheck(operator, (hidden, weight, 0.5, None, 1.0, None, keys, [3, 9], True, count, impl))
+    torch.library.opcheck(operator, (hidden, weight, 0.5, 1.0, keys, [3, 9], True, count, None, None, impl))
     scales = torch.ones(4, device=device), torch.zeros(4, device=device)
-    torch.library.opcheck(operator, (hidden, weight, None, scales[0], None, scales[1], keys, [3], False, None, impl))
+    torch.library.opcheck(operator, (hidden, weight, None, None, keys, [3], False, None, *scales, impl))
 
 
 def test_compiles_without_a_graph_break(device):
@@ -601,7 +601,8 @@ def test_compiles_without_a_graph_break(device):
 
 
 def test_the_interpreter_tries_both_orientations():
-    assert [launch.block_r for launch in LM_HEAD_INTERPRETER] == [32, 64]
+    """The launcher puts the vocabulary first in tiles of up to 32 rows."""
+    assert {config.block_r <= 32 for config in LM_HEAD_INTERPRETER} == {True, False}
 
 
 @pytest.mark.gpu

@@ -112,7 +112,7 @@ class RefuseOtherDevices(TorchDispatchMode):
 
 @pytest.mark.parametrize("seed_is_tensor", [False, True])
 def test_nothing_leaves_the_device(seed_is_tensor):
-    """So that the noise can be drawn inside a CUDA graph."""
+    """Noise can be drawn inside a CUDA graph."""
     with FakeTensorMode(), RefuseOtherDevices():
         rows = torch.empty((4, 1), dtype=torch.int64, device="cuda")
         seed = torch.empty((), dtype=torch.int64, device="cuda") if seed_is_tensor else 5
@@ -133,7 +133,7 @@ def test_moments(device):
 
 
 def chi_square(counts, probabilities):
-    """How many standard deviations the statistic lies above its mean."""
+    """Distance of the statistic from its mean, in standard deviations."""
     expected = probabilities * counts.sum()
     degrees = counts.numel() - 1
     return (((counts - expected) ** 2 / expected).sum() - degrees) / math.sqrt(2 * degrees)

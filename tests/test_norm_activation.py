@@ -1,4 +1,4 @@
-"""`add_rms_norm` and `swiglu`: against float64, their roundings, and what they promise as operators."""
+"""`add_rms_norm` and `swiglu`: against float64, their roundings, their errors and registration as operators."""
 
 import shutil
 
@@ -86,16 +86,16 @@ def share_of_equal(result, oracle):
 
 @IMPLS_AND_DTYPES
 def test_roundings(device, impl, dtype):
-    """Both round between their two factors, as the models do; float32 may differ from float64 by its own roundings."""
-    least = 0.999 if dtype != torch.float32 else 0.1
+    """Both round their first factor, as the models do; float32 may differ from float64 by its own roundings."""
+    min_share = 0.999 if dtype != torch.float32 else 0.1
     x, weight = normal(8, 1000, dtype=dtype, device=device), normal(1000, dtype=dtype, device=device)
     normed = add_rms_norm(x, None, weight, 1e-5, impl=impl)
-    assert share_of_equal(normed, weight * norm_without_weight(x, 1e-5).to(dtype)) > least
+    assert share_of_equal(normed, weight * norm_without_weight(x, 1e-5).to(dtype)) > min_share
     assert share_of_equal(normed, norm_in_float64(x, weight, 1e-5).to(dtype)) < 0.9
 
     gate, up = x, normal(8, 1000, dtype=dtype, device=device, seed=1)
     out = swiglu(torch.cat((gate, up), 1), impl=impl)
-    assert share_of_equal(out, F.silu(gate.double()).to(dtype) * up) > least
+    assert share_of_equal(out, F.silu(gate.double()).to(dtype) * up) > min_share
     assert share_of_equal(out, (F.silu(gate.double()) * up.double()).to(dtype)) < 0.9
 
 
@@ -106,7 +106,7 @@ def test_strided_tensors(device, impl):
     check_norm(wide[:, :100], wide[:, 150:250], weight, 1e-6, impl)
     check_norm(normal(6, 100, device=device)[::2], normal(3, 100, device=device), weight, 1e-6, impl)
     check_norm(normal(1, 100, device=device).expand(4, 100), None, weight, 1e-6, impl)
-    # as products of few rows come out on a CPU
+    # the layout of products of few rows on a CPU
     check_norm(wide.T, normal(6, 300, device=device).T, normal(6, device=device), 1e-6, impl)
     check_norm(wide[:, ::3], normal(6, 200, device=device)[:, ::2], weight, 1e-6, impl)
     check_swiglu(wide[:, 7:107], impl)

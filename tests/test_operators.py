@@ -1,4 +1,4 @@
-"""What operators promise as operators: their errors, their registration with PyTorch, their use under compile."""
+"""The operators' errors, their signatures, their registration with PyTorch, their use under torch.compile."""
 
 import inspect
 
@@ -22,6 +22,7 @@ from dkv.kernels import (
     swiglu,
 )
 from dkv.kernels.direct import TRITON
+from dkv.kernels.operators import INTERNAL
 
 
 def zeros(*shape, dtype=torch.float32, **kw):
@@ -33,7 +34,7 @@ def normed(rows=3, size=70, *, parts=2, dtype=torch.float32, sums_dtype=torch.fl
 
 
 def valid_arguments(operator):
-    """By name."""
+    """Arguments by name that the operator accepts."""
     if operator is delayed_attention:
         case = AttentionCase.random([3, 4], seqlen=20, group=2)
         return dict(zip(("q", "k_cache", "v_cache", "cu_seqlens_q"), case.tensors(), strict=True))
@@ -96,7 +97,6 @@ ATTENTION_ERRORS = [
     ("max_seqlen_q", dict(max_seqlen_q=-1), ValueError, "max_seqlen_q must be at least 0, got -1"),
     ("max_seqlen_q type", dict(max_seqlen_q=2.0), TypeError, "max_seqlen_q must be an int, got float"),
     ("num_splits", dict(num_splits=0), ValueError, "num_splits must be at least 1, got 0"),
-    ("descale", dict(k_descale=zeros(2, 20, 2)), NotImplementedError, "reserved for 8-bit caches"),
     ("impl", dict(impl="cuda"), ValueError, r"impl must be one of .*'reference'.*got 'cuda'"),
     ("grad", dict(q=zeros(7, 4, 32, requires_grad=True)), ValueError, "inference only, but q requires grad"),
 ]
@@ -133,16 +133,20 @@ ROPE_ERRORS = [
     ("slots dtype", dict(slots=zeros(3, dtype=torch.int16)), TypeError, "slots must be int32 or int64"),
     ("slots device", dict(slots=zeros(3, dtype=i32, device="meta")), ValueError, "slots must be on the device"),
     ("k stride", dict(k=zeros(3, 32, 2).transpose(1, 2)), ValueError, "last dim of k must be contiguous"),
-    ("descale", dict(v_descale=zeros(2, 20, 2)), NotImplementedError, "reserved for 8-bit caches"),
     ("impl", dict(impl="torch"), ValueError, "impl must be one of"),
     ("grad", dict(k_cache=zeros(2, 20, 2, 32, requires_grad=True)), ValueError, "but k_cache requires grad"),
 ]
 
 GRAD = {"requires_grad": True}
 SAME = "must have the dtype of normed.weighted"
-# of whatever takes a `DeferredNorm`
+# for every operator that takes a `DeferredNorm`
 NORMED_ERRORS = [
-    ("normed", dict(normed=(zeros(3, 70), zeros(2, 3))), TypeError, "normed must be what deferred_norm .*got tuple"),
+    (
+        "normed",
+        dict(normed=(zeros(3, 70), zeros(2, 3))),
+        TypeError,
+        "normed must be a DeferredNorm, of deferred_norm .*got tuple",
+    ),
     (
         "normed grad",
         dict(normed=DeferredNorm(zeros(3, 70, **GRAD), zeros(2, 3))),
@@ -156,7 +160,12 @@ NORMED_ERRORS = [
         ValueError,
         r"normed\.weighted must have shape \(rows, in_features\).*got \(3, 7, 10\)",
     ),
-    ("no features", dict(normed=normed(size=0, parts=0)), ValueError, r"normed\.weighted must have a column at least"),
+    (
+        "no features",
+        dict(normed=normed(size=0, parts=0)),
+        ValueError,
+        r"normed\.weighted must have at least one column",
+    ),
     ("sums dtype", dict(normed=normed(sums_dtype=f16)), TypeError, r"normed\.square_sums must be float32, got torch.f"),
     (
         "sums shape",
@@ -280,7 +289,7 @@ RESIDUAL_ERRORS = [
         ValueError,
         r"weight must have shape \(size, in_features\) = \(\*, 70\)",
     ),
-    ("no features", dict(x=zeros(3, 0), weight=zeros(8, 0)), ValueError, "x must have a column at least, got none"),
+    ("no features", dict(x=zeros(3, 0), weight=zeros(8, 0)), ValueError, "x must have at least one column, got none"),
     ("residual shape", dict(residual=zeros(3, 7)), ValueError, r"residual must have shape \(rows, size\) = \(3, 8\)"),
     ("norm_weight shape", dict(norm_weight=zeros(7)), ValueError, r"norm_weight must have shape \(size,\) = \(8\)"),
     *(
@@ -343,7 +352,7 @@ def test_bad_input(operator, changes, error, message):
 
 
 def cast(value, dtype):
-    """Tensors of float32 in another dtype; the sums of a `DeferredNorm` are never of a smaller one."""
+    """Casts float32 tensors; the sums of a `DeferredNorm` stay in float32 or become float64."""
     if isinstance(value, DeferredNorm):
         return DeferredNorm(value.weighted.to(dtype), value.square_sums.to(torch.promote_types(dtype, torch.float32)))
     return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
@@ -386,28 +395,24 @@ OPERATORS = [
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_the_twin_has_the_signature_of_the_operator(operator):
-    """But for types, and for the counters and semaphores, which a run alone has."""
-    parameters, found = (untyped(f) for f in (operator, getattr(reference, operator.__name__)))
+    """Types included, and except for the arguments that only a run passes."""
+    parameters, found = (parameters_of(f) for f in (operator, getattr(reference, operator.__name__)))
     assert parameters.pop("impl").default == "auto"
-    found.pop("counters", None)
-    found.pop("semaphores", None)
-    assert parameters == found
+    assert parameters == {name: value for name, value in found.items() if name not in INTERNAL}
 
 
 @pytest.mark.parametrize("name, launcher", vars(TRITON).items(), ids=list(vars(TRITON)))
 def test_the_launcher_has_the_signature_of_the_twin(name, launcher):
-    """But for what no kernel takes yet, a capacity that the host would have to ask for, and other tiles."""
-    parameters, found = untyped(getattr(reference, name)), untyped(launcher)
-    parameters = {name: value for name, value in parameters.items() if name not in ("k_descale", "v_descale")}
+    """Types included, and except for tiles, and for a capacity that the host would have to read."""
+    parameters, found = parameters_of(getattr(reference, name)), parameters_of(launcher)
     if name == "pack_positions":
-        found["capacity"] = found["capacity"].replace(default=None)
-    found.pop("launch", None)
+        found["capacity"] = parameters["capacity"]
+    found.pop("config", None)
     assert found == parameters and list(found) == list(parameters)
 
 
-def untyped(function):
-    parameters = inspect.signature(function).parameters
-    return {name: value.replace(annotation=inspect.Parameter.empty) for name, value in parameters.items()}
+def parameters_of(function):
+    return dict(inspect.signature(function).parameters)
 
 
 def test_grad_is_refused_only_under_grad_mode():
@@ -446,8 +451,8 @@ def test_opcheck(device, impl):
 def test_opcheck_of_products(device, impl, operator):
     given = valid_arguments(operator)
     given = [given[name] for name in inspect.signature(operator).parameters if name in given]
-    given = [each for value in given for each in (value if isinstance(value, DeferredNorm) else [value])]
-    given = [each.to(device) if isinstance(each, torch.Tensor) else each for each in given]
+    given = [list(value) if isinstance(value, DeferredNorm) else value for value in given]
+    given = torch.utils._pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), given)
     torch.library.opcheck(getattr(torch.ops.dkv, operator.__name__), (*given, impl))
 
 
@@ -461,7 +466,7 @@ def layer_with_a_copied_cache(*arguments):
 
 
 def compile_and_find_copies(function, arguments, cache, operators):
-    """The compiled function's result, and the lines of its code that handle a buffer of the cache's size but no input."""
+    """The compiled function's result, and the lines of its code with a buffer of the cache's size that is no input."""
     with torch.no_grad():
         out, code = torch._inductor.utils.run_and_get_code(torch.compile(function, fullgraph=True), *arguments)
     body = "\n".join(code).split("def call(")[1].split("\ndef ")[0]
@@ -485,7 +490,7 @@ def test_compiles_without_a_graph_break_or_a_copy_of_the_cache(device):
 
 
 def fused_layer(x, attn_norm, qkv, o, mlp_norm, gate_up, down, next_norm, cu_seqlens_q, *rest):
-    """A layer of a cached step by our own products; writes to the caches, the last of its arguments, and to x."""
+    """A layer of a cached step by our own products. Writes to x and to the caches, its last two arguments."""
     normed = deferred_norm(x, attn_norm)
     q = linear_rope_cache_update(normed, 1e-5, qkv, *rest)
     attended = delayed_attention(q, *rest[-2:], cu_seqlens_q).flatten(1)

@@ -1,4 +1,4 @@
-"""`pack_positions`: equal to a loop over all positions, whatever the strides and the capacity."""
+"""`pack_positions` equals a loop over all positions, for any strides and capacity."""
 
 import pytest
 import torch
@@ -133,7 +133,7 @@ def test_compiles_without_a_graph_break(device):
 
 @pytest.mark.gpu
 def test_in_a_cuda_graph():
-    """The host decides nothing: replayed on other values, a recorded call packs those."""
+    """The host decides nothing: a recorded call packs the values at its replay."""
     active = random_active(8, 700, device="cuda")
     pack_positions(active, 2000)
     graph = torch.cuda.CUDAGraph()

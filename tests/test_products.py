@@ -1,4 +1,4 @@
-"""Products of few rows: against float64, beside the operators that they replace; their splits, and the deferred norm."""
+"""Products of few rows: against float64 and the operators that they replace; splits; the deferred norm."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def small(splits=1, block_n=64):
 
 
 # the table's, and small tiles: with one split, several, and more than there are steps
-LAUNCHES = (None, *map(small, (1, 2, 99)))
+CONFIGS = (None, *map(small, (1, 2, 99)))
 
 
 def normal(*shape, dtype=torch.float32, device="cpu", seed=0):
@@ -36,7 +36,7 @@ def normal(*shape, dtype=torch.float32, device="cpu", seed=0):
 
 
 def linear_weight(out_features, in_features, **options):
-    """So that a product with normal rows is normal."""
+    """A weight whose product with normal rows is normal."""
     return normal(out_features, in_features, **options) / in_features**0.5
 
 
@@ -45,7 +45,7 @@ def doubled(tensors):
 
 
 def run(name, *arguments, impl="triton", **options):
-    """A public operator; its launcher where tiles or semaphores are given."""
+    """Runs a public operator, or its launcher if tiles or semaphores are given."""
     if any(option is not None for option in options.values()):
         assert impl == "triton"
         return getattr(TRITON, name)(*arguments, **options)
@@ -53,7 +53,7 @@ def run(name, *arguments, impl="triton", **options):
 
 
 def check_deferred(found, rows, norm_weight):
-    """A `DeferredNorm` of rows: products with the weight by equality, sums to what the order of so many terms leaves."""
+    """Compares a `DeferredNorm`: products with the weight by equality, sums up to the order of their terms."""
     assert torch.equal(found.weighted, (rows.float() * norm_weight.float()).to(rows.dtype))
     parts = -(-rows.shape[1] // PART)
     squares = F.pad(rows.double().square(), (0, parts * PART - rows.shape[1])).unflatten(1, (parts, PART)).sum(-1)
@@ -63,7 +63,7 @@ def check_deferred(found, rows, norm_weight):
 
 
 def qkv_inputs(slots, *, heads=(2, 1), headdim=16, in_features=70, biased=True, dtype=torch.float32, device="cpu"):
-    """Rows, the weight of their norm, and what stands behind eps."""
+    """Rows, the weight of their norm, and the arguments after eps."""
     rows, out_features, options = len(slots), (heads[0] + 2 * heads[1]) * headdim, {"dtype": dtype, "device": device}
     bias = normal(out_features, **options) if biased else None
     positions = torch.randint(0, 64, (rows,), generator=torch.Generator().manual_seed(rows)).to(device)
@@ -75,7 +75,7 @@ def qkv_inputs(slots, *, heads=(2, 1), headdim=16, in_features=70, biased=True, 
 
 
 def some_slots(rows):
-    """Of a cache of 80, every sixth one padding."""
+    """Slots of a cache of 80; every sixth one is padding."""
     return [-1 if row % 6 == 4 else 79 - row for row in range(rows)]
 
 
@@ -142,13 +142,13 @@ def check_residual(arguments, impl="triton", **options):
     residual, norm_weight = arguments[2:]
     found = run("linear_add_norm", *arguments, impl=impl, **options)
     assert_within_error_budget(residual, oracle, same_dtype)
-    # of the sum as it was rounded
+    # of the rounded sum
     check_deferred(found, residual, norm_weight)
     return residual, *found
 
 
 def products(rows, size=70, in_features=70, **options):
-    """Each of the three with inputs of its own: a function of impl and options, which returns all that was written."""
+    """Each of the three products with inputs: a function of impl and options that returns all it has written."""
     qkv = qkv_inputs(some_slots(rows), heads=(1, 1), in_features=in_features, **options)
     swiglu, residual = (make(rows, size, in_features, **options) for make in (swiglu_inputs, residual_inputs))
 
@@ -166,14 +166,14 @@ PRODUCTS = pytest.mark.parametrize("name", ["qkv", "swiglu", "residual"])
 
 
 @PRODUCTS
-@pairwise("rows, size, in_features, launch, dtype", ROWS, (24, 64, 130), FEATURES, LAUNCHES, HALF_AND_FULL)
-def test_products(device, name, rows, size, in_features, launch, dtype):
-    products(rows, size, in_features, dtype=dtype, device=device)[name](launch=launch)
+@pairwise("rows, size, in_features, config, dtype", ROWS, (24, 64, 130), FEATURES, CONFIGS, HALF_AND_FULL)
+def test_products(device, name, rows, size, in_features, config, dtype):
+    products(rows, size, in_features, dtype=dtype, device=device)[name](config=config)
 
 
 @pairwise("dtype, headdim, heads", HALF_AND_FULL, (16, 32, 64, 128), ((2, 2), (7, 1)))
 def test_heads(device, dtype, headdim, heads):
-    """LLaDA has as many of each and no bias, Dream seven times as many of queries, and a bias."""
+    """LLaDA has as many query as K/V heads and no bias; Dream has seven times as many, and a bias."""
     options = {"heads": heads, "headdim": headdim, "biased": heads == (7, 1), "dtype": dtype, "device": device}
     check_qkv(qkv_inputs([5, 0, -1], **options))
 
@@ -181,10 +181,10 @@ def test_heads(device, dtype, headdim, heads):
 @PRODUCTS
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_more_rows_than_a_tile(device, name, dtype):
-    """And weight rows of several tiles, two parts of the square sums in each of them but one."""
+    """The weight has several tiles too, all but one with two parts of the square sums."""
     products(70, dtype=dtype, device=device)[name]()
     if name != "qkv":
-        products(3, 130, dtype=dtype, device=device)[name](launch=small(2, block_n=128))
+        products(3, 130, dtype=dtype, device=device)[name](config=small(2, block_n=128))
 
 
 @PRODUCTS
@@ -214,7 +214,7 @@ def test_deferred_norm(device, impl, dtype, rows, size):
 
 @IMPLS
 def test_a_layer(device, impl):
-    """From the rows to the next norm, everything by our own kernels: each product takes what the one before left."""
+    """A layer by our own kernels alone: each product takes the result of the one before."""
     rows, size, mlp = 3, 70, 40
     x, norm_weight, *others = qkv_inputs([1, 2, 3], in_features=size, device=device)
     check_qkv([x, norm_weight, *others], impl, deferred_norm(x, norm_weight, impl=impl))
@@ -225,11 +225,11 @@ def test_a_layer(device, impl):
 
 
 def any_shape(max_examples):
-    """Decorates a test: it is called so often, with shapes, tiles and splits."""
+    """Decorates a test: runs it for a number of random shapes, tiles and splits."""
     shapes = given(
         name=st.sampled_from(["qkv", "swiglu", "residual"]),
         rows=st.integers(1, 33),
-        # of one value alone PyTorch's error may be none by chance; test_bounds.py has fewer
+        # for a single value PyTorch's error may be zero by chance; test_bounds.py has fewer
         size=st.integers(16, 100),
         in_features=st.integers(1, 300),
         tile=st.tuples(st.sampled_from([64, 128]), st.sampled_from([16, 32, 64]), st.sampled_from([32, 64, 128])),
@@ -239,7 +239,7 @@ def any_shape(max_examples):
     return lambda test: settings(max_examples=max_examples)(shapes(test))
 
 
-def launch_of(tile, splits, dtype):
+def config_of(tile, splits, dtype):
     block_n, block_r, block_k = tile
     if dtype == torch.float32:
         # without tensor cores a large tile takes a minute to compile
@@ -249,15 +249,15 @@ def launch_of(tile, splits, dtype):
 
 @any_shape(max_examples=8)
 def test_any_shape(device, name, rows, size, in_features, tile, splits, dtype):
-    launch = launch_of(tile, splits, dtype)
-    products(rows, size, in_features, dtype=dtype, device=device)[name](launch=launch)
+    config = config_of(tile, splits, dtype)
+    products(rows, size, in_features, dtype=dtype, device=device)[name](config=config)
 
 
 @pytest.mark.full
 @any_shape(max_examples=300)
 def test_many_shapes(device, name, rows, size, in_features, tile, splits, dtype):
-    launch = launch_of(tile, splits, dtype)
-    products(rows, size, in_features, dtype=dtype, device=device)[name](launch=launch)
+    config = config_of(tile, splits, dtype)
+    products(rows, size, in_features, dtype=dtype, device=device)[name](config=config)
 
 
 def test_no_split_is_without_a_channel():
@@ -271,7 +271,7 @@ def test_no_split_is_without_a_channel():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the order is the GPU's")
 @PRODUCTS
 def test_the_order_of_programs_changes_nothing(name, monkeypatch):
-    """Whichever split of a tile is the last to arrive: the same bits, and its semaphore is zero again."""
+    """Any split of a tile may arrive last: the bits are the same, and the semaphore is zero again."""
     product = products(5, in_features=192)[name]
     set_grid_idx, found = interpreter.InterpreterBuilder.set_grid_idx, []
     for turn in (False, True):
@@ -281,28 +281,28 @@ def test_the_order_of_programs_changes_nothing(name, monkeypatch):
             set_grid_idx(builder, builder.grid_dim[0] - 1 - x if turn else x, y, z)
 
         monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", turned)
-        found.append(product(launch=small(3), semaphores=semaphores))
+        found.append(product(config=small(3), semaphores=semaphores))
         assert not semaphores.any()
     assert all(map(torch.equal, *found))
 
 
 @PRODUCTS
 def test_semaphores(device, name):
-    """The same ones for launches of any shape: with the results of new ones, and zeros again."""
+    """Configs of any shape can share them: results are those with new ones, and they end as zeros."""
     semaphores = torch.zeros(9, dtype=torch.int32, device=device)
     for rows, in_features, splits in ((17, 70, 2), (1, 192, 99)):
         product = products(rows, in_features=in_features, device=device)[name]
-        expected = product(launch=small(splits))
-        assert all(map(torch.equal, product(launch=small(splits), semaphores=semaphores), expected))
+        expected = product(config=small(splits))
+        assert all(map(torch.equal, product(config=small(splits), semaphores=semaphores), expected))
         assert not semaphores.any()
-    with pytest.raises(ValueError, match=r"must be a semaphore for each of \d tiles, got 1"):
-        products(17, in_features=130, device=device)[name](launch=small(2), semaphores=semaphores[:1])
+    with pytest.raises(ValueError, match=r"semaphores must have an element for each of \d tiles, got 1"):
+        products(17, in_features=130, device=device)[name](config=small(2), semaphores=semaphores[:1])
 
 
 @IMPLS
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_padding_entries(device, impl, dtype):
-    """Nothing of them is written, whatever their rows hold; positions are clamped, also those of the others."""
+    """They write nothing, whatever their rows hold; all positions are clamped."""
     far = [2**31 - 1, -(2**31)] if dtype == torch.int32 else [2**32 + 3, 3 - 2**32]
     slots = [-1, 3, 80, *far, 79]
     arguments = qkv_inputs(slots, device=device)
@@ -335,7 +335,7 @@ def test_caches_without_a_slot(device, impl, batch, seqlen):
 
 
 def in_the_middle(x):
-    """The same values, as columns of wider rows that are NaN beside them."""
+    """The same values as columns of wider rows, NaN elsewhere."""
     wide = torch.full((x.shape[0], x.shape[1] + 30), float("nan"), dtype=x.dtype, device=x.device)
     wide[:, 7 : 7 + x.shape[1]] = x
     return wide[:, 7 : 7 + x.shape[1]]
@@ -390,7 +390,7 @@ def raw(name, rows, **changes):
 @IMPLS
 @PRODUCTS
 def test_nan_stays_where_it_comes_from(device, impl, name):
-    """In its rows and its features, also the last ones, which programs repeat where there are no more."""
+    """In its rows and features, even the last ones, which programs repeat in place of missing ones."""
 
     def spoil(tensor):
         tensor[[0, -1]] = float("nan")
@@ -412,7 +412,7 @@ def test_nan_stays_where_it_comes_from(device, impl, name):
 @pytest.mark.parametrize("name", ["qkv", "swiglu"])
 @pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
 def test_rows_that_overflow(device, impl, name):
-    """A row times the norm's weight beyond float16 is infinite, and so is what comes of it, or NaN; others stay right."""
+    """A row whose product with the norm's weight overflows float16 becomes infinite or NaN; other rows stay right."""
 
     def grow(x):
         x[2, 5] = 300.0
@@ -426,7 +426,7 @@ def test_rows_that_overflow(device, impl, name):
 @pytest.mark.parametrize("scale", [1e-18, 1e18])
 @pytest.mark.parametrize("name", ["qkv", "swiglu"])
 def test_rows_of_any_size(device, impl, name, scale):
-    """eps counts where the squares are small; a scale behind the product costs no more than one in front of it."""
+    """eps matters for small squares; scaling after the product is as exact as before it."""
     if name == "qkv":
         check, arguments = check_qkv, qkv_inputs([1, 2, 3], device=device)
     else:
@@ -438,7 +438,7 @@ def test_rows_of_any_size(device, impl, name, scale):
 @IMPLS
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
 def test_roundings(device, impl, dtype):
-    """Rows are rounded when they are multiplied with the weight of the norm, and results once: nothing in between."""
+    """Rows are rounded after the norm's weight, and results once; nothing is rounded in between."""
 
     def share_of_equal(result, oracle):
         return (result == oracle.to(dtype)).double().mean().item()
@@ -498,4 +498,4 @@ def test_offsets_beyond_int32():
 @PRODUCTS
 @pytest.mark.sanitizer
 def test_small_run_for_the_sanitizer(device, name):
-    products(3, in_features=130, dtype=torch.float16, device=device)[name](launch=small(2))
+    products(3, in_features=130, dtype=torch.float16, device=device)[name](config=small(2))

@@ -11,7 +11,7 @@ from dkv.kernels import rope_cache_update
 
 
 def rotate_by_complex_numbers(x, cos, sin, positions):
-    """Half-split RoPE in float64, another way: each pair of halves is a complex number that is turned."""
+    """Half-split RoPE in float64 by complex numbers: each pair from the two halves is one, and is turned."""
     x1, x2 = x.double().chunk(2, dim=-1)
     turned = torch.complex(x1, x2) * torch.complex(cos.double(), sin.double())[positions.long(), None]
     return torch.cat((turned.real, turned.imag), dim=-1)
@@ -62,7 +62,7 @@ def test_queries_or_keys_alone(device, impl):
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 @pytest.mark.parametrize("slots", [[-1, 0, -1, 25], [-1, -1], [0], []], ids=str)
 def test_padding_entries_are_skipped(device, impl, slots):
-    """Position and values of a padding entry are not even looked at, and slot 0 stays as it is."""
+    """Positions and values of padding entries are not read, and slot 0 is unchanged."""
     args = inputs(slots, device=device)
     if -1 in slots:
         padding = args[6] < 0
@@ -99,7 +99,7 @@ def test_rotation_by_position_zero_is_the_identity(device):
 
 
 def test_scores_depend_on_distance_only(device):
-    """What RoPE is for: the product of a query and a key turned by the same angle does not change."""
+    """The purpose of RoPE: moving a query and a key by the same distance does not change their product."""
     args = inputs([0, 1], device=device)
     products = []
     for shift in (0, 11):

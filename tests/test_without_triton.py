@@ -1,4 +1,4 @@
-"""`dkv` where Triton cannot be installed: everything imports, the PyTorch twins run, and a kernel is a clear error."""
+"""`dkv` without Triton: everything imports, the PyTorch twins run, and asking for a kernel is a clear error."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Shared by the tests: inputs, the error budget that decides whether a result is right, and samples of large grids."""
+"""Shared by the tests: inputs, the error budget for results, and samples of large grids."""
 
 import collections
 import importlib.util
@@ -29,7 +29,7 @@ def example(name):
 
 
 def thinned(cases, features):
-    """Parameters of a test for all cases; the default run takes a few of them, `make test-full` the others.
+    """Parameters of a test for all cases. The default run takes a few of them, `make test-full` the others.
 
     Any two features that meet in a case meet in one of the few; features(case) are strings or tuples.
     """
@@ -37,7 +37,7 @@ def thinned(cases, features):
     found = [set(itertools.combinations(each, 2)) for each in given]
     missing, chosen, taken = set().union(*found), set(), collections.Counter()
     while missing:
-        # of those that have most that is missing the one of the rarest features
+        # the case with the largest number of missing pairs; on ties, the one with the rarest features
         best = max(range(len(cases)), key=lambda i: (len(found[i] & missing), -sum(taken[f] for f in given[i])))
         chosen.add(best)
         missing -= found[best]
@@ -46,7 +46,7 @@ def thinned(cases, features):
 
 
 def pairwise(names, *values, where=lambda *case: True):
-    """Parametrizes a test with all combinations that there are; the default run takes a few, where every pair meets."""
+    """Parametrizes a test with all combinations; the default run takes a few, in which every pair of values occurs."""
     cases = [case for case in itertools.product(*map(enumerate, values)) if where(*(value for _, value in case))]
     few = thinned(cases, lambda case: [(place, index) for place, (index, _) in enumerate(case)])
     params = [pytest.param(*(value for _, value in param.values), marks=param.marks) for param in few]
@@ -127,7 +127,7 @@ def rope_inputs(slots, *, batch=2, seqlen=20, nheads=4, nheads_k=2, headdim=32, 
 
 
 def run_python(*arguments, cwd=ROOT):
-    """Runs Python by itself, without a GPU; returns the finished process and what it printed."""
+    """Runs Python in a process of its own, without a GPU; returns the finished process with its output."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *map(str, arguments)]

@@ -1,4 +1,4 @@
-"""Products on a CPU: the same numbers in every order of the factors, and rows in units that are fast."""
+"""`dkv.kernels.cpu`: products are the same in either order of the factors; padded numbers of rows are fast ones."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_other_dtypes_and_dimensions_are_left_to_pytorch():
             assert cpu.feature_major(x) is x
 
 
-def test_fast_rows():
+def test_padding_leads_to_the_next_multiple():
     for count in range(600):
         rows = cpu.padded_rows(count)
         assert count <= rows < count + cpu.ROW_MULTIPLE
