@@ -36,7 +36,7 @@ lint: $(STAMP)
 	$(PY) -m ruff format --check .
 
 lint-kernels: $(STAMP)
-	$(PY) benchmarks/kernel_lint.py --all
+	$(PY) tests/kernel_lint.py --all
 
 # without the old build/: setuptools would pack what lies there, deleted modules too
 wheel: $(STAMP)

@@ -3,16 +3,15 @@
     python benchmarks/train_small.py llada
     python benchmarks/train_small.py dream
 
-Each takes less than an hour of one CPU thread. The same command on the same machine, with as many threads, gives the
-same weights bit for bit, and one that was interrupted goes on from its last saved state, in benchmarks/.training/.
+Each takes less than an hour of one CPU thread. The same command with as many threads on the same machine gives the same
+weights bit for bit. An interrupted training continues from its last saved state, in benchmarks/.training/.
 benchmarks/small/FAMILY/ gets the checkpoint in the official layout, training.json and training.png.
 
-A digit says nothing without both of its summands: as long as no head attends to one of them, there is nothing to learn
-from the other. So the first prompts are mostly zeros, where a sum mostly repeats the token before it, and little is
-masked. Once the zeros are gone, more and more is masked, in half of the rows as in decoding: the end of the answer.
+A digit says nothing without both of its summands: while no head attends to one of them, there is nothing to learn from
+the other. So the first prompts are mostly zeros, where a sum mostly repeats the token before it, and little is masked.
+Once the zeros are gone, more and more is masked; half of the rows are masked as in decoding, at the end of the answer.
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -23,32 +22,31 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
 
-import checkpoints  # noqa: E402
-import common  # noqa: E402
-import plots  # noqa: E402
-import running_sums  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from common import say  # noqa: E402
-from running_sums import ANSWER, LAG, LENGTH, MASK  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import dkv  # noqa: E402
-import dkv.models  # noqa: E402
+import dkv
+import dkv.models
+from benchmarks.harness import common, models, plots, running_sums
+from benchmarks.harness.common import say
+from benchmarks.harness.running_sums import ANSWER, LAG, LENGTH, MASK
 
-FOLDER = common.ROOT / "benchmarks"
+STATES = common.ROOT / "benchmarks" / ".training"
 SIZE = {"layers": 4, "heads": 4, "vocabulary": running_sums.VOCABULARY, "mask": MASK, "eos": running_sums.EOS}
-# the small theta tells neighbours apart by more of the 16 frequencies
+# with a small theta, more of the 16 frequencies tell neighbours apart
 ROPE = {"rope_theta": 10000.0}
 CONFIGS = {
-    "llada": checkpoints.llada(hidden=128, mlp=512, **SIZE) | ROPE,
-    # what fewer key/value heads save, a wider MLP gets
-    "dream": checkpoints.dream(hidden=128, mlp=544, kv_heads=2, **SIZE) | ROPE,
+    "llada": models.llada(hidden=128, mlp=512, **SIZE) | ROPE,
+    # a wider MLP uses what fewer key/value heads save
+    "dream": models.dream(hidden=128, mlp=544, kv_heads=2, **SIZE) | ROPE,
 }
-# how `dkv.generate` decodes an answer
+# the options of `dkv.generate`
 DECODING = {"llada": {"block_length": 32}, "dream": {}}
 LEFT_TO_RIGHT = {"remasking": "random", "order": torch.arange(ANSWER)}
 HELD_OUT = 1000
@@ -57,7 +55,11 @@ CURVE_POINTS = 200
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that the weights depend on, besides the model's config."""
+    """Everything that the weights depend on, besides the model's config.
+
+    Prompt digits are zeroed during the first `curriculum` steps, and all mask ratios occur after as many again. The
+    committed records have these names.
+    """
 
     steps: int = 2500
     batch: int = 32
@@ -65,19 +67,18 @@ class Recipe:
     warmup: int = 100
     betas: tuple[float, float] = (0.9, 0.98)
     clip: float = 1.0
-    # steps until no prompt digit is zeroed any more, and again until all mask ratios occur
     curriculum: int = 400
     zeros: float = 0.8
     least_masked: float = 0.02
     first_most_masked: float = 0.3
-    # share of the rows masked as in decoding, and up to which share of their ends is decoded
+    # share of the rows that are masked as in decoding, and the maximum share of decoded tokens in their masked ends
     shaped: float = 0.5
     decoded_ahead: float = 0.1
     seed: int = 0
 
 
-def batch_of(recipe, step):
-    """The problems of a step, (batch, 96) int64, and what is masked in them, bool: tokens of the answers alone."""
+def batch_of(recipe: Recipe, step: int) -> tuple[Tensor, Tensor]:
+    """The problems of a step, (batch, 96) int64, and their masked tokens, bool: only tokens of the answers."""
     stream = running_sums.training_stream(recipe.seed, step)
     x = running_sums.problems(recipe.batch, stream, recipe.zeros * max(0, 1 - step / recipe.curriculum))
 
@@ -85,8 +86,8 @@ def batch_of(recipe, step):
         return torch.rand(recipe.batch, columns, generator=stream)
 
     widened = min(1, max(0, step / recipe.curriculum - 1))
-    most_masked = recipe.first_most_masked + (1 - recipe.first_most_masked) * widened
-    scattered = uniform(LENGTH) < recipe.least_masked + (most_masked - recipe.least_masked) * uniform()
+    max_masked = recipe.first_most_masked + (1 - recipe.first_most_masked) * widened
+    scattered = uniform(LENGTH) < recipe.least_masked + (max_masked - recipe.least_masked) * uniform()
 
     column = torch.arange(LENGTH)
     decoded = torch.randint(LAG, LENGTH, (recipe.batch, 1), generator=stream)
@@ -96,7 +97,7 @@ def batch_of(recipe, step):
     return x, torch.where(as_in_decoding, end, scattered) & (column >= LAG)
 
 
-def loss_of(model, x, masked):
+def loss_of(model: nn.Module, x: Tensor, masked: Tensor) -> Tensor:
     """Mean cross entropy of a row's masked tokens, averaged over the rows: LLaDA's weights 1/t, up to rounding."""
     logits = model(x.masked_fill(masked, MASK)).logits
     if isinstance(model, dkv.models.Dream):
@@ -105,16 +106,23 @@ def loss_of(model, x, masked):
     return (loss.sum(1) / masked.sum(1).clamp(min=1)).mean()
 
 
-def learning_rate(recipe, step):
+def learning_rate(recipe: Recipe, step: int) -> float:
     """Linear warm-up times a cosine down to zero."""
     return recipe.lr * min(1, (step + 1) / recipe.warmup) * (1 + math.cos(math.pi * step / recipe.steps)) / 2
 
 
-def train(config, recipe, folder, *, save_every=100, device=None):
-    """Trains a model, from the state in `folder` if one is there; returns it with the losses and the seconds it took.
+def train(
+    config: models.Config,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    save_every: int = 100,
+    device: torch.device | str | None = None,
+) -> tuple[nn.Module, list[float], float]:
+    """Trains a model, from the state in `folder` if there is one; returns it with the losses and the seconds it took.
 
     Raises:
-        ValueError: the state in the folder is of another recipe or config.
+        ValueError: the state in the folder belongs to another recipe or config.
     """
     device = common.device() if device is None else device
     model = dkv.models.from_config(config, seed=recipe.seed, device=device).train()
@@ -153,14 +161,14 @@ def train(config, recipe, folder, *, save_every=100, device=None):
     return model.eval(), losses, seconds
 
 
-def save(state, path):
-    """Written beside and renamed: an interrupt leaves the old state or the new one."""
+def save(state: dict[str, Any], path: Path) -> None:
+    """Writes a new file and renames it: an interrupt leaves the old state or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, path.with_suffix(".part"))
     os.replace(path.with_suffix(".part"), path)
 
 
-def accuracy(model, prompts, *, batch=100, **decoding):
+def accuracy(model: nn.Module, prompts: Tensor, *, batch: int = 100, **decoding: Any) -> dict[str, float]:
     """Shares of right answers and of right tokens without a cache, one token a step."""
     order = decoding.pop("order", None)
     found = []
@@ -174,14 +182,14 @@ def accuracy(model, prompts, *, batch=100, **decoding):
     return {"exact_match": right.all(1).float().mean().item(), "token_accuracy": right.float().mean().item()}
 
 
-def thinned(losses):
-    """At most `CURVE_POINTS` pairs of a step and the mean loss since the pair before."""
+def thinned(losses: list[float]) -> list[list[float]]:
+    """At most `CURVE_POINTS` pairs of a step and the mean loss since the previous pair."""
     stride = math.ceil(len(losses) / CURVE_POINTS)
     parts = [losses[i : i + stride] for i in range(0, len(losses), stride)]
     return [[i * stride + len(part), statistics.fmean(part)] for i, part in enumerate(parts)]
 
 
-def draw(record, path):
+def draw(record: dict[str, Any], path: Path) -> None:
     plt = plots.load_pyplot()
     if plt is None:
         return
@@ -203,22 +211,23 @@ def draw(record, path):
         f"held-out answers right\n{record['device']}, {record['date'][:10]}",
         fontsize=11,
     )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    plots.save(figure, path)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = common.argument_parser(__doc__)
     parser.add_argument("family", choices=CONFIGS)
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU; the last bits of the weights depend on it")
-    parser.add_argument("--out", type=Path, help="folder of the checkpoint; default: benchmarks/small/FAMILY")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads; the last bits of the weights depend on them"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks/small/FAMILY")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    out = arguments.out or FOLDER / "small" / arguments.family
+    out = arguments.out or common.SMALL_MODELS / arguments.family
     recipe = Recipe(steps=arguments.steps, seed=arguments.seed)
-    model, losses, seconds = train(CONFIGS[arguments.family], recipe, FOLDER / ".training" / arguments.family)
+    model, losses, seconds = train(CONFIGS[arguments.family], recipe, STATES / arguments.family)
     model.save_pretrained(out)
     say(f"{out} has the checkpoint; now {HELD_OUT} held-out problems, twice")
     prompts = running_sums.problems(HELD_OUT, running_sums.held_out_stream())[:, :LAG]

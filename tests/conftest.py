@@ -1,7 +1,6 @@
-"""Set-up of all tests: the kernels run without a GPU, `dkv` is found, unwritten memory shows, runs repeat."""
+"""What every test relies on: the kernels run without a GPU, `dkv` is found, unwritten memory shows, runs repeat."""
 
 import contextlib
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -20,11 +19,8 @@ if not CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
-# `pytest` in a bare checkout; an installed dkv is tested as it is installed
-if importlib.util.find_spec("dkv") is None:
-    sys.path.insert(0, str(ROOT))
-# its scripts import one another by name
-sys.path.append(str(ROOT / "benchmarks"))
+# last: an installed dkv is tested as it is installed
+sys.path.append(str(ROOT))
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -74,7 +70,7 @@ def device():
 
 
 def poisoned(allocate):
-    """`allocate`, but tensors for the modules of dkv.kernels are filled with NaN or the dtype's largest integer."""
+    """`allocate`, but what the modules of dkv.kernels get from it is filled with NaN or the dtype's largest integer."""
 
     def allocate_poisoned(*args, **kwargs):
         tensor = allocate(*args, **kwargs)
@@ -104,21 +100,21 @@ def poison_unwritten_outputs():
 
 @pytest.fixture
 def unpoisoned(monkeypatch):
-    """Unpoisoned allocations, for tests that count launches."""
+    """Allocations as they are, for who counts launches."""
     for (owner, name), allocate in ALLOCATIONS.items():
         monkeypatch.setattr(owner, name, allocate)
 
 
 @pytest.fixture
 def sized_as_on_a_gpu(monkeypatch):
-    """A function: after its call, steps use the sizes known beforehand and read none from the device."""
+    """A function: from its call on, steps have the sizes that are known beforehand, and read none from the device."""
     return lambda: monkeypatch.setattr("dkv.run.reads_sizes", lambda device: False)
 
 
 @pytest.fixture
 def standing_clock(monkeypatch):
-    """No time passes for the budgets of benchmarks, so the speed of the machine decides nothing."""
-    import common
+    """No time passes for the budgets of benchmarks: what they leave out does not depend on the machine."""
+    from benchmarks.harness import common
 
     monkeypatch.setattr(common.Clock, "spent", 0.0)
     monkeypatch.setattr(common, "time", SimpleNamespace(monotonic=lambda: 0.0, perf_counter=time.perf_counter))
@@ -126,7 +122,7 @@ def standing_clock(monkeypatch):
 
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory):
-    """A copy of the repository, so that builds do not touch the real one."""
+    """A copy of the repository: what builds leave behind does not touch the real one."""
     copy = tmp_path_factory.mktemp("checkout")
     for name in ("pyproject.toml", "Makefile", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
@@ -143,7 +139,7 @@ def wheel(checkout):
     stale = checkout / "build" / "lib" / "dkv" / "kernels" / "deleted.py"
     stale.parent.mkdir(parents=True)
     stale.touch()
-    # an empty STAMP uses the running Python; MAKEFLAGS would pass on the options of a make that runs these tests
+    # an empty STAMP: with the Python at hand; MAKEFLAGS would bring the options of a make that runs these tests
     env = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"} | {"PIP_NO_INDEX": "1"}
     subprocess.run(["make", "wheel", f"PY={sys.executable}", "STAMP="], cwd=checkout, env=env, check=True, timeout=600)
     (path,) = (checkout / "dist").iterdir()

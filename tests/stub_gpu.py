@@ -1,11 +1,11 @@
-"""Triton's own way to a launch, on a driver that launches nothing: what its JIT would compile.
+"""Triton's own way to a launch, on a driver that launches nothing: shows what its JIT would compile.
 
-    python tests/stub_gpu.py            prints, as JSON, `kernel_lint.key_of` of every kernel: that warm.py compiles for
-                                        GENERATIONS, that they launch, and that come up later under VARIATIONS; and of
-                                        those for STEPS, in each of the ways of step_speed.py
+    python tests/stub_gpu.py            prints `launches.key_of` of kernels as JSON: of those that warm.py compiles for
+                                        GENERATIONS, that they launch, and that VARIATIONS add; and of those for STEPS,
+                                        in each of the ways of step_speed.py
 
-The tensors are the CPU's, which the tables take for those of an H100; the models have the true width and two layers;
-matrix products are left out. It runs in a process of its own, since the tests interpret the kernels.
+Tensors are on the CPU, and the tables take them for those of an H100. The models have the true width and two layers;
+matrix products are left out. It runs in a process of its own, because the tests interpret the kernels.
 """
 
 import contextlib
@@ -14,30 +14,21 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
 
-import kernel_lint  # noqa: E402
-import step_points  # noqa: E402
-import torch  # noqa: E402
-import triton  # noqa: E402
-import warm  # noqa: E402
-from checkpoints import TRUE_SIZE, with_layers  # noqa: E402
-from fake_gpu import NothingLater, fake_model  # noqa: E402
-from study import Point, policy_of  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import dkv  # noqa: E402
-from dkv import run  # noqa: E402
-from dkv.kernels import (  # noqa: E402
-    attention,
-    checks,
-    configs,
-    cpu,
-    lm_head,
-    packing,
-)
+import dkv
+from benchmarks import warm
+from benchmarks.harness import launches, step_points
+from benchmarks.harness.fake_gpu import NothingLater, fake_model
+from benchmarks.harness.generation import GenerationPoint, policy_of
+from benchmarks.harness.models import TRUE_SIZE, with_layers
+from dkv import run
+from dkv.kernels import attention, checks, configs, cpu, lm_head, packing
 
 ARCH = 90
 # (family, batch, prompt, generated, policy), all in one block
@@ -51,8 +42,8 @@ GENERATIONS = (
 STEPS = step_points.parse_points("LLaDA:1:1024:16,Dream:3:300:40")
 
 
-class Driver:
-    """What Triton asks of a driver; launches end in `Kernel`."""
+class StubDriver:
+    """Answers what Triton asks a driver; launches end in `StubKernel`."""
 
     def get_current_device(self):
         return 0
@@ -64,8 +55,8 @@ class Driver:
         return GPUTarget("cuda", ARCH, 32)
 
 
-class Kernel:
-    """In place of a compiled kernel."""
+class StubKernel:
+    """Replaces a compiled kernel."""
 
     function = packed_metadata = None
 
@@ -77,13 +68,13 @@ class Kernel:
 
 
 def compile_nothing(found, kernels):
-    """In place of `JITFunction._do_compile`: appends what tells the kernel from others to a list."""
+    """Replaces `JITFunction._do_compile`: appends the key of a kernel to a list."""
 
     def do_compile(kernel, key, signature, device, constexprs, options, attrs, warmup):
         kernels.append(kernel)
         source = kernel.ASTSource(kernel, signature, constexprs, attrs)
-        found.append(kernel_lint.key_of(source, options))
-        kernel.device_caches[device][0][key] = Kernel()
+        found.append(launches.key_of(source, options))
+        kernel.device_caches[device][0][key] = StubKernel()
         return kernel.device_caches[device][0][key]
 
     return do_compile
@@ -95,9 +86,9 @@ def product_of(x, weight, bias=None):
 
 @contextlib.contextmanager
 def stub_gpu():
-    """Yields a list that what the JIT would compile is appended to, each kernel once, in order."""
+    """Yields a list of the keys of what the JIT would compile, each kernel once, in order."""
     found, kernels = [], []
-    triton.runtime.driver.set_active(Driver())
+    triton.runtime.driver.set_active(StubDriver())
     with contextlib.ExitStack() as stack:
         for context in (
             mock.patch.object(JITFunction, "_do_compile", compile_nothing(found, kernels)),
@@ -122,8 +113,8 @@ def prompts(batch, length):
 
 
 def main():
-    points = [(family, Point(*numbers)) for family, *numbers, _ in GENERATIONS]
-    warmed = set(warm.launches(ARCH, [], points, ["Decode", "Decode un_right", "DualCache"], []))
+    points = [(family, GenerationPoint(*numbers)) for family, *numbers, _ in GENERATIONS]
+    warmed = set(warm.launches(ARCH, [], points, ["Decode", "Decode un_right", "DualCache"]))
     with stub_gpu() as launched:
         for family, batch, prompt, gen_length, label in GENERATIONS:
             policy, _ = policy_of(family, label)
@@ -135,17 +126,17 @@ def main():
             options = {"batch": 2, "prompt": 300, "gen_length": 8} | options
             dkv.generate(model, prompts(options.pop("batch"), options.pop("prompt")), **options)
     found = {"warmed": sorted(warmed), "launched": launched[:known], "varied": launched[known:]}
-    print(json.dumps(found | {"warmed_steps": sorted(warm.launches(ARCH, STEPS, [], [], [])), "steps": steps()}))
+    print(json.dumps(found | {"warmed_steps": sorted(warm.launches(ARCH, STEPS)), "steps": steps()}))
 
 
 def steps():
-    """{way: what STEPS launch beyond what the ways before it did}."""
+    """{way: what STEPS launch beyond the ways before it}."""
     found = {}
     with stub_gpu() as launched, mock.patch.object(run, "LateSizes", NothingLater):
         runs = []
-        for family, *sizes in STEPS:
-            model = fake_model(with_layers(TRUE_SIZE[family][1], 2), device="cpu")
-            runs.append(step_points.at_step(model, family, *sizes))
+        for point in STEPS:
+            model = fake_model(with_layers(TRUE_SIZE[point.family][1], 2), device="cpu")
+            runs.append(step_points.at_step(model, point))
         for way in step_points.ways(ARCH):
             known = 0 if way is step_points.LIBRARY else len(launched)
             for current in runs:

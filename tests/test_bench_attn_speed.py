@@ -12,14 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import attn_speed
-import common
-import plots
-import providers
 import pytest
 import torch
-from providers import Canvas, Case, Point
 from utils import run_python
+
+from benchmarks import attn_speed
+from benchmarks.harness import attention, common, plots
+from benchmarks.harness.attention import AttentionPoint, Canvas, LayerCase
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,14 +27,14 @@ ROW_KEYS = {"model", "batch", "seqlen", "active", "provider", "ms", "gbps", "tfl
 
 
 def make_case(model, batch, seqlen, active, ragged=False, device="cpu"):
-    point = Point(model, batch, seqlen, active, ragged)
+    point = AttentionPoint(model, batch, seqlen, active, ragged)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    return Case(Canvas(point, sets=2, device=device, dtype=dtype), point)
+    return LayerCase(Canvas(point, sets=2, device=device, dtype=dtype), point)
 
 
 def error_of(provider, case):
     restore = case.poison()
-    error = providers.relative_error(provider.unpack(provider.run(0)), *case.oracle())
+    error = attention.relative_error(provider.unpack(provider.run(0)), *case.oracle())
     restore()
     return error
 
@@ -45,27 +44,27 @@ def error_of(provider, case):
 
 def test_counts_by_hand():
     # one row, 10 keys, 2 queries; K and V 2 * 32 * 128 = 8192 numbers a position, q and the output 4096 each
-    llada = Point("LLaDA-8B", 1, 10, 2)
-    assert providers.necessary_bytes(llada, 4) == 4 * (10 * 8192 + 2 * 8192 + 2 * 4096 + 2 * 4096)
-    assert providers.necessary_bytes(llada, 4, attention_alone=True) == 4 * (10 * 8192 + 2 * 2 * 4096)
-    assert providers.necessary_flops(llada) == 2 * (2 * 10 * 128 + 2 * 10 * 128) * 32
-    assert providers.full_recompute_flops(llada) == 5 * providers.necessary_flops(llada)
+    llada = AttentionPoint("LLaDA-8B", 1, 10, 2)
+    assert attention.necessary_bytes(llada, 4) == 4 * (10 * 8192 + 2 * 8192 + 2 * 4096 + 2 * 4096)
+    assert attention.necessary_bytes(llada, 4, attention_alone=True) == 4 * (10 * 8192 + 2 * 2 * 4096)
+    assert attention.necessary_flops(llada) == 2 * (2 * 10 * 128 + 2 * 10 * 128) * 32
+    assert attention.full_recompute_flops(llada) == 5 * attention.necessary_flops(llada)
     # 4 K/V heads: 1024 numbers a position; 28 query heads: 3584
-    dream = Point("Dream-7B", 3, 16, 4)
-    assert providers.necessary_bytes(dream, 2) == 2 * 3 * (16 * 1024 + 4 * 1024 + 2 * 4 * 3584)
-    assert providers.necessary_flops(dream) == 3 * 4 * 4 * 16 * 3584
+    dream = AttentionPoint("Dream-7B", 3, 16, 4)
+    assert attention.necessary_bytes(dream, 2) == 2 * 3 * (16 * 1024 + 4 * 1024 + 2 * 4 * 3584)
+    assert attention.necessary_flops(dream) == 3 * 4 * 4 * 16 * 3584
 
 
 def test_ragged_rows_by_hand():
-    point = Point("Dream-7B", 4, 16, 2, ragged=True)
+    point = AttentionPoint("Dream-7B", 4, 16, 2, ragged=True)
     assert point.lengths == [4, 8, 12, 16]
     assert point.leftpads == [0, 8, 0, 0]
     assert sorted(point.counts) == [1, 2, 3, 4]
-    assert providers.necessary_bytes(point, 2) == 2 * (40 * 1024 + 10 * 1024 + 2 * 10 * 3584)
+    assert attention.necessary_bytes(point, 2) == 2 * (40 * 1024 + 10 * 1024 + 2 * 10 * 3584)
     pairs = sum(a * n for a, n in zip(point.counts, (4, 8, 12, 16), strict=True))
-    assert providers.necessary_flops(point) == 4 * pairs * 3584
+    assert attention.necessary_flops(point) == 4 * pairs * 3584
     # no more active positions than keys
-    assert max(Point("Dream-7B", 4, 16, 16, ragged=True).counts) <= 16
+    assert max(AttentionPoint("Dream-7B", 4, 16, 16, ragged=True).counts) <= 16
 
 
 def test_summary_by_hand():
@@ -73,7 +72,7 @@ def test_summary_by_hand():
         families = {"ours": ours, "cheap fix": cheap, "authors' way": authors}
         return [{"family": family, "ms": ms} for family, ms in families.items()]
 
-    few, many = Point("LLaDA-8B", 1, 512, 1), Point("LLaDA-8B", 1, 512, 256)
+    few, many = AttentionPoint("LLaDA-8B", 1, 512, 1), AttentionPoint("LLaDA-8B", 1, 512, 256)
     summary = attn_speed.summarise([(few, rows(1.0, 2.0, 8.0)), (many, rows(1.0, 0.5, 2.0))])
     assert summary["active < length / 4"]["cheap fix"] == {"geomean": 2.0, "least": 2.0, "points": 1}
     assert summary["all points"]["best alternative"] == {"geomean": 1.0, "least": 0.5, "points": 2}
@@ -90,13 +89,13 @@ SHAPES = [("LLaDA-8B", 1, 40, 3), ("Dream-7B", 2, 40, 5), ("LLaDA-8B", 3, 32, 4,
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_provider_agrees_with_the_oracle(shape, device):
     case = make_case(*shape, device=device)
-    math = providers.sdpa(case.canvas.model, torch.nn.attention.SDPBackend.MATH)
+    math = attention.sdpa(case.canvas.model, torch.nn.attention.SDPBackend.MATH)
     contestants = [
-        providers.ours(case),
-        *providers.rivals(case, with_full=True),
-        providers.cheap_fix(case, math, "our write", fused=True),
-        providers.full_recompute(case, math, "our RoPE", fused=True),
-        providers.full_recompute(case, providers.sdpa(case.canvas.model, repeat=True), "repeated heads"),
+        attention.ours(case),
+        *attention.rivals(case, with_full=True),
+        attention.cheap_fix(case, math, "our write", fused=True),
+        attention.full_recompute(case, math, "our RoPE", fused=True),
+        attention.full_recompute(case, attention.sdpa(case.canvas.model, repeat=True), "repeated heads"),
     ]
     assert {"ours", "cheap fix", "full recompute"} <= {provider.family for provider in contestants}
     for provider in contestants:
@@ -105,17 +104,17 @@ def test_every_provider_agrees_with_the_oracle(shape, device):
         except RuntimeError:
             assert device == "cuda" and provider.family != "ours", "only a GPU backend may refuse a shape"
             continue
-        assert error <= providers.TOLERANCES[case.canvas.dtype], provider.name
-    alone = providers.ours_attention_alone(case)
-    assert providers.relative_error(alone.run(0), *case.oracle()) <= providers.TOLERANCES[case.canvas.dtype]
+        assert error <= attention.TOLERANCES[case.canvas.dtype], provider.name
+    alone = attention.ours(case, attention_alone=True)
+    assert attention.relative_error(alone.run(0), *case.oracle()) <= attention.TOLERANCES[case.canvas.dtype]
 
 
-ours = providers.ours
+ours = attention.ours
 
 
 def without_cache_write(case):
     right = ours(case)
-    return dataclasses.replace(right, run=providers.ours_attention_alone(case).run)
+    return dataclasses.replace(right, run=ours(case, attention_alone=True).run)
 
 
 def without_padding(case):
@@ -145,12 +144,12 @@ BREAKS = [without_cache_write, without_padding, without_rotation, with_one_query
 @pytest.mark.parametrize("broken", BREAKS, ids=lambda function: function.__name__)
 def test_a_broken_provider_fails_the_check(broken):
     case = make_case("Dream-7B", 3, 32, 4, ragged=True)
-    assert not error_of(broken(case), case) <= providers.TOLERANCES[torch.float32]
+    assert not error_of(broken(case), case) <= attention.TOLERANCES[torch.float32]
 
 
 def test_a_broken_provider_is_not_timed(monkeypatch, capsys, tmp_path, standing_clock):
-    monkeypatch.setattr(providers, "ours", without_cache_write)
-    arguments = ["--points", TINY, "--no-lint", "--no-plot", "--budget", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(attention, "ours", without_cache_write)
+    arguments = ["--points", TINY, "--no-plot", "--budget", "1", "--out", str(tmp_path)]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert attn_speed.main(arguments) == 1
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -164,7 +163,7 @@ def test_a_graph_that_fails_takes_no_pool_with_it(monkeypatch):
     """PyTorch takes a pool back for good once all of its graphs are gone, so the next one gets another."""
     pools = iter(range(9))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
-    bench = attn_speed.Bench(attn_speed.CPU, None, None, seconds_per_point=0)
+    bench = attn_speed.AttentionBench(attn_speed.CPU, None, None, seconds_per_point=0)
     bench.on_gpu, given = True, []
 
     def timer(run, sets, pool):
@@ -173,9 +172,9 @@ def test_a_graph_that_fails_takes_no_pool_with_it(monkeypatch):
             raise RuntimeError("no kernel")
         return common.HostTimer(run, sets)
 
-    monkeypatch.setattr(bench, "timer", timer)
+    monkeypatch.setattr(common, "make_timer", timer)
     case = make_case("LLaDA-8B", 1, 48, 4)
-    timers = bench.checked_timers(case, [providers.ours(case)] * 5)
+    timers = bench.checked_timers(case, [attention.ours(case)] * 5)
     # of the fourth the third one's graphs are left
     assert given == [0, 1, 2, 2, 2] and len(timers) == 2
 
@@ -184,22 +183,22 @@ def test_a_graph_that_fails_takes_no_pool_with_it(monkeypatch):
 
 
 def test_an_error_at_one_point_keeps_the_others(monkeypatch, tmp_path, standing_clock):
-    rivals = providers.rivals
+    rivals = attention.rivals
 
     def broken(case, **options):
         if case.point.active == 4:
             raise ZeroDivisionError("no mask for that")
         return rivals(case, **options)
 
-    monkeypatch.setattr(providers, "rivals", broken)
+    monkeypatch.setattr(attention, "rivals", broken)
     points = "LLaDA-8B:1:32:4,LLaDA-8B:1:32:8"
-    arguments = ["--points", points, "--budget", "1", "--no-lint", "--no-plot", "--out", str(tmp_path)]
+    arguments = ["--points", points, "--budget", "1", "--no-plot", "--out", str(tmp_path)]
     assert attn_speed.main(arguments) == 1
     result = json.loads((tmp_path / "attn_speed_points.json").read_text())
     assert {row["active"] for row in result["rows"]} == {8}
     (refused,) = result["refused"]
     assert refused["reason"] == "ZeroDivisionError: no mask for that"
-    assert refused["point"] == str(Point("LLaDA-8B", 1, 32, 4, False))
+    assert refused["point"] == str(AttentionPoint("LLaDA-8B", 1, 32, 4, False))
 
 
 def test_interleaved_samples_are_bounded_and_spread(monkeypatch):
@@ -217,12 +216,12 @@ def test_interleaved_samples_are_bounded_and_spread(monkeypatch):
 
     monkeypatch.setattr(common, "time", SimpleNamespace(monotonic=lambda: now))
     order = []
-    common.interleave([Timer("fast", 1e-3), Timer("slow", 1.0)], seconds=0.1, least=5, most=20)
+    common.interleave([Timer("fast", 1e-3), Timer("slow", 1.0)], seconds=0.1, samples=(5, 20))
     assert order.count("fast") == 20 and order.count("slow") == 5
     first, last = order.index("slow"), len(order) - 1 - order[::-1].index("slow")
     assert first < 8 and last > 15
     order, passes = [], 1.0
-    common.interleave([Timer("fast", 1e-3), Timer("slow", 1.0)], seconds=0.1, least=5, most=20)
+    common.interleave([Timer("fast", 1e-3), Timer("slow", 1.0)], seconds=0.1, samples=(5, 20))
     assert 2 <= order.count("slow") < 5 and order.count("fast") < 20
 
 
@@ -308,7 +307,7 @@ def check_result(result):
 
 
 def test_a_run_from_elsewhere_writes_everything(tmp_path):
-    options = ("--points", TINY, "--no-lint", "--budget", "1e6", "--out", tmp_path / "out")
+    options = ("--points", TINY, "--budget", "1e6", "--out", tmp_path / "out")
     run = run_python(ROOT / "benchmarks" / "attn_speed.py", *options, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     check_result(json.loads(run.stdout.splitlines()[-1]))
@@ -327,7 +326,7 @@ def test_a_run_from_elsewhere_writes_everything(tmp_path):
 def test_without_budget_it_says_what_was_not_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(common.Clock, "left", -1.0)
-    options = ("--points", TINY, "--no-lint", "--no-plot", "--out", str(tmp_path))
+    options = ("--points", TINY, "--no-plot", "--out", str(tmp_path))
     assert attn_speed.main(options) == 1
     output = capsys.readouterr().out
     result = json.loads(output.splitlines()[-1])
@@ -338,7 +337,7 @@ def test_without_budget_it_says_what_was_not_run(tmp_path, monkeypatch, capsys):
 def test_a_stopped_run_keeps_what_it_has(tmp_path):
     """Started as a module."""
     points = ",".join(["LLaDA-8B:1:48:4", *(f"Dream-7B:1:128:{active}" for active in range(1, 128))])
-    command = [sys.executable, "-m", "benchmarks.attn_speed", "--no-lint", "--no-plot", "--budget", "1e6"]
+    command = [sys.executable, "-m", "benchmarks.attn_speed", "--no-plot", "--budget", "1e6"]
     command += ["--out", str(tmp_path)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with subprocess.Popen(
@@ -375,13 +374,13 @@ def test_bad_points_are_refused(capsys):
         assert "MODEL:BATCH:LENGTH:ACTIVE" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("plan", [attn_speed.GPU, attn_speed.GPU_QUICK, attn_speed.CPU, attn_speed.CPU_QUICK])
-def test_no_point_of_a_plan_comes_twice(plan):
+@pytest.mark.parametrize("grid", [attn_speed.GPU, attn_speed.GPU_QUICK, attn_speed.CPU, attn_speed.CPU_QUICK])
+def test_no_point_of_a_grid_comes_twice(grid):
     """And the points of FlexAttention are among them: a full step is the first of its group."""
-    groups = list(attn_speed.points_of(plan, providers.MODELS))
+    groups = list(attn_speed.points_of(grid))
     points = [point for group in groups for point in group]
     assert len(set(points)) == len(points)
-    assert set(plan.flex) <= {(p.batch, p.seqlen, p.active) for p in points}
+    assert set(grid.flex) <= {(p.batch, p.seqlen, p.active) for p in points}
     assert all(group[0].active == max(p.active for p in group) for group in groups)
 
 

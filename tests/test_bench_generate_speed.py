@@ -8,31 +8,24 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import checkpoints
-import common
-import generate_speed
 import hub
-import linear_speed
-import peer
-import plots
 import pytest
-import roofline
-import step_profile
-import study
-import systems
 import tiny
 import torch
-from roofline import Sizes, Step
-from study import Point, Study
-from systems import Job, Ours, PlainLoop
 from utils import run_python
 
 import dkv
+from benchmarks import generate_speed
+from benchmarks.harness import common, generation, models, peer, plots, products, roofline, step_profile, systems
+from benchmarks.harness.generation import GenerationPoint, Study
+from benchmarks.harness.roofline import Sizes, Work
+from benchmarks.harness.systems import Job, Ours, PlainLoop
 
 ROOT = Path(__file__).resolve().parent.parent
 
 CEILINGS = {"bandwidth": 1e9, "flops": 1e10}
-SIZES = Sizes(hidden=8, mlp=16, layers=3, nheads=4, nheads_k=2, headdim=2, vocabulary=32, element_size=4)
+CONFIG = SimpleNamespace(hidden_size=8, mlp_size=16, layers=3, nheads=4, nheads_k=2, headdim=2, vocab_size=32)
+SIZES = Sizes(CONFIG, element_size=4)
 
 
 def tiny_study(family):
@@ -46,18 +39,18 @@ def tiny_study(family):
 def test_operations_by_hand():
     # Q and output 8 x 8, K and V 8 x 4 each, three of the MLP 8 x 16
     assert SIZES.kv_weights == 64 and SIZES.layer_weights == 64 + 64 + 64 + 384
-    everything = Step(batch=2, seqlen=5, active=10, candidates=10)
+    everything = Work(batch=2, seqlen=5, active=10, candidates=10)
     linear, attention, head = 3 * 2 * 10 * 576, 3 * 4 * 10 * 5 * 8, 2 * 10 * 8 * 32
     assert roofline.operations(SIZES, [everything]) == linear + attention + head
     assert everything.full
-    cached = Step(batch=2, seqlen=5, active=3, candidates=1)
+    cached = Work(batch=2, seqlen=5, active=3, candidates=1)
     assert roofline.operations(SIZES, [cached]) == 3 * (2 * 3 * 576 + 4 * 3 * 5 * 8) + 2 * 8 * 32
     assert roofline.operations(SIZES, [cached, cached]) == 2 * roofline.operations(SIZES, [cached])
     assert not cached.full
 
 
 def test_floors_by_hand():
-    step = Step(batch=2, seqlen=5, active=3, candidates=1)
+    step = Work(batch=2, seqlen=5, active=3, candidates=1)
     bytes_alone = roofline.floors(SIZES, step, {"bandwidth": 1.0, "flops": float("inf")})
     keys = 2 * 5 + 3  # read and written; K and V of a position are 8 numbers, queries and outputs 8 each
     assert bytes_alone["attention"] == 4 * (3 * keys * 8 + 2 * 8 * (2 * 3 + 1))
@@ -72,14 +65,13 @@ def test_floors_by_hand():
 
 
 def test_sizes_of_the_true_models():
-    settings = checkpoints.settings_of(checkpoints.TRUE_SIZE["LLaDA"][1])
-    sizes = Sizes.of(SimpleNamespace(model_config=settings, dtype=torch.bfloat16))
-    weights = sizes.layers * sizes.layer_weights + 2 * sizes.vocabulary * sizes.hidden
+    sizes = Sizes.of(SimpleNamespace(model_config=models.MODELS["LLaDA-8B"], dtype=torch.bfloat16))
+    weights = 32 * sizes.layer_weights + 2 * sizes.model.vocab_size * sizes.model.hidden_size
     assert weights == pytest.approx(8.02e9, rel=0.01)
     # the floor of a cached step of one row: its weights but for the embedding, at 3 TB/s
-    floor = roofline.floor(sizes, Step(1, 1024, 32, 32), {"bandwidth": 3e12, "flops": 800e12})
+    floor = roofline.floor(sizes, Work(1, 1024, 32, 32), {"bandwidth": 3e12, "flops": 800e12})
     assert floor == pytest.approx(5.2e-3, rel=0.05)
-    shapes = linear_speed.shapes(checkpoints.settings_of(checkpoints.TRUE_SIZE["Dream"][1]))
+    shapes = products.shapes(models.MODELS["Dream-7B"])
     assert shapes["Q, K, V"] == (4608, 3584) and shapes["gate, up"] == (37888, 3584)
 
 
@@ -100,9 +92,9 @@ def test_the_plain_loop_is_no_cache(family, block_length, gen_length, steps):
 
 
 @pytest.mark.parametrize("family", ["LLaDA", "Dream"])
-@pytest.mark.parametrize("label", study.POLICIES)
+@pytest.mark.parametrize("label", generation.POLICIES)
 def test_the_work_of_a_run_is_what_it_did(family, label):
-    job = tiny_study(family).job(label, Point(2, 12, 12))
+    job = tiny_study(family).job(label, GenerationPoint(2, 12, 12))
     system = Ours(tiny_study(family).model)
     outcome = system.run(job)
     output = dkv.generate(
@@ -220,7 +212,7 @@ def peers(tmp_path):
 @pytest.fixture
 def bench(monkeypatch, capsys, tmp_path, standing_clock):
     """Runs generate_speed here, on tiny models; returns (exit status, what it printed, the JSON of its last line)."""
-    tiny_models = {family: (f"{family}-tiny", tiny.CONFIGS[family.lower()]()) for family in checkpoints.FAMILIES}
+    tiny_models = {family: (f"{family}-tiny", tiny.CONFIGS[family.lower()]()) for family in models.FAMILIES}
     monkeypatch.setattr(generate_speed, "SCALED_DOWN", tiny_models)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(common, "measure_ceilings", lambda: CEILINGS)
@@ -257,10 +249,10 @@ def test_on_a_gpu_peers_take_turns(bench, peers, monkeypatch):
     """One in memory at a time; here they answer in this process."""
     alive = []
 
-    class Watched(systems.Peer):
-        def __init__(self, name, folder, *rest, **settings):
+    class Watched(systems.PeerProcess):
+        def __init__(self, name, folder, *rest):
             self.driver = peer.Driver(name, folder)
-            super().__init__(name, folder, *rest, **settings)
+            super().__init__(name, folder, *rest)
             alive.append(name)
             assert alive == [name], "one at a time"
 
@@ -274,7 +266,7 @@ def test_on_a_gpu_peers_take_turns(bench, peers, monkeypatch):
             super().close()
             alive.clear()
 
-    class OnGPU(generate_speed.Bench):
+    class OnGPU(generate_speed.GenerationBench):
         def __init__(self, arguments):
             super().__init__(arguments)
             self.cuda, self.dtype = True, torch.float32
@@ -282,8 +274,8 @@ def test_on_a_gpu_peers_take_turns(bench, peers, monkeypatch):
     monkeypatch.setattr(systems, "subprocess", SimpleNamespace(Popen=mock.Mock(), PIPE=None))
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.setattr(generate_speed, "TRUE_SIZE", generate_speed.SCALED_DOWN)
-    monkeypatch.setattr(generate_speed, "Peer", Watched)
-    monkeypatch.setattr(generate_speed, "Bench", OnGPU)
+    monkeypatch.setattr(generate_speed, "PeerProcess", Watched)
+    monkeypatch.setattr(generate_speed, "GenerationBench", OnGPU)
     monkeypatch.setitem(sys.modules, "transformers", None)
     status, output, result = bench(*POINT, *peers)
     assert status == 1 and len(result["mismatches"]) == 1 and "Decode: dkv-cache" in result["mismatches"][0]
@@ -295,7 +287,7 @@ def test_on_a_gpu_peers_take_turns(bench, peers, monkeypatch):
     assert theirs["speedup"] > 0 and theirs["cap"] == rows["dkv", "Decode"]["cap"] and theirs["times_ours"] > 0
 
 
-@pytest.mark.parametrize("family", checkpoints.FAMILIES)
+@pytest.mark.parametrize("family", models.FAMILIES)
 def test_the_official_loops_agree(bench, family):
     if hub.skip_reason():
         pytest.skip(hub.skip_reason())
@@ -309,9 +301,8 @@ def test_a_peer_that_dies_says_so(tmp_path):
     program = tmp_path / "python"
     program.write_text("#!/bin/sh\necho 'the last words' >&2\n")
     program.chmod(0o755)
-    settings = {"family": "LLaDA", "config": {}, "seed": 0, "dtype": torch.float32, "device": torch.device("cpu")}
     with pytest.raises(systems.Failed, match="it ended: the last words"):
-        systems.Peer("official", tmp_path, str(program), **settings)
+        systems.PeerProcess("official", tmp_path, str(program), {})
 
 
 # ---- order, rows, arguments
@@ -332,24 +323,24 @@ def test_samples_are_interleaved_or_one_after_the_other():
     for interleaved, expected in ((True, "ababab"), (False, "aaabbb")):
         order = []
         entries = [Timed(name, order) for name in "ab"]
-        study.take_samples(entries, 3, 60, interleaved=interleaved)
+        generation.take_samples(entries, 3, 60, interleaved=interleaved)
         assert "".join(order) == expected
     # without time the first alone
     for interleaved in (True, False):
         order = []
-        study.take_samples([Timed(name, order) for name in "ab"], 3, -1, interleaved=interleaved)
+        generation.take_samples([Timed(name, order) for name in "ab"], 3, -1, interleaved=interleaved)
         assert order == ["a"]
 
 
 def test_every_policy_and_kind(bench, tmp_path, monkeypatch):
-    points = (Point(1, 16, 8, "one"), Point(2, 8, 8, "two"))
-    plan = generate_speed.Plan(points=points, grid=(Point(2, 16, 8),), samples=1)
-    monkeypatch.setattr(generate_speed, "CPU", plan)
+    points = (GenerationPoint(1, 16, 8, "one"), GenerationPoint(2, 8, 8, "two"))
+    agenda = generate_speed.Agenda(points=points, grid=(GenerationPoint(2, 16, 8),), samples=1)
+    monkeypatch.setattr(generate_speed, "CPU", agenda)
     status, output, result = bench("--profile", "--budget", "1")
     assert status == 0 and not result["mismatches"] and not result["not_run"], output
     kinds = {kind: [row for row in result["rows"] if row["kind"] == kind] for kind in ("run", "steps", "threshold")}
-    assert {row["label"] for row in kinds["run"]} == set(study.LABELS)
-    assert {row["label"] for row in kinds["run"] if row["batch"] == 2} == set(plan.few)
+    assert {row["label"] for row in kinds["run"]} == set(generation.LABELS)
+    assert {row["label"] for row in kinds["run"] if row["batch"] == 2} == set(agenda.few)
     for row in result["rows"]:
         assert row["seconds"] > 0 and row["tokens_per_s"] > 0 and row["peak_bytes"] > 1e5 and row["ms_full_step"] > 0
         assert row["floor_ms"] > 0 and row["fraction_of_floor"] > 0 and row["floor_ms_full_step"] > 0
@@ -364,7 +355,7 @@ def test_every_policy_and_kind(bench, tmp_path, monkeypatch):
     assert decode["cap"] > 1.2 and decode["floor_ms_cached_step"] < decode["floor_ms_full_step"]
 
     assert {(p["model"], p["step"]) for p in result["profiles"]} == {
-        (f"{family}-tiny", step) for family in checkpoints.FAMILIES for step in ("full", "cached")
+        (f"{family}-tiny", step) for family in models.FAMILIES for step in ("full", "cached")
     }
     for profile in result["profiles"]:
         groups = profile["groups"]
@@ -458,10 +449,10 @@ def test_bad_arguments_are_refused(tmp_path, capsys):
     assert [(name, python) for name, _, python in found] == [("official", "some/python"), ("fast-dllm", "other/python")]
 
 
-@pytest.mark.parametrize("plan", [generate_speed.GPU, generate_speed.CPU, generate_speed.QUICK])
-def test_a_plan_names_policies_that_there_are(plan):
-    assert {*plan.few, *plan.with_threshold} <= set(study.LABELS)
-    assert len(set(plan.grid)) == len(plan.grid)
+@pytest.mark.parametrize("agenda", [generate_speed.GPU, generate_speed.CPU, generate_speed.QUICK])
+def test_an_agenda_names_policies_that_there_are(agenda):
+    assert {*agenda.few, *agenda.with_threshold} <= set(generation.LABELS)
+    assert len(set(agenda.grid)) == len(agenda.grid)
 
 
 def test_kernels_of_a_gpu_find_their_group():
@@ -481,19 +472,6 @@ def test_kernels_of_a_gpu_find_their_group():
         ("void at::native::vectorized_elementwise_kernel<4, ...>", step_profile.REST),
     ):
         assert step_profile.group_of(kernel) == group
-
-
-def test_linear_speed_in_little_time(capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(linear_speed, "COLD_BYTES", 1)
-    small = {family: (name, checkpoints.SCALED_DOWN[family][1]) for family, (name, _) in checkpoints.TRUE_SIZE.items()}
-    monkeypatch.setattr(linear_speed, "TRUE_SIZE", small)
-    linear_speed.main(["--rows", "1,3", "--budget", "1"])
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert len(result["rows"]) + 2 * len(result["not_run"]) == 2 * 2 * 5
-    assert all(row["ms"] > 0 and row["gbps"] > 0 and row["fraction_of_floor"] > 0 for row in result["rows"])
-    with pytest.raises(SystemExit):
-        linear_speed.main(["--rows", "1,x"])
 
 
 def test_no_picture_without_runs(tmp_path):

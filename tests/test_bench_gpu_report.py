@@ -10,14 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import attn_speed
-import common
-import generate_speed
-import gpu_report
 import pytest
 import torch
-import warm
 from utils import run_python
+
+from benchmarks import attn_speed, generate_speed, gpu_report, warm
+from benchmarks.harness import common
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,7 +29,7 @@ REHEARSED = {
 FILES = {
     "first": {"triton.tgz", "steps.jsonl", "tests-first.xml"},
     "second": {
-        "linear_speed.json",
+        "products.jsonl",
         *(f"{name}_speed_points.{kind}" for name in ("attn", "generate") for kind in ("json", "csv")),
     },
     "third": {"tests-third.xml"},
@@ -47,12 +45,12 @@ def test_the_report_keeps_to_its_limits(tmp_path, monkeypatch, capsys):
     # every look at the clock is a second later; the limits of processes are real, and far away
     monkeypatch.setattr(gpu_report, "time", SimpleNamespace(monotonic=itertools.count().__next__))
     steps = [
-        gpu_report.Step("good", 1000, python("print('x' * 1000); print('fine')")),
-        gpu_report.Step("bad", 1000, python("raise SystemExit(7)")),
-        gpu_report.Step("known", 1000, python("raise SystemExit(5)"), statuses={5: "not run: nothing to do"}),
-        gpu_report.Step("missing", 1000, (), unavailable="the tool is not installed"),
-        gpu_report.Step("late", -3993, python("print('never')")),
-        gpu_report.Step("too little", 2000, python("print('never')"), least=2005),
+        gpu_report.StageStep("good", 1000, python("print('x' * 1000); print('fine')")),
+        gpu_report.StageStep("bad", 1000, python("raise SystemExit(7)")),
+        gpu_report.StageStep("known", 1000, python("raise SystemExit(5)"), statuses={5: "not run: nothing to do"}),
+        gpu_report.StageStep("missing", 1000, (), unavailable="the tool is not installed"),
+        gpu_report.StageStep("late", -3993, python("print('never')")),
+        gpu_report.StageStep("too little", 2000, python("print('never')"), min_seconds=2005),
     ]
     report = {"stage": "first", "steps": []}
     gpu_report.run_steps(steps, report, tmp_path)
@@ -76,7 +74,7 @@ def test_the_report_keeps_to_its_limits(tmp_path, monkeypatch, capsys):
 
 def test_a_step_that_does_not_end_is_ended(tmp_path, monkeypatch):
     """With its children; what it wrote is kept."""
-    monkeypatch.setattr(gpu_report, "LEAST_SECONDS", 0)
+    monkeypatch.setattr(gpu_report, "MIN_SECONDS", 0)
     monkeypatch.setattr(gpu_report, "GRACE_SECONDS", 0.5)
     sleeping = f"import subprocess; open({str(tmp_path / 'began')!r}, 'w'); subprocess.run(['sleep', '600'])"
     waits, wait = [], subprocess.Popen.wait
@@ -89,7 +87,7 @@ def test_a_step_that_does_not_end_is_ended(tmp_path, monkeypatch):
 
     monkeypatch.setattr(subprocess.Popen, "wait", wait_until_begun)
     with (tmp_path / "report-first.log").open("w+") as log:
-        record = gpu_report.run_step(gpu_report.Step("endless", 0.3, python(sleeping)), 0.3, log)
+        record = gpu_report.run_step(gpu_report.StageStep("endless", 0.3, python(sleeping)), 0.3, log)
     assert record["status"].startswith("timed out after 0 s") and 0.3 <= record["seconds"]
 
 
@@ -97,7 +95,7 @@ def test_what_a_step_prints_is_written_as_it_comes(tmp_path, monkeypatch):
     """Before the step ends: the last one may be cut off by whoever runs the report."""
     reading = f"print('first', flush=True); print('seen' if 'first' in open({str(tmp_path / 'report-first.log')!r}).read() else '')"
     report = {"stage": "first", "steps": []}
-    gpu_report.run_steps([gpu_report.Step("reader", 600, python(reading))], report, tmp_path)
+    gpu_report.run_steps([gpu_report.StageStep("reader", 600, python(reading))], report, tmp_path)
     assert report["steps"][0]["output"].splitlines() == ["first", "seen"]
 
 
@@ -151,7 +149,9 @@ def test_the_steps_of_a_gpu(stage, monkeypatch, tmp_path):
     for step in steps:
         assert bool(step.unavailable) == (step.name in ("memcheck", "racecheck"))
         # importing PyTorch under a sanitizer alone takes half a minute
-        assert step.least == (step.seconds if step.unavailable else 0) and (not step.unavailable or step.least >= 120)
+        assert step.min_seconds == (step.seconds if step.unavailable else 0) and (
+            not step.unavailable or step.min_seconds >= 120
+        )
         files = [Path(part) for part in step.command if part.endswith(".py")]
         assert files and all((ROOT / file).exists() for file in files)
         names = {file.stem for file in files}

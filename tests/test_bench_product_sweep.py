@@ -4,16 +4,15 @@ import functools
 import json
 from types import SimpleNamespace
 
-import common
-import product_cases
-import product_sweep
 import pytest
 import torch
-import warm
-from checkpoints import dream, llada
-from fake_gpu import Launch, fake_gpu, fake_model, fake_run, on_gpu
 
 import dkv
+from benchmarks import product_sweep, warm
+from benchmarks.harness import common, products
+from benchmarks.harness.fake_gpu import fake_gpu, fake_model, fake_run
+from benchmarks.harness.launches import Launch, on_gpu
+from benchmarks.harness.models import dream, llada, model_config
 from dkv.kernels import configs, reference
 
 CUDA = torch.device("cuda", 0)
@@ -63,7 +62,7 @@ def measured(monkeypatch):
     """A function that makes times: of a launch as `us` says, of the library 100 us; nothing waits for a clock."""
 
     def make(us):
-        def measure(case, launches, seconds):
+        def measure(case, launches, *rest):
             rows = [({"setting": "default"}, 120.0), ({"setting": "cublaslt"}, 100.0)]
             return rows + [({"config": vars(launch)}, us(case, launch)) for launch in launches], []
 
@@ -134,7 +133,7 @@ def test_a_wrong_candidate_is_left_out(table, as_h100, monkeypatch):
         return {"writes nothing": torch.empty(out.shape), "mixes up columns": out.roll(1, dims=1)}.get(fault, out)
 
     ours = SimpleNamespace(**{name: accepting(getattr(reference, name)) for name in NAMES}, linear_swiglu=broken)
-    monkeypatch.setattr(product_cases, "direct", lambda impl, tensor: ours)
+    monkeypatch.setattr(products, "direct", lambda impl, tensor: ours)
     monkeypatch.setattr(product_sweep, "SCALED_DOWN", {"LLaDA": MODELS["LLaDA"]})
     lines, written = swept(table, rows="16", status=1)
     failed = {}
@@ -195,9 +194,11 @@ def test_the_check_sees_everything_that_a_kernel_leaves(name, operator, fault, s
     twins = {each: accepting(getattr(reference, each)) for each in (*NAMES, "linear_swiglu")}
     faulty = functools.partial(fault, getattr(reference, operator))
     for right, kernels in ((True, twins), (False, twins | {operator: accepting(faulty)})):
-        monkeypatch.setattr(product_cases, "direct", lambda impl, tensor, k=kernels: SimpleNamespace(**k))
+        monkeypatch.setattr(products, "direct", lambda impl, tensor, k=kernels: SimpleNamespace(**k))
         torch.manual_seed(0)
-        made = product_cases.cases(MODELS["Dream"][1], 5, device=torch.device("cpu"), dtype=torch.float32, copies=1)
+        made = products.cases(
+            model_config(MODELS["Dream"][1]), 5, device=torch.device("cpu"), dtype=torch.float32, copies=1
+        )
         case, launch = next((case, launches[0]) for found, case, launches in made if found == name)
         if right:
             case.check(launch)
@@ -214,7 +215,7 @@ def test_a_budget_may_end_anywhere(table, as_h100, measured, monkeypatch, capsys
     monkeypatch.setattr(common.Clock, "spent", property(lambda clock: next(looks)))
     _, written = swept(table, "--budget", "13")
     found = [(row["rows"], row["kind"]) for row in written["products"]]
-    assert len(found) == 12 and found[8:] == [(32, kind) for kind in product_cases.KINDS.values()]
+    assert len(found) == 12 and found[8:] == [(32, kind) for kind in products.KINDS.values()]
     assert "not run, the budget is used up" in capsys.readouterr().out
     table.write_text('{"products": []}')
     looks = iter(range(1000))
@@ -228,19 +229,33 @@ def test_a_rehearsal_without_a_gpu(table, small):
     assert {row["arch"] for row in written["products"]} == {None}
 
 
+def test_the_library_alone(tmp_path, small, monkeypatch):
+    """Every product of both models, and the heads; without a budget the first weight alone."""
+    monkeypatch.setattr(products, "COLD_BYTES", 1)
+    monkeypatch.setattr(common, "measure_ceilings", lambda: {"bandwidth": 1e10, "flops": 1e11})
+    for budget, weights in (("1", 2 * 5), ("-1", 1)):
+        out = tmp_path / "products.jsonl"
+        assert product_sweep.main(["--library", "--rows", "1,3", "--budget", budget, "--out", str(out)]) == 0
+        _, *rows = map(json.loads, out.read_text().splitlines())
+        assert len(rows) == 2 * weights and all(row["setting"] == "default" for row in rows)
+        assert all(row["us"] > 0 and row["gbps"] > 0 and row["fraction_of_floor"] > 0 for row in rows)
+    with pytest.raises(SystemExit):
+        product_sweep.main(["--rows", "1,x"])
+
+
 @pytest.mark.parametrize("arch", [80, 86, 90, 120])
 @pytest.mark.parametrize(
     "kind, shape", [("qkv", (12288, 4096)), ("gate_up", (37888, 3584)), ("residual", (4096, 4096))]
 )
 def test_candidates_fit_and_differ(kind, shape, arch):
     """Few enough to be compiled and timed; the launch that is taken today is among them."""
-    limits = product_cases.ARCHITECTURES[arch]
+    limits = products.ARCHITECTURES[arch]
     tiles = configs.WEIGHT_TILES[kind]
     with on_gpu(arch):
-        for rows in product_cases.ROWS_GPU:
-            found = product_cases.candidates(CUDA, kind, rows, shape)
+        for rows in products.ROWS_GPU:
+            found = products.candidates(CUDA, kind, rows, shape)
             assert found[0] == configs.product_config(CUDA, torch.bfloat16, kind, rows, shape)
-            assert len(set(found)) == len(found) and 3 <= len(found) <= 1 + product_cases.MAX_CANDIDATES
+            assert len(set(found)) == len(found) and 3 <= len(found) <= 1 + products.MAX_CANDIDATES
             for launch in found:
                 assert launch.block_r >= min(rows, 64)
                 bytes_of_a_stage = 2 * launch.block_k * (tiles * launch.block_n + launch.block_r)
@@ -251,7 +266,7 @@ def test_candidates_fit_and_differ(kind, shape, arch):
 def test_what_a_sweep_launches_is_compiled_beforehand(unpoisoned):
     """Every candidate of both models, and the launches of the library's way."""
     with fake_gpu(90) as launches, torch.no_grad():
-        product_cases.launch_all([16])
+        products.launch_all([16])
     found = [launch for launch in launches if isinstance(launch, Launch)]
     names = {launch.name for launch in found}
     assert names >= {"linear_rope_cache", "linear_swiglu", "linear_add_norm", "rope_cache", "swiglu", "add_rms_norm"}
@@ -259,7 +274,7 @@ def test_what_a_sweep_launches_is_compiled_beforehand(unpoisoned):
     heads = {launch.arguments["NHEADS"] for launch in found if launch.name == "linear_rope_cache"}
     assert heads == {32, 28}
     with on_gpu(90):
-        tried = set(product_cases.candidates(CUDA, "gate_up", 16, (24576, 4096)))
+        tried = set(products.candidates(CUDA, "gate_up", 16, (24576, 4096)))
     compiled = {tuple(launch.arguments[name] for name in TILE) for launch in found if launch.name == "linear_swiglu"}
     assert {(each.block_n, each.block_r, each.block_k, each.splits, each.num_stages) for each in tried} <= compiled
 

@@ -3,15 +3,12 @@
 import json
 from pathlib import Path
 
-import plots
 import pytest
-import quality
-import quality_claims
-import quality_plots
-import running_sums
 import torch
 
 import dkv
+from benchmarks import quality
+from benchmarks.harness import claims, plots, running_sums
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -93,7 +90,7 @@ def test_row_by_hand():
     baseline[1, 95] = (x[1, 95] + 1) % 10
     cached[0, 94:] = (x[0, 94:] + 1) % 10
     cached[1, 95] = baseline[1, 95]
-    case = quality.Case(dkv.Decode(8, delay=0))
+    case = quality.QualityCase(dkv.Decode(8, delay=0))
     row = quality.row_of("llada", case, answers_of(cached), answers_of(baseline))
     assert set(row) == KEYS
     assert (row["model"], row["policy"], row["decoding"]) == ("llada", "Decode", "confidence")
@@ -107,9 +104,9 @@ def test_row_by_hand():
 
 
 def test_a_policy_without_refresh_and_one_without_settings():
-    assert quality.Case(dkv.Decode(None)).settings()["refresh_interval"] == "never"
-    assert set(quality.Case(dkv.NoCache()).settings().values()) == {None}
-    greedy = quality.Case(dkv.Greedy(2, 3, window_kind="contiguous")).settings()
+    assert quality.QualityCase(dkv.Decode(None)).settings()["refresh_interval"] == "never"
+    assert set(quality.QualityCase(dkv.NoCache()).settings().values()) == {None}
+    greedy = quality.QualityCase(dkv.Greedy(2, 3, window_kind="contiguous")).settings()
     assert (greedy["refresh_interval"], greedy["window"], greedy["window_kind"]) == (2, 3, "contiguous")
 
 
@@ -168,12 +165,12 @@ def fields(difference):
 
 
 def outcomes(rows):
-    return {claim.split(": ")[1].split(" ")[0]: outcome for claim, outcome, _ in quality_claims.claims(rows)}
+    return {claim.split(": ")[1].split(" ")[0]: outcome for claim, outcome, _ in claims.claims(rows)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_claims_are_confirmed_and_have_figures(family):
-    found = quality_claims.claims(rows_that_confirm(family))
+    found = claims.claims(rows_that_confirm(family))
     assert len(found) == (5 if family == "dream" else 4)
     for claim, outcome, figures in found:
         assert claim.startswith(family) and outcome == "confirmed" and "%" in figures or "points" in figures, claim
@@ -250,8 +247,8 @@ def test_a_whole_run(answered, tmp_path, capsys, monkeypatch):
 
 
 def test_rows_of_the_plot():
-    groups = {quality_plots.group_of(row) for row in rows_that_confirm("dream")}
-    assert groups == set(quality_plots.GROUPS)
+    groups = {plots.group_of(row) for row in rows_that_confirm("dream")}
+    assert groups == set(plots.GROUPS)
 
 
 @pytest.mark.parametrize("argv", [["--problems", "2", "3"], ["--problems", "0", "0"], ["--problems", "2"]])
@@ -270,7 +267,7 @@ def test_committed_results_are_of_these_cases():
         rows = record["rows"]
         found = [(r["model"], r["policy"], r["decoding"], {k: r[k] for k in quality.SETTINGS}) for r in rows]
         assert found == expected
-        assert [tuple(claim.values()) for claim in record["claims"]] == quality_claims.claims(rows)
+        assert [tuple(claim.values()) for claim in record["claims"]] == claims.claims(rows)
         for row in rows:
             if (row["policy"], row["decoding"]) == ("NoCache", "confidence"):
                 assert row["problems"] >= 4000 and row["exact_match"] >= 0.95

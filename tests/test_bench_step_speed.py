@@ -2,22 +2,22 @@
 
 import json
 
-import common
 import pytest
-import step_counts
-import step_points
-import step_speed
 import torch
-from checkpoints import FAMILIES, TRUE_SIZE, tiny, with_layers
-from fake_gpu import Launch, fake_gpu, fake_model
 
+from benchmarks import step_speed
+from benchmarks.harness import common, step_counts, step_points, step_replay
+from benchmarks.harness.fake_gpu import fake_gpu, fake_model
+from benchmarks.harness.launches import Launch
+from benchmarks.harness.models import FAMILIES, TRUE_SIZE, tiny, with_layers
+from benchmarks.harness.step_points import StepPoint
 from dkv.kernels import configs, reference
 
 WAYS = {way.name: way for way in step_points.ways(90)}
 
 
 @pytest.mark.parametrize(
-    "point, way, most",
+    "point, way, max_launches",
     [
         ("LLaDA:1:1024:32", "library", 340),
         ("Dream:8:1024:32", "library", 300),
@@ -26,14 +26,14 @@ WAYS = {way.name: way for way in step_points.ways(90)}
         ("Dream:8:1024:32", "fused", 160),
     ],
 )
-def test_no_row_or_launch_of_a_step_is_wasted(point, way, most, unpoisoned):
-    ((family, batch, length, active),) = step_points.parse_points(point)
-    row = step_counts.count_point(family, batch, length, active, WAYS[way])
-    assert row["launches"] <= most and row["bookkeeping"] <= 12 and row["way"] == way
-    assert row["rows_needed"] == batch * active and row["rows_computed"] <= 1.1 * row["rows_needed"]
+def test_no_row_or_launch_of_a_step_is_wasted(point, way, max_launches, unpoisoned):
+    (point,) = step_points.parse_points(point)
+    row = step_counts.count_point(point, WAYS[way])
+    assert row["launches"] <= max_launches and row["bookkeeping"] <= 12 and row["way"] == way
+    assert row["rows_needed"] == point.batch * point.active and row["rows_computed"] <= 1.1 * row["rows_needed"]
     assert sum(row["purposes"].values()) == row["launches"]
     # four of a layer; and in the last one those of the wanted rows apart, by the library
-    layers = {"LLaDA": 32, "Dream": 28}[family]
+    layers = {"LLaDA": 32, "Dream": 28}[point.family]
     assert row["purposes"]["product"] == 4 * layers + (way == "library")
 
 
@@ -58,7 +58,7 @@ def test_steps_use_pdl_where_a_gpu_can(unpoisoned):
     with fake_gpu(90) as launches:
         model = fake_model(with_layers(TRUE_SIZE["LLaDA"][1], 2))
         for way in WAYS.values():
-            current, current.steps = step_points.fake_at_step(model, "LLaDA", 1, 1024, 32)
+            current, current.steps = step_points.fake_at_step(model, StepPoint("LLaDA", 1, 1024, 32))
             launches.clear()
             with way.of(current):
                 current.compute(current.next_room())
@@ -148,9 +148,9 @@ def test_a_wrong_kernel_is_not_timed(fault, tmp_path, small, monkeypatch):
 def test_a_step_with_pdl_must_leave_what_it_leaves_without(small):
     config = step_speed.SCALED_DOWN["Dream"][1]
     model = step_speed.make_model(config, seed=0, dtype=torch.float32, device="cpu")
-    current = step_points.at_step(model, "Dream", 1, 64, 8)
-    step, restore, _ = step_speed.repeatable(current)
-    step_speed.check_overlapping(current, step, restore)
+    current = step_points.at_step(model, StepPoint("Dream", 1, 64, 8))
+    step, restore, _ = step_replay.repeatable(current)
+    step_replay.check_overlapping(current, step, restore)
 
     def with_a_race():
         step()
@@ -158,7 +158,7 @@ def test_a_step_with_pdl_must_leave_what_it_leaves_without(small):
 
     for faulty in (lambda: None, with_a_race):
         with pytest.raises(RuntimeError, match="with PDL a step leaves something else"):
-            step_speed.check_overlapping(current, faulty, restore)
+            step_replay.check_overlapping(current, faulty, restore)
 
 
 @pytest.mark.parametrize("case", [("LLaDA", 1, 300, "Decode(8)"), ("Dream", 3, 600, "Decode(8)")], ids=str)

@@ -3,20 +3,19 @@
 import json
 from pathlib import Path
 
-import checkpoints
 import pytest
-import running_sums
 import torch
-import train_small
-from train_small import Recipe
 
 import dkv
+from benchmarks import train_small
+from benchmarks.harness import models, running_sums
+from benchmarks.train_small import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 
 FAMILIES = ("llada", "dream")
 TINY_SIZE = train_small.SIZE | {"hidden": 32, "mlp": 32, "layers": 1, "heads": 2}
-TINY = {"llada": checkpoints.llada(**TINY_SIZE), "dream": checkpoints.dream(**TINY_SIZE, kv_heads=1)}
+TINY = {"llada": models.llada(**TINY_SIZE), "dream": models.dream(**TINY_SIZE, kv_heads=1)}
 
 
 def held_out(count):

@@ -8,10 +8,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from fake_gpu import Launch, PointerArgument, on_gpu, recording
-from kernel_lint import Case, matrix_rows, streamed_bytes
+from kernel_lint import LintCase, matrix_rows, streamed_bytes
 from triton.language.extra.cuda import gdc_wait
 
+from benchmarks.harness.launches import Launch, PointerArgument, key_of, on_gpu, recording, specialised
 from dkv.kernels import attention, configs, gate_up, lm_head, norm, qkv, residual
 from dkv.kernels.configs import AttentionConfig
 
@@ -25,7 +25,7 @@ def compilers():
 
 def lint_tile(arch, tile):
     """Lints attention, LLaDA's shapes, with a tile that no table has."""
-    case = Case("delayed_attention", arch, queries=tile.block_m)
+    case = LintCase("delayed_attention", arch, queries=tile.block_m)
     with mock.patch.object(attention, "attention_config", lambda *arguments: tile):
         return kernel_lint.lint_case(case)
 
@@ -166,7 +166,7 @@ def test_a_kernel_that_waits_first_passes(compilers):
 
 
 def test_a_case_that_does_not_compile_fails(compilers):
-    row = compilers.submit(kernel_lint.lint_case, Case("delayed_attention", 80, d=100)).result()
+    row = compilers.submit(kernel_lint.lint_case, LintCase("delayed_attention", 80, d=100)).result()
     assert len(row.failures) == 1 and row.failures[0].startswith("does not compile: CompilationError")
     assert "FAIL" in kernel_lint.format_row(row)
 
@@ -174,7 +174,7 @@ def test_a_case_that_does_not_compile_fails(compilers):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted here")
 def test_interpreted_kernels_are_refused():
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
-        Case("delayed_attention", 80).record()
+        LintCase("delayed_attention", 80).record()
 
 
 SASS = """
@@ -281,7 +281,7 @@ def test_resident_blocks():
 def test_comparison_with_the_baseline(tmp_path):
     def row(**changes):
         figures = dict(registers=100, stack=8, shared=1024)
-        return kernel_lint.Row("k", "c", 90, 64, "", **(figures | changes), **rest)
+        return kernel_lint.LintRow("k", "c", 90, 64, "", **(figures | changes), **rest)
 
     rest = dict(loop_spills=0, blocks=1, tensor_core_instructions={}, load_bytes=16, wide_share=1.0, instructions=9)
     with mock.patch.object(kernel_lint, "BASELINES", tmp_path / "compile"):
@@ -339,17 +339,17 @@ def test_cases_cover_the_tables():
 
 def test_launchers_never_wait_for_the_gpu(compilers):
     """Under fake tensors a launcher cannot read a value; every option of every launcher gets through."""
-    cases = [Case(kernel, 90, "fp32") for kernel in kernel_lint.CALLS if kernel != "merge_splits"]
+    cases = [LintCase(kernel, 90, "fp32") for kernel in kernel_lint.CALLS if kernel != "merge_splits"]
     cases += [
-        Case(kernel, 90, splits=2, bounds=bounds, key_mask=mask, key_index=index)
+        LintCase(kernel, 90, splits=2, bounds=bounds, key_mask=mask, key_index=index)
         for kernel in ("delayed_attention", "merge_splits")
         for bounds, mask, index in ((True, False, False), (False, True, False), (False, False, True))
     ]
     cases += [
-        Case("add_rms_norm", 90, residual=False),
-        Case("lm_head", 90, rows=256, noise=True, round_logits=True),
-        Case("commit_tokens", 90, "fp32", rule="threshold"),
-        Case("commit_tokens", 90, "fp32", rule="factor"),
+        LintCase("add_rms_norm", 90, residual=False),
+        LintCase("lm_head", 90, rows=256, noise=True, round_logits=True),
+        LintCase("commit_tokens", 90, "fp32", rule="threshold"),
+        LintCase("commit_tokens", 90, "fp32", rule="factor"),
     ]
     assert list(compilers.map(launches_by_name, cases)) == [case.kernel for case in cases]
 
@@ -372,7 +372,7 @@ def loads_and_shared_memory(case):
 def test_key_mask_and_key_index_leave_the_loop_as_it_is(compilers, arch):
     """A mask is loaded once a tile of 64, not for each layout that needs it; K and V stay in flight behind an index."""
     options = ({}, {"key_mask": True}, {"key_index": True})
-    cases = [Case("delayed_attention", arch, queries=32, splits=2, **option) for option in options]
+    cases = [LintCase("delayed_attention", arch, queries=32, splits=2, **option) for option in options]
     (_, shared), (masked, masked_shared), (indexed, indexed_shared) = compilers.map(loads_and_shared_memory, cases)
     assert sorted(masked) == [1, 1] + [16] * 16
     assert masked.count(16) == indexed.count(16)
@@ -381,7 +381,7 @@ def test_key_mask_and_key_index_leave_the_loop_as_it_is(compilers, arch):
 
 @pytest.mark.parametrize("heads", [(32, 0), (0, 4)])
 def test_rope_of_queries_or_keys_alone_compiles(compilers, heads):
-    row = compilers.submit(kernel_lint.lint_case, Case("rope_cache", 90, heads=heads)).result()
+    row = compilers.submit(kernel_lint.lint_case, LintCase("rope_cache", 90, heads=heads)).result()
     assert row.registers > 0 and row.stack == 0
 
 
@@ -392,8 +392,8 @@ def specialisations(calls):
         for call in calls:
             empty_head(**call)
     for each in launches:
-        source, _, options = kernel_lint.specialised(each, 90)
-        kinds.setdefault(each.name, set()).add(kernel_lint.key_of(source, options))
+        source, _, options = specialised(each, 90)
+        kinds.setdefault(each.name, set()).add(key_of(source, options))
     return {name: len(keys) for name, keys in kinds.items()}
 
 
@@ -455,8 +455,8 @@ def products_of(rows, seqlen):
                 gate_up._launch(normed, 1e-5, weight)
                 residual._launch(x, weight, torch.empty_like(x), norm_weight)
             for each in launches:
-                source, _, options = kernel_lint.specialised(each, 90)
-                kinds.setdefault(each.name, set()).add(kernel_lint.key_of(source, options))
+                source, _, options = specialised(each, 90)
+                kinds.setdefault(each.name, set()).add(key_of(source, options))
     return {name: len(keys) for name, keys in kinds.items()}
 
 
@@ -487,7 +487,9 @@ def test_command_line(tmp_path, capsys):
 
     def lint(cases, baseline, processes):
         assert {case.arch for case in cases} == {90}
-        row = kernel_lint.Row("k", "c", 90, 64, "64x64", 100, 8, 0, 1024, 2, {"HGMMA": 8}, 16, 1.0, 9, list(failures))
+        row = kernel_lint.LintRow(
+            "k", "c", 90, 64, "64x64", 100, 8, 0, 1024, 2, {"HGMMA": 8}, 16, 1.0, 9, list(failures)
+        )
         kernel_lint.compare(row, baseline)
         yield row
 

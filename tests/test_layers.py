@@ -7,12 +7,12 @@ import oracle
 import pytest
 import tiny
 import torch
-from fake_gpu import fake_gpu, fake_model, fake_run
 from tiny import FAMILIES, POLICIES, generate, prompts
 from torch import nn
 from utils import assert_within_error_budget, pairwise
 
 import dkv
+from benchmarks.harness.fake_gpu import fake_gpu, fake_model, fake_run
 from dkv import model_runner
 from dkv.generation import prepare
 from dkv.kernels import configs, reference

@@ -15,8 +15,6 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from checkpoints import with_layers
-from fake_gpu import OnlyOnTheDevice, fake_gpu, fake_model, fake_run
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import EOS_ID as EOS
@@ -31,6 +29,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from utils import pairwise
 
 import dkv
+from benchmarks.harness.fake_gpu import fake_gpu, fake_model, fake_run
+from benchmarks.harness.launches import OnlyOnTheDevice
+from benchmarks.harness.models import with_layers
 from dkv import model_runner, patch, rooms, run
 from dkv.cuda_graphs import recording
 from dkv.generation import prepare

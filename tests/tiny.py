@@ -4,13 +4,13 @@ import copy
 import functools
 from types import SimpleNamespace
 
-import checkpoints
 import oracle
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import dkv
+from benchmarks.harness import models
 from dkv.models import from_config, view_of
 
 MASK_ID, EOS_ID = 255, 254
@@ -23,13 +23,13 @@ SIZES = {"hidden": 64, "mlp": 128, "layers": 3, "heads": 4, "vocabulary": 256, "
 def llada_config(**changes):
     """config.json of a LLaDA with hidden size 64, 3 layers, 4 heads of 16, and 256 tokens, as a dict."""
     official = {"architectures": ["LLaDAModelLM"], "init_device": "meta", "max_sequence_length": 512}
-    return checkpoints.llada(**SIZES) | official | changes
+    return models.llada(**SIZES) | official | changes
 
 
 def dream_config(**changes):
     """config.json of a Dream of the same size, with 2 key/value heads, as a dict."""
     official = {"architectures": ["DreamModel"], "max_position_embeddings": 512}
-    return checkpoints.dream(**SIZES, kv_heads=2) | official | changes
+    return models.dream(**SIZES, kv_heads=2) | official | changes
 
 
 CONFIGS = {"llada": llada_config, "dream": dream_config}

@@ -1,23 +1,21 @@
-"""What the steps of step_speed.py launch and compute at true size, without a GPU: its --count."""
+"""Counts what the steps of step_speed.py launch and compute at true size, without a GPU: its --count."""
 
-import sys
-from pathlib import Path
+from typing import Any
 from unittest import mock
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+import torch
 
-import common  # noqa: E402
-import torch  # noqa: E402
-from checkpoints import BLOCK, FAMILIES, TRUE_SIZE, make_model, tiny  # noqa: E402
-from common import say  # noqa: E402
-from fake_gpu import OnlyOnTheDevice, counted, fake_gpu, fake_model  # noqa: E402
-from step_points import DECODE, FUSED, LIBRARY, at_step, fake_at_step, named  # noqa: E402
-
-import dkv  # noqa: E402
-from dkv import run  # noqa: E402
-from dkv.generation import prepare  # noqa: E402
-from dkv.kernels import configs  # noqa: E402
-from dkv.rooms import TILE, round_up  # noqa: E402
+import dkv
+from benchmarks.harness import common
+from benchmarks.harness.common import say
+from benchmarks.harness.fake_gpu import counted, fake_gpu, fake_model
+from benchmarks.harness.launches import OnlyOnTheDevice
+from benchmarks.harness.models import BLOCK, FAMILIES, TRUE_SIZE, make_model, tiny
+from benchmarks.harness.step_points import DECODE, FUSED, LIBRARY, StepPoint, Way, at_step, fake_at_step
+from dkv import run
+from dkv.generation import prepare
+from dkv.kernels import configs
+from dkv.rooms import TILE, round_up
 
 GENERATED = 128
 POLICIES = {
@@ -35,13 +33,16 @@ RUNS = (
 )
 
 
+def tiny_model(family: str) -> torch.nn.Module:
+    return make_model(tiny(family), seed=0, dtype=torch.float32, device="cpu")
+
+
 @torch.no_grad()
-def count_point(family, batch, length, active, way=LIBRARY):
-    """What the step of a point launches and computes at true size."""
-    state = at_step(make_model(tiny(family), seed=0, dtype=torch.float32, device="cpu"), family, batch, length, active)
-    need = run.needed(state.sizes.tolist())
+def count_point(point: StepPoint, way: Way = LIBRARY) -> dict[str, Any]:
+    """Counts what the step of a point launches and computes at true size."""
+    need = run.needed(at_step(tiny_model(point.family), point).sizes.tolist())
     with fake_gpu() as launches:
-        current, steps = fake_at_step(fake_model(TRUE_SIZE[family][1]), family, batch, length, active)
+        current, steps = fake_at_step(fake_model(TRUE_SIZE[point.family][1]), point)
         current.steps = steps
         room = current.next_room()
         with way.of(current):
@@ -55,7 +56,7 @@ def count_point(family, batch, length, active, way=LIBRARY):
     rows = max(ours or (launch.grid[0] for launch in launches if launch.name == "add_rms_norm"))
     purposes = counted(launches)
     return {
-        "point": named((family, batch, length, active)),
+        "point": str(point),
         "way": way.name,
         "launches": len(launches),
         "bookkeeping": purposes.get("bookkeeping", 0),
@@ -68,15 +69,14 @@ def count_point(family, batch, length, active, way=LIBRARY):
 
 
 @torch.no_grad()
-def count_run(family, batch, length, policy):
-    """The rows of a whole run: those its steps need, and those that they get where sizes are bounded, as on a GPU."""
-    model = make_model(tiny(family), seed=0, dtype=torch.float32, device="cpu")
+def count_run(family: str, batch: int, length: int, policy: str) -> dict[str, Any]:
+    """Counts the rows of a whole run: those that its steps need, and those that they compute on a GPU."""
     prompt = torch.randint(0, 50, (batch, length - GENERATED), generator=torch.Generator().manual_seed(0))
     blocks = family == "LLaDA" or POLICIES[policy].needs_blocks
     options = {"gen_length": GENERATED, "block_length": BLOCK if blocks else GENERATED, "policy": POLICIES[policy]}
     rows, graphs = dict.fromkeys(("needed_full", "computed_full", "needed_cached", "computed_cached"), 0), set()
     with mock.patch.object(run, "reads_sizes", lambda device: False):
-        current = prepare(model, prompt, **options)
+        current = prepare(tiny_model(family), prompt, **options)
         while current.running():
             need, room = run.needed(current.sizes.tolist()), current.next_room()
             kind = "full" if need.positions == batch * length else "cached"
@@ -90,15 +90,15 @@ def count_run(family, batch, length, policy):
     return {"run": name, "policy": policy, **{f"rows_{k}": n for k, n in rows.items()}, "graphs": len(graphs)}
 
 
-def count(points):
+def count(points: list[StepPoint]) -> dict[str, list]:
     """Prints the counts of points and of whole runs; returns them."""
     header = f"{'point':24}{'way':10}{'launches':>9}{'bookkeeping':>13}{'rows':>7}{'needed':>8}"
     say(f"{header}{'candidates':>12}{'needed':>8}  what")
     found = {"points": [], "runs": []}
     for point in common.progress(points, "points"):
-        rows = [count_point(*point)]
+        rows = [count_point(point)]
         if rows[0]["rows_computed"] <= configs.MAX_PRODUCT_ROWS:
-            rows.append(count_point(*point, FUSED))
+            rows.append(count_point(point, FUSED))
         found["points"] += rows
         for row in rows:
             launched = ", ".join(f"{n} {purpose}" for purpose, n in row["purposes"].items() if purpose != "bookkeeping")

@@ -1,17 +1,25 @@
-"""The models of the benchmarks: LLaDA and Dream in true size, and in one that a CPU can run, with random weights."""
+"""The models of the benchmarks: LLaDA and Dream at true size and at a size that a CPU can run, with random weights.
+
+Their sizes are written here and nowhere else.
+"""
 
 from types import SimpleNamespace
+from typing import Any
 
-from peer import fill_random
+import torch
 
 import dkv.models
+from benchmarks.harness.peer import fill_random
+from dkv.models.layout import ModelConfig
+
+Config = dict[str, Any]  # a config.json
 
 BLOCK = 32
 FAMILIES = ("LLaDA", "Dream")
 
 
-def llada(*, hidden, mlp, layers, heads, vocabulary, mask, eos):
-    """config.json of a LLaDA, with everything that the official code would otherwise take a default for."""
+def llada(*, hidden: int, mlp: int, layers: int, heads: int, vocabulary: int, mask: int, eos: int) -> Config:
+    """config.json of a LLaDA; complete, so that the official code adds no defaults of its own."""
     return {
         "model_type": "llada",
         "activation_type": "silu",
@@ -49,7 +57,9 @@ def llada(*, hidden, mlp, layers, heads, vocabulary, mask, eos):
     }
 
 
-def dream(*, hidden, mlp, layers, heads, kv_heads, vocabulary, mask, eos):
+def dream(
+    *, hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabulary: int, mask: int, eos: int
+) -> Config:
     """config.json of a Dream."""
     return {
         "model_type": "Dream",
@@ -75,40 +85,38 @@ def dream(*, hidden, mlp, layers, heads, kv_heads, vocabulary, mask, eos):
     }
 
 
+LLADA_8B = llada(hidden=4096, mlp=12288, layers=32, heads=32, vocabulary=126464, mask=126336, eos=126081)
+DREAM_7B = dream(hidden=3584, mlp=18944, layers=28, heads=28, kv_heads=4, vocabulary=152064, mask=151666, eos=151643)
 SMALL = {"hidden": 512, "mlp": 1536, "layers": 8, "heads": 8, "vocabulary": 8192, "mask": 8191, "eos": 8190}
+TINY = {"hidden": 32, "mlp": 32, "layers": 1, "heads": 2, "vocabulary": 64, "mask": 63, "eos": 62}
 # family -> (name, config)
-TRUE_SIZE = {
-    "LLaDA": (
-        "LLaDA-8B",
-        llada(hidden=4096, mlp=12288, layers=32, heads=32, vocabulary=126464, mask=126336, eos=126081),
-    ),
-    "Dream": (
-        "Dream-7B",
-        dream(hidden=3584, mlp=18944, layers=28, heads=28, kv_heads=4, vocabulary=152064, mask=151666, eos=151643),
-    ),
-}
+TRUE_SIZE = {"LLaDA": ("LLaDA-8B", LLADA_8B), "Dream": ("Dream-7B", DREAM_7B)}
 SCALED_DOWN = {"LLaDA": ("LLaDA-small", llada(**SMALL)), "Dream": ("Dream-small", dream(**SMALL, kv_heads=2))}
 
 
-TINY = {"hidden": 32, "mlp": 32, "layers": 1, "heads": 2, "vocabulary": 64, "mask": 63, "eos": 62}
-
-
-def tiny(family):
-    """A config whose steps cost nothing: for what does not depend on the model's size."""
+def tiny(family: str) -> Config:
+    """A config whose steps cost nothing, for results that do not depend on the model's size."""
     return llada(**TINY) if family == "LLaDA" else dream(**TINY, kv_heads=1)
 
 
-def with_layers(config, layers):
+def with_layers(config: Config, layers: int) -> Config:
     """The same config with another number of layers."""
     return config | {"n_layers" if "n_layers" in config else "num_hidden_layers": layers}
 
 
-def make_model(config, *, seed, dtype, device):
+def native_class(config: Config) -> type[dkv.models.LLaDA | dkv.models.Dream]:
+    return dkv.models.LLaDA if config["model_type"] == "llada" else dkv.models.Dream
+
+
+def model_config(config: Config) -> ModelConfig:
+    """The same config in the terms that both families share."""
+    return native_class(config).read_model_config(SimpleNamespace(**config), "config")
+
+
+# name -> ModelConfig
+MODELS = {name: model_config(config) for name, config in TRUE_SIZE.values()}
+
+
+def make_model(config: Config, *, seed: int, dtype: torch.dtype, device: torch.device | str) -> torch.nn.Module:
     """A native model with the weights that `fill_random` gives any model of this config."""
     return fill_random(dkv.models.from_config(config, seed=seed, dtype=dtype, device=device), seed)
-
-
-def settings_of(config):
-    """What a config says, as `dkv.models.layout.Settings`."""
-    native = dkv.models.LLaDA if config["model_type"] == "llada" else dkv.models.Dream
-    return native.read_model_config(SimpleNamespace(**config), "config")

@@ -1,4 +1,4 @@
-"""The systems that generate_speed compares: ours, a plain loop on our model, and other people's code."""
+"""The systems that generate_speed.py compares: ours, a plain loop on our model, and other people's code."""
 
 import contextlib
 import dataclasses
@@ -6,22 +6,28 @@ import itertools
 import json
 import select
 import subprocess
+import sys
 import tempfile
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from peer import Outcome, measured
-from roofline import Step
+from torch import Tensor, nn
 
 import dkv
+from benchmarks.harness import peer
+from benchmarks.harness.peer import PEERS, Outcome, Stopwatch, measured
+from benchmarks.harness.roofline import Work
 from dkv.generation import prepare
 from dkv.rooms import LARGEST_GRAPH
-from dkv.run import needed
+from dkv.run import Run, needed
 
-# a peer that is silent for so long is given up, seconds
+# seconds after which a silent peer is given up
 PATIENCE = 900
-# what is also run eagerly where there are graphs, in whole runs of fixed steps
+# policies that also run without CUDA graphs, in whole runs of fixed steps
 WITHOUT_GRAPHS = ("NoCache", "Decode")
 # peers that commit by confidence
 WITH_THRESHOLD = ("fast-dllm",)
@@ -32,7 +38,7 @@ class Job:
     """A generation to be timed.
 
     Attributes:
-        label: the policy's name in the tables, by which peers know it; policy: a `dkv.Policy`.
+        label: the policy's name in the tables, and for peers.
         prompt: (batch, prompt_length) int64 on the device.
         block_length: at most gen_length.
         steps: None with a threshold.
@@ -40,25 +46,25 @@ class Job:
 
     label: str
     policy: dkv.Policy
-    prompt: torch.Tensor
+    prompt: Tensor
     gen_length: int
     block_length: int
     steps: int | None
     threshold: float | None = None
 
     @property
-    def seqlen(self):
+    def seqlen(self) -> int:
         return self.prompt.shape[1] + self.gen_length
 
     @property
-    def positions(self):
-        """Of a full step, over all rows."""
+    def positions(self) -> int:
+        """Positions of a full step, over all rows."""
         return self.prompt.shape[0] * self.seqlen
 
-    def shortened(self):
+    def shortened(self) -> "Job":
         """The same in an eighth of the steps, which still go through all numbers of masks."""
-        least = self.gen_length // self.block_length
-        return dataclasses.replace(self, steps=self.steps and max(least, self.steps // 8))
+        min_steps = self.gen_length // self.block_length
+        return dataclasses.replace(self, steps=self.steps and max(min_steps, self.steps // 8))
 
 
 class Failed(Exception):
@@ -66,7 +72,7 @@ class Failed(Exception):
 
 
 @contextlib.contextmanager
-def memory_failures():
+def memory_failures() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
@@ -74,7 +80,7 @@ def memory_failures():
         raise Failed("out of memory") from None
 
 
-def start(model, job, *, cuda_graphs):
+def start(model: nn.Module, job: Job, *, cuda_graphs: bool) -> Run:
     """Our run of a job, at its first step."""
     return prepare(
         model,
@@ -91,30 +97,29 @@ def start(model, job, *, cuda_graphs):
 
 
 class Ours:
-    """`dkv.generate`. After a run, `work` has a `roofline.Step` for each of its steps."""
+    """`dkv.generate`. After a run, `work` has the `Work` of each of its steps."""
 
-    def __init__(self, model, *, cuda_graphs=True):
+    def __init__(self, model: nn.Module, *, cuda_graphs: bool = True):
         self.model, self.device, self.cuda_graphs = model, model.device, cuda_graphs
         self.name = "dkv" if cuda_graphs else "dkv, eager"
         self.work = None
-        # the first run merges weights, whose memory is not the next one's
+        # the first run merges weights, which takes memory that later runs do not
         dkv.generate(model, torch.zeros(1, 1, dtype=torch.int64, device=self.device), gen_length=1)
 
-    def has(self, job):
+    def has(self, job: Job) -> bool:
         return self.cuda_graphs or (job.label in WITHOUT_GRAPHS and job.steps == job.gen_length)
 
-    def warm_up(self, job):
+    def warm_up(self, job: Job) -> int:
         """Returns the peak memory in bytes."""
         dkv.reset(self.model)
-        # graphs are recorded for one number of steps; of large full steps there are none
+        # a graph belongs to one number of steps; large full steps have none
         records = self.device.type == "cuda" and self.cuda_graphs
         whole = records and (job.label != "NoCache" or job.positions <= LARGEST_GRAPH)
         return self.run(job if whole else job.shortened(), with_peak=True).peak_bytes
 
     @memory_failures()
     @torch.no_grad()
-    def run(self, job, *, with_peak=False):
-        """Generates; returns an `Outcome`."""
+    def run(self, job: Job, *, with_peak: bool = False) -> Outcome:
         sizes = []
 
         def generate(stopwatch):
@@ -127,40 +132,40 @@ class Ours:
 
         outcome = measured(generate, self.model, self.device, with_peak)
         needs = [needed(step.tolist()) for step in sizes]
-        self.work = [Step(job.prompt.shape[0], job.seqlen, need.positions, need.candidates) for need in needs]
+        self.work = [Work(job.prompt.shape[0], job.seqlen, need.positions, need.candidates) for need in needs]
         steps = [(work.active, ms) for work, (_, ms) in zip(self.work, outcome.steps, strict=True)]
         return dataclasses.replace(outcome, steps=steps)
 
-    def close(self):
+    def close(self) -> None:
         dkv.reset(self.model)
 
 
 class PlainLoop:
-    """The family's loop on the native model's own forward: all positions, and all logits, at every step."""
+    """The family's loop on the native model's own forward: all positions and all logits at every step."""
 
     name = "plain loop"
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module):
         self.model, self.device = model, model.device
 
-    def has(self, job):
+    def has(self, job: Job) -> bool:
         return job.label == "NoCache" and job.threshold is None
 
-    def warm_up(self, job):
+    def warm_up(self, job: Job) -> int:
         dkv.reset(self.model)
         return self.run(job.shortened(), with_peak=True).peak_bytes
 
     @memory_failures()
-    def run(self, job, *, with_peak=False):
+    def run(self, job: Job, *, with_peak: bool = False) -> Outcome:
         return measured(lambda stopwatch: plain_loop(self.model, job, stopwatch), self.model, self.device, with_peak)
 
-    def close(self):
+    def close(self) -> None:
         pass
 
 
 @torch.no_grad()
-def plain_loop(model, job, stopwatch):
-    """LLaDA's and Dream's own loops, for steps that their block lengths divide; returns (batch, seqlen) int64."""
+def plain_loop(model: nn.Module, job: Job, stopwatch: Stopwatch) -> Tensor:
+    """LLaDA's and Dream's own loops, for steps that the block length divides; returns (batch, seqlen) int64."""
     view = dkv.models.view_of(model)
     shifted, mask_id = view.family.shifted, view.mask_id
     batch, prompt_length = job.prompt.shape
@@ -189,41 +194,35 @@ def plain_loop(model, job, stopwatch):
     return x
 
 
-class Peer:
+class PeerProcess:
     """Someone else's code, run by peer.py in a process and an interpreter of its own, for one family."""
 
-    def __init__(self, name, folder, python, *, family, config, seed, dtype, device):
+    def __init__(self, name: str, folder: Path | str, python: str, settings: dict[str, Any]):
+        """settings: the request that builds the model, see peer.py."""
         self.name = name
         self.log = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(
-            [python, str(Path(__file__).with_name("peer.py")), name, str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-        )
-        settings = {"family": family, "config": config, "seed": seed}
+        command = [python, peer.__file__, name, str(folder)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)
         try:
-            answer = self._ask(settings | {"dtype": str(dtype).removeprefix("torch."), "device": str(device)})
+            self.policies = self._ask(settings)["policies"]
         except Failed:
             self.close()
             raise
-        self.policies, self.transformers = answer["policies"], answer["transformers"]
 
-    def has(self, job):
+    def has(self, job: Job) -> bool:
         return job.label in self.policies and (job.threshold is None or self.name in WITH_THRESHOLD)
 
-    def warm_up(self, job):
+    def warm_up(self, job: Job) -> int:
         return self.run(job.shortened(), with_peak=True).peak_bytes
 
-    def run(self, job, *, with_peak=False):
+    def run(self, job: Job, *, with_peak: bool = False) -> Outcome:
         request = {name: getattr(job, name) for name in ("gen_length", "block_length", "steps", "threshold")}
         if job.threshold is not None:
-            # a bound that its loop asks for
+            # a bound that its loop requires
             request["steps"] = job.gen_length
         interval = getattr(job.policy, "refresh_interval", None)
         request |= {"policy": job.label, "prompt": job.prompt.tolist(), "interval": interval, "with_peak": with_peak}
-        answer = self._ask(request)
-        return Outcome(**answer)
+        return Outcome(**self._ask(request))
 
     def _ask(self, request):
         try:
@@ -243,9 +242,31 @@ class Peer:
             raise Failed(answer["error"])
         return answer
 
-    def close(self):
+    def close(self) -> None:
         self.process.kill()
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout, self.log):
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
+
+
+def add_peers(parser: ArgumentParser) -> None:
+    """Adds --peer and --peer-python."""
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=FOLDER", help=", ".join(PEERS))
+    parser.add_argument("--peer-python", action="append", default=[], metavar="[NAME=]PYTHON")
+
+
+def parse_peers(arguments: Namespace) -> list[tuple[str, str, str]]:
+    """[(name, folder, python)] of --peer and --peer-python.
+
+    Raises:
+        ValueError: a name or a folder that does not exist.
+    """
+    pythons = dict(text.split("=", 1) if text.split("=")[0] in PEERS else ("", text) for text in arguments.peer_python)
+    peers = []
+    for text in arguments.peer:
+        name, _, folder = text.partition("=")
+        if name not in PEERS or not Path(folder).is_dir():
+            raise ValueError(f"--peer must be NAME=FOLDER with a name of {', '.join(PEERS)}, got {text!r}.")
+        peers.append((name, folder, pythons.get(name) or pythons.get("") or sys.executable))
+    return peers

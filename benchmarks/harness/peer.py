@@ -1,8 +1,9 @@
-"""Runs someone else's code on our weights, prompts and device, in an interpreter and transformers version of its own.
+"""Runs someone else's code on our weights, prompts and device, in its own interpreter and transformers version.
 
-    PYTHON benchmarks/peer.py NAME FOLDER          started by generate_speed.py; nothing of theirs is in this repository
+    PYTHON benchmarks/harness/peer.py NAME FOLDER      started by generate_speed.py; none of their code is in this
+                                                       repository
 
-NAME is one of `PEERS`, FOLDER what the user has of it:
+NAME is one of `PEERS`, FOLDER the user's copy of it:
 
     official     copies of the hub's files: llada_v2/ with modeling_llada.py and configuration_llada.py,
                  llada_generate.py (LLaDA's generate.py), dream/ with modeling_dream.py, configuration_dream.py and
@@ -11,12 +12,17 @@ NAME is one of `PEERS`, FOLDER what the user has of it:
     fast-dllm    a clone of the Fast-dLLM repository
 
 They need PyTorch and transformers: the hub's files 4.46 to 4.57, dkv-cache 4.46, fast-dllm 4.46 or 4.49 and einops.
+This file imports nothing of ours, because their interpreter need not have dkv.
 
-The process reads one JSON object a line and answers each with one. {"family", "config", "seed", "dtype", "device"}
-builds the model, answered by {"policies"}; {"policy", "prompt", "gen_length", "block_length", "steps", "threshold",
-"interval", "with_peak"} generates with it, answered by the fields of an `Outcome`. {"error": message} answers what
-fails. Their code runs as it is but for two things: weights are those of `fill_random`, and the mask token's logit is
-minus infinity, as in `dkv.generate`, since with random weights it would win now and then.
+The process reads one JSON object a line and answers each with one:
+
+    {"family", "config", "seed", "dtype", "device"}         builds the model; the answer is {"policies", "transformers"}
+    {"policy", "prompt", "gen_length", "block_length", "steps", "threshold", "interval", "with_peak"}
+                                                            generates; the answer is the fields of an `Outcome`
+    {"error": message}                                      is the answer to a request that fails
+
+Their code runs unchanged but for two things: weights are those of `fill_random`, and the mask token's logit is minus
+infinity, as in `dkv.generate`, because with random weights it would win now and then.
 """
 
 import contextlib
@@ -29,12 +35,17 @@ import sys
 import time
 import types
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+Request = dict[str, Any]
+Policies = dict[str, Callable[[nn.Module, Request], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -42,23 +53,23 @@ class Outcome:
     """One whole generation.
 
     Attributes:
-        seconds: of the whole run.
-        sequences: a list of lists of token ids, prompt and generated.
-        steps: a list of (positions, milliseconds): how many positions a step put through the model, over all rows, and
-            the time from its begin to that of the next one.
-        peak_bytes: the most memory that tensors took during the run, weights included; None: not measured.
+        seconds: the time of the whole run.
+        sequences: token ids of each row, prompt and generated.
+        steps: (positions, milliseconds) of each step: positions that it put through the model, over all rows, and the
+            time from its start to the next one's.
+        peak_bytes: the peak memory of tensors during the run, weights included; None: not measured.
     """
 
     seconds: float
-    sequences: list
-    steps: list
+    sequences: list[list[int]]
+    steps: list[tuple[int, float]]
     peak_bytes: int | None = None
 
 
 class Stopwatch:
-    """Times of a run and of its steps; the host does not wait for a GPU before the end."""
+    """Times a run and its steps; the host does not wait for a GPU before the end."""
 
-    def __init__(self, device):
+    def __init__(self, device: torch.device):
         self.cuda, self.marks, self.counts = device.type == "cuda", [], []
 
     def __enter__(self):
@@ -73,8 +84,8 @@ class Stopwatch:
             torch.cuda.synchronize()
         self.seconds = time.perf_counter() - self.begin
 
-    def step(self, positions):
-        """A step begins that puts so many positions through the model."""
+    def step(self, positions: int) -> None:
+        """Marks the start of a step that puts so many positions through the model."""
         self.counts.append(positions)
         self._mark()
 
@@ -85,7 +96,7 @@ class Stopwatch:
         else:
             self.marks.append(time.perf_counter())
 
-    def steps(self):
+    def steps(self) -> list[tuple[int, float]]:
         """[(positions, milliseconds)] of all steps."""
         times = zip(self.marks, self.marks[1:], strict=False)
         if self.cuda:
@@ -96,12 +107,12 @@ class Stopwatch:
 
 
 class PeakMemory:
-    """The most bytes that tensors take at once, those of the model included.
+    """The peak memory of tensors in bytes, those of the model included.
 
-    On a CPU PyTorch's profiler counts, which takes longer than the run: not to be timed.
+    On a CPU PyTorch's profiler counts them, which takes longer than the run: do not time such a run.
     """
 
-    def __init__(self, model, device):
+    def __init__(self, model: nn.Module, device: torch.device):
         self.cuda = device.type == "cuda"
         if not self.cuda:
             self.held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -120,15 +131,15 @@ class PeakMemory:
             return
         self.profile.__exit__(*exception)
         events = [event for event in self.profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-        now = most = 0
+        now = peak = 0
         for event in sorted(events, key=lambda event: event.start_ns()):
             now += event.nbytes()
-            most = max(most, now)
-        self.bytes = self.held + most
+            peak = max(peak, now)
+        self.bytes = self.held + peak
 
 
-def measured(run, model, device, with_peak):
-    """The `Outcome` of run(stopwatch) -> sequences (batch, seqlen)."""
+def measured(run: Callable[[Stopwatch], Tensor], model: nn.Module, device: torch.device, with_peak: bool) -> Outcome:
+    """The `Outcome` of run(stopwatch), which returns sequences (batch, seqlen)."""
     stopwatch = Stopwatch(device)
     memory = PeakMemory(model, device) if with_peak else None
     with memory or contextlib.nullcontext(), stopwatch:
@@ -136,11 +147,11 @@ def measured(run, model, device, with_peak):
     return Outcome(stopwatch.seconds, sequences.tolist(), stopwatch.steps(), memory and memory.bytes)
 
 
-def fill_random(model, seed):
+def fill_random(model: nn.Module, seed: int) -> nn.Module:
     """Gives all parameters random values that depend on their names, shapes, dtype and device only; returns the model.
 
-    Matrices are normal; their standard deviation is 0.02 at hidden size 4096, as usual, and larger in smaller models,
-    so that attention and predictions are about as far from uniform. Biases become 0, norms 1.
+    Matrices are normal. Their standard deviation is the usual 0.02 at hidden size 4096 and larger in smaller models, so
+    that attention and predictions are about as far from uniform. Biases become 0, norms 1.
     """
     hidden = next(parameter.shape[1] for parameter in model.parameters() if parameter.dim() == 2)
     with torch.no_grad():
@@ -157,21 +168,21 @@ def fill_random(model, seed):
 
 
 class Peer:
-    """Someone else's system in a folder of the user's, for one family."""
+    """Someone else's system in the user's folder, for one family."""
 
-    def __init__(self, folder, family):
+    def __init__(self, folder: str, family: str):
         self.folder, self.family = Path(folder).resolve(), family
 
-    def classes(self):
+    def classes(self) -> tuple[type, type]:
         """The classes of the model and of its config."""
         raise NotImplementedError
 
-    def policies(self):
-        """label of a policy -> function of (model, request) that generates with it and returns sequences."""
+    def policies(self) -> Policies:
+        """label -> function of (model, request) that generates with this policy and returns sequences."""
         raise NotImplementedError
 
-    def load(self, module, below=""):
-        """Imports a module of theirs from a path below the folder."""
+    def load(self, module: str, below: str = "") -> types.ModuleType:
+        """Imports one of their modules from a path below the folder."""
         path = str(self.folder / below)
         if path not in sys.path:
             sys.path.insert(0, path)
@@ -179,7 +190,7 @@ class Peer:
 
 
 class Official(Peer):
-    def classes(self):
+    def classes(self) -> tuple[type, type]:
         below, stem = ("llada_v2", "llada") if self.family == "LLaDA" else ("dream", "dream")
         # their files import one another relatively
         package = sys.modules["official"] = types.ModuleType("official")
@@ -189,7 +200,7 @@ class Official(Peer):
             return modeling.LLaDAModelLM, modeling.LLaDAConfig
         return modeling.DreamModel, modeling.DreamConfig
 
-    def policies(self):
+    def policies(self) -> Policies:
         if self.family == "Dream":
             return {"NoCache": dream_generate}
         generate = self.load("llada_generate").generate
@@ -197,14 +208,14 @@ class Official(Peer):
 
 
 class DKVCache(Peer):
-    def classes(self):
+    def classes(self) -> tuple[type, type]:
         if self.family == "LLaDA":
             modeling = self.load("models.modeling_llada_dkv_cache_decode")
             return modeling.LLaDAModelLM, modeling.LLaDAConfig
         modeling = self.load("models.modeling_dream")
         return modeling.DreamModel, modeling.DreamConfig
 
-    def policies(self):
+    def policies(self) -> Policies:
         if self.family == "Dream":
             return {"Decode": self._dream("decoded"), "Prefill": self._dream("prefill")}
         generate = self.load("generation_utils.llada_dkv_cache_decode").generate
@@ -225,7 +236,7 @@ class DKVCache(Peer):
 
 
 class FastDLLM(Peer):
-    def classes(self):
+    def classes(self) -> tuple[type, type]:
         if self.family == "LLaDA":
             modeling = self.load("model.modeling_llada", below="llada")
             return modeling.LLaDAModelLM, modeling.LLaDAConfig
@@ -236,7 +247,7 @@ class FastDLLM(Peer):
         modeling.DreamModel._sample = mixin._sample
         return modeling.DreamModel, modeling.DreamConfig
 
-    def policies(self):
+    def policies(self) -> Policies:
         if self.family == "Dream":
             return {"PrefixCache": self._dream(dual=False), "DualCache": self._dream(dual=True)}
         loops = self.load("generate", below="llada")
@@ -268,27 +279,29 @@ class FastDLLM(Peer):
 PEERS = {"official": Official, "dkv-cache": DKVCache, "fast-dllm": FastDLLM}
 
 
-def one_sequence(prompt):
+def one_sequence(prompt: Tensor) -> Tensor:
     if len(prompt) > 1:
         raise ValueError(f"it generates one sequence at a time, not {len(prompt)}.")
     return prompt
 
 
-def llada_arguments(model, request):
-    """The arguments that LLaDA's own loop and those made from it share."""
+def llada_arguments(model: nn.Module, request: Request) -> dict[str, Any]:
+    """The arguments that LLaDA's own loop shares with the loops made from it."""
     names = ("gen_length", "block_length", "steps")
     return {name: request[name] for name in names} | {"mask_id": model.config.mask_token_id, "temperature": 0.0}
 
 
-def dream_generate(model, request, **options):
-    # transformers 4 would put in defaults for what is left out, such as top_k 50
+def dream_generate(model: nn.Module, request: Request, **options: Any) -> Tensor:
+    # transformers 4 replaces omitted options by defaults, such as top_k 50
     settings = {"temperature": 0.0, "top_p": None, "top_k": None, "alg": "entropy", "alg_temp": 0.0}
     settings |= {"max_new_tokens": request["gen_length"], "steps": request["steps"]}
     return model.diffusion_generate(request["prompt"], return_dict_in_generate=True, **settings | options).sequences
 
 
-def build(classes, config, *, seed, dtype, device):
-    """Their model on its device in its dtype, filled; without initialising it first, which would take minutes."""
+def build(
+    classes: tuple[type, type], config: dict, *, seed: int, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """Their model, filled, on its device in its dtype. It is not initialised first, which would take minutes."""
     model_class, config_class = classes
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -305,20 +318,22 @@ def build(classes, config, *, seed, dtype, device):
     return fill_random(model.to(device).eval(), seed)
 
 
-def exclude(token_id, head, inputs, logits):
-    """A forward hook of the head."""
+def exclude(token_id: int, head: nn.Module, inputs: tuple, logits: Tensor) -> None:
+    """A forward hook of the head: the token's logit becomes minus infinity."""
     logits[..., token_id] = float("-inf")
 
 
 class Driver:
-    def __init__(self, name, folder):
+    """Answers requests."""
+
+    def __init__(self, name: str, folder: str):
         self.name, self.folder = name, folder
         self.stopwatch = None
 
-    def answer(self, request):
+    def answer(self, request: Request) -> dict[str, Any]:
         return dataclasses.asdict(self.generate(request)) if "prompt" in request else self.set_up(request)
 
-    def set_up(self, request):
+    def set_up(self, request: Request) -> dict[str, Any]:
         self.device = torch.device(request["device"])
         peer = PEERS[self.name](self.folder, request["family"])
         model = build(
@@ -340,7 +355,7 @@ class Driver:
         ids = arguments["input_ids"] if "input_ids" in arguments else inputs[0]
         self.stopwatch.step(ids.numel())
 
-    def generate(self, request):
+    def generate(self, request: Request) -> Outcome:
         request["prompt"] = torch.tensor(request["prompt"], device=self.device)
         loop = self.policies[request["policy"]]
 
@@ -351,13 +366,13 @@ class Driver:
         return measured(run, self.model, self.device, request["with_peak"])
 
 
-def main(name, folder):
-    # no module of this folder may be taken for one of theirs
+def main(name: str, folder: str) -> None:
+    # their modules have such names too: none of this folder may be imported in their place
     here = Path(__file__).resolve().parent
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != here]
     sys.dont_write_bytecode = True
     answers = os.fdopen(os.dup(1), "w")
-    # what they print is no answer
+    # their prints must not mix with the answers
     os.dup2(2, 1)
     driver = Driver(name, folder)
     for line in sys.stdin:

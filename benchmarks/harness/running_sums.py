@@ -8,6 +8,7 @@ makes all that follow wrong, so an error that a cache brings in cannot hide.
 """
 
 import torch
+from torch import Generator, Tensor
 
 LAG = 32
 ANSWER = 64
@@ -16,36 +17,36 @@ LENGTH = LAG + ANSWER
 VOCABULARY, MASK, EOS = 16, 10, 11
 
 
-def training_stream(seed, step):
+def training_stream(seed: int, step: int) -> Generator:
     """The random numbers of a training step."""
     return torch.Generator().manual_seed(2 * (seed * 10**6 + step))
 
 
-def held_out_stream(seed=0):
-    """Random numbers that no training step draws: odd seeds (of which PyTorch's CPU generator reads 32 bits)."""
+def held_out_stream(seed: int = 0) -> Generator:
+    """Random numbers that no training step draws: odd seeds (PyTorch's CPU generator reads 32 bits of them)."""
     return torch.Generator().manual_seed(2 * seed + 1)
 
 
-def problems(count, generator, zeros=0.0):
-    """Prompts with their answers, (count, 96) int64; zeros: the share of prompt digits that are made 0."""
+def problems(count: int, generator: Generator, zeros: float = 0.0) -> Tensor:
+    """Prompts with their answers, (count, 96) int64; zeros: the share of prompt digits that become 0."""
     prompt = torch.randint(10, (count, LAG), generator=generator)
     prompt = prompt * (torch.rand(count, LAG, generator=generator) >= zeros)
     return solve(prompt)
 
 
-def solve(prompt):
-    """(batch, 32) digits with their right answers behind, (batch, 96)."""
+def solve(prompt: Tensor) -> Tensor:
+    """(batch, 32) digits followed by their right answers, (batch, 96)."""
     first = (prompt.cumsum(1) + prompt[:, -1:]) % 10
     second = (first.cumsum(1) + first[:, -1:]) % 10
     return torch.cat((prompt, first, second), dim=1)
 
 
-def right(sequences):
-    """(batch, 64) bool: which tokens of the answers are those of the right answer; `.all(1)` is exact match."""
+def right(sequences: Tensor) -> Tensor:
+    """(batch, 64) bool: the tokens that equal the right answer's; `.all(1)` is exact match."""
     return sequences[:, LAG:] == solve(sequences[:, :LAG])[:, LAG:]
 
 
-def slips(sequences):
-    """(batch, 64) bool: which tokens break the rule, given the tokens that they follow, right or wrong."""
+def slips(sequences: Tensor) -> Tensor:
+    """(batch, 64) bool: the tokens that break the rule, given the tokens before them, right or wrong."""
     expected = (sequences[:, LAG - 1 : -1] + sequences[:, :-LAG]) % 10
     return sequences[:, LAG:] != expected

@@ -1,9 +1,16 @@
-"""Pictures of benchmark results. matplotlib is optional: without it there is a message and no picture."""
+"""Draws benchmark results. matplotlib is optional: without it there is a message and no picture."""
 
 import functools
 import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-# of the rows of one run: what is drawn of a model, in the order of preference
+import dkv
+
+Rows = list[dict[str, Any]]
+
+# (batch, length) of the attention that is drawn, by preference
 PANEL_SHAPES = ((8, 2048), (1, 2048), (4, 1024), (8, 512), (1, 1024))
 STYLES = {
     "ours": {"color": "#c1121f", "linewidth": 2.6, "marker": "o", "zorder": 3},
@@ -19,7 +26,7 @@ LABELS = {
 }
 
 
-def load_pyplot():
+def load_pyplot() -> ModuleType | None:
     try:
         import matplotlib
     except ImportError:
@@ -31,18 +38,31 @@ def load_pyplot():
     return plt
 
 
-def attention(rows, env, path):
-    """Time per layer over active positions, one panel a model, the best provider of each family; returns the path."""
+def save(figure: Any, path: Path) -> Path:
+    """Writes and closes a figure; returns the path."""
+    import matplotlib.pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+# ---- attn_speed.py
+
+
+def attention(rows: Rows, env: dict[str, Any], path: Path) -> Path | None:
+    """Time per layer over active positions: a panel for each model, the best provider of each family."""
     plt = load_pyplot()
     if plt is None:
         return None
-    panels = _panels(rows)
+    panels = _attention_shapes(rows)
     if not panels:
         return None
     figure, axes = plt.subplots(1, len(panels), figsize=(7.2 * len(panels), 5.4), squeeze=False, layout="constrained")
     for axis, (model, (batch, seqlen)) in zip(axes[0], panels, strict=True):
         shape = (model, batch, seqlen, False)
-        _panel(axis, [r for r in rows if (r["model"], r["batch"], r["seqlen"], r["ragged"]) == shape])
+        _attention_panel(axis, [r for r in rows if (r["model"], r["batch"], r["seqlen"], r["ragged"]) == shape])
         axis.set_title(f"{model}, batch {batch}, {seqlen} positions", fontsize=12)
     on_cpu = env["device"].startswith("CPU")
     figure.suptitle(
@@ -51,14 +71,11 @@ def attention(rows, env, path):
         fontsize=13,
     )
     figure.supxlabel("lines: medians; bands: 20 % to 80 % of the samples; lower is faster", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    return save(figure, path)
 
 
-def _panels(rows):
-    """[(model, (batch, length))]: of each model the shape with most points, if possible the same of all models."""
+def _attention_shapes(rows):
+    """[(model, (batch, length))]: the shape with the most points of each model, if possible the same for all."""
     actives = {}
     for row in rows:
         if row["family"] == "ours" and not row["ragged"]:
@@ -73,7 +90,7 @@ def _panels(rows):
     return [(model, max(shapes, key=functools.partial(worth, shapes))) for model, shapes in actives.items()]
 
 
-def _panel(axis, rows):
+def _attention_panel(axis, rows):
     actives = sorted({row["active"] for row in rows})
     ends = []
     for family, style in STYLES.items():
@@ -101,13 +118,13 @@ def _panel(axis, rows):
     axis.set_ylabel("time per layer (milliseconds)")
     axis.grid(True, which="major", alpha=0.3)
     _milliseconds(axis)
-    # labels stand left of the first point, each beside its line
+    # labels are left of the first point, each beside its line
     axis.set_xlim(actives[0] / _label_room(actives), actives[-1] * 1.3)
     _label(axis, actives[0], ends)
 
 
 def _label_room(actives):
-    """How far the axis reaches to the left of the first point, as a factor: about 40 % of the width."""
+    """The factor by which the axis extends to the left of the first point: about 40 % of the width."""
     return max(2.0, (actives[-1] / actives[0]) ** 0.75)
 
 
@@ -119,9 +136,9 @@ def _milliseconds(axis):
 
 
 def _label(axis, x, ends):
-    """Writes each label at the left end of its line, moved apart where they would overlap."""
+    """Writes each label at the left end of its line; labels that would overlap move apart."""
     low, high = axis.get_ylim()
-    # in the units of a log axis: a label of two lines takes about 8 % of the height
+    # on a log axis a label of two lines takes about 8 % of the height
     gap = (high / low) ** 0.085
     position = low
     for y, text, color in sorted(ends):
@@ -138,6 +155,8 @@ def _label(axis, x, ends):
         )
 
 
+# ---- generate_speed.py
+
 SYSTEM_COLORS = {
     "dkv": "#c1121f",
     "dkv, eager": "#e58a90",
@@ -148,8 +167,8 @@ SYSTEM_COLORS = {
 }
 
 
-def generation(rows, env, path):
-    """Seconds of whole runs beside their floors, one panel for each model and point (two at most); returns the path."""
+def generation(rows: Rows, env: dict[str, Any], path: Path) -> Path | None:
+    """Seconds of whole runs beside their floors: a panel for each model and point, two points at most."""
     plt = load_pyplot()
     measured = [row for row in rows if row["kind"] == "run" and row["seconds"]]
     if plt is None or not measured:
@@ -183,10 +202,7 @@ def generation(rows, env, path):
         "seconds, medians; x: against the family's own loop; green: floor of the same steps at the measured ceilings",
         fontsize=9,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    return save(figure, path)
 
 
 def _points(rows, model):
@@ -210,3 +226,81 @@ def _bars(axis, rows):
     axis.set_xlim(0, 1.25 * max(row["seconds"] for row in rows))
     axis.grid(True, axis="x", alpha=0.3)
     axis.tick_params(labelsize=9.5)
+
+
+# ---- quality.py
+
+# group of rows -> (colour, marker)
+GROUPS = {
+    "no cache": ("#222222", "*"),
+    "Decode": ("#c1121f", "o"),
+    "Decode, no delay": ("#e58a90", "x"),
+    "Decode, shift un or right": ("#c1121f", "v"),
+    "Decode, scope block": ("#f4a259", "P"),
+    "Greedy": ("#2a9d3a", "^"),
+    "Prefill, PrefillDecode": ("#7a5195", "D"),
+    "PrefixCache, DualCache": ("#1d6fa3", "s"),
+}
+# the default of Decode
+SHIFTS = (None, "un_right")
+
+
+def group_of(row: dict[str, Any]) -> str | None:
+    """The group of GROUPS that a row is drawn in."""
+    if row["policy"] == "NoCache":
+        return "no cache"
+    if row["policy"] != "Decode":
+        return next((group for group in GROUPS if row["policy"] in group), None)
+    if row["delay"] == 0:
+        return "Decode, no delay"
+    if row["scope"] == "block":
+        return "Decode, scope block"
+    return "Decode" if row["shift"] in SHIFTS else "Decode, shift un or right"
+
+
+def accuracy(rows: Rows, env: dict[str, Any], path: Path) -> Path | None:
+    """Exact match over cache ratio and over time: a line of panels for each model."""
+    plt = load_pyplot()
+    if plt is None:
+        return None
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, axes = plt.subplots(len(models), 2, figsize=(13, 4.6 * len(models)), squeeze=False, layout="constrained")
+    for model, line in zip(models, axes, strict=True):
+        shown = [r for r in rows if r["model"] == model and r["decoding"] != "threshold"]
+        for axis, key, label in zip(
+            line,
+            ("cache_ratio", "ms"),
+            ("share of positions read from the cache", "milliseconds a problem"),
+            strict=True,
+        ):
+            _accuracy_panel(axis, [row | {"ms": 1e3 * row["seconds"] / row["problems"]} for row in shown], key)
+            axis.set(xlabel=label, ylabel="exact match (%)", title=model)
+    figure.legend(*axes[-1][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    figure.suptitle(
+        f"Running sums, one token a step: right answers under every policy, {env['date'][:10]}\n{env['device']}",
+        fontsize=13,
+    )
+    return save(figure, path)
+
+
+def _accuracy_panel(axis, rows, key):
+    for group, (color, marker) in GROUPS.items():
+        found = sorted((row for row in rows if group_of(row) == group), key=lambda row: row[key])
+        if found:
+            line = "-" if group in ("Decode", "Decode, no delay") else ""
+            x, y = [row[key] for row in found], [100 * row["exact_match"] for row in found]
+            axis.plot(x, y, color=color, marker=marker, linestyle=line, markersize=7, alpha=0.85, label=group)
+    axis.set_ylim(-3, 103)
+    axis.grid(True, alpha=0.3)
+
+
+def maps(outputs: dict[str, dkv.GenerateOutput], path: Path) -> Path | None:
+    """`dkv.plot_history` of generations with a history, by title."""
+    plt = load_pyplot()
+    if plt is None:
+        return None
+    figure, axes = plt.subplots(1, len(outputs), figsize=(9 * len(outputs), 5.6), squeeze=False, layout="constrained")
+    for axis, (title, output) in zip(axes[0], outputs.items(), strict=True):
+        dkv.plot_history(output, ax=axis)
+        axis.set_title(title)
+    return save(figure, path)

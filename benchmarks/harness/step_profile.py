@@ -1,4 +1,4 @@
-"""Where the time of a step of `dkv.generate` goes: full and cached steps, by groups of kernels, beside their floors."""
+"""Profiles full and cached steps of `dkv.generate` by groups of kernels, beside their floors."""
 
 import collections
 import contextlib
@@ -6,25 +6,29 @@ import functools
 import re
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
-import roofline
 import torch
-from systems import start
+from torch import nn
 
 import dkv.layers
+from benchmarks.harness import roofline
+from benchmarks.harness.roofline import Work
+from benchmarks.harness.systems import Job, start
 from dkv.kernels import reference
-from dkv.run import needed
+from dkv.run import Run, needed
 
-# steps of each kind, evenly over a run
+# steps of each kind, spread evenly over a run
 STEPS = 8
 # kernels that are listed by name
 LISTED = 12
 REST = "policy, bookkeeping"
-# a GPU's kernels by name: the first pattern that is found in it counts
+# a GPU's kernels by name: the first matching pattern counts
 KERNELS = (
     ("attention", r"delayed_attention|merge_splits|flash|fmha|attention"),
-    # ours too, with what they do around a product
+    # our fused products too
     ("linear", r"linear_(rope_cache|swiglu|add_norm)|gemm|gemv|nvjet|xmma|cutlass|cublas|splitk"),
     ("rope, cache write", r"rope"),
     ("norms", r"rms_norm|deferred_norm"),
@@ -34,7 +38,7 @@ KERNELS = (
     # PyTorch's elementwise kernels, sums and copies
     (REST, r""),
 )
-# on a CPU the operators, where they are called: (group, owner, name)
+# a CPU's operators where they are called: (group, owner, name)
 OPERATORS = (
     ("attention", reference, "delayed_attention"),
     ("rope, cache write", reference, "rope_cache_update"),
@@ -50,37 +54,37 @@ GROUPS = tuple(group for group, _ in KERNELS)
 
 
 @torch.no_grad()
-def profile(model, job, ceilings):
+def profile(model: nn.Module, job: Job, ceilings: dict[str, float]) -> list[dict[str, Any]]:
     """Profiles steps of a run of the job; returns a record for its full steps and one for its cached steps.
 
-    On a GPU these are the times of kernels, without the gaps between them; on a CPU all time is in some group.
+    On a GPU the times are those of kernels, without the gaps between them; on a CPU every moment is in some group.
     """
     measure = gpu_kernels if model.device.type == "cuda" else operators
     sizes = roofline.Sizes.of(model)
-    work = [step for step, _ in steps_of(model, job)]
+    works = [work for work, _ in steps_of(model, job)]
     wanted = {}
     for full in (True, False):
-        indices = [i for i, step in enumerate(work) if step.full == full]
+        indices = [i for i, work in enumerate(works) if work.full == full]
         wanted[full] = indices[:: -(-len(indices) // STEPS)] if indices else []
     found = {True: [], False: []}
-    for i, (step, run) in enumerate(steps_of(model, job)):
-        if i in wanted[step.full]:
-            found[step.full].append((step, measure(run.step)))
+    for i, (work, run) in enumerate(steps_of(model, job)):
+        if i in wanted[work.full]:
+            found[work.full].append((work, measure(run.step)))
     return [record("full" if full else "cached", found[full], sizes, ceilings) for full in found if found[full]]
 
 
-def steps_of(model, job):
-    """Runs the job; yields (`roofline.Step`, run) before each step, which is done then unless the caller has."""
+def steps_of(model: nn.Module, job: Job) -> Iterator[tuple[Work, Run]]:
+    """Runs the job; yields (work, run) before each step, and takes the step afterwards unless the caller did."""
     with start(model, job, cuda_graphs=False) as run:
         while run.running():
             done = run.steps
             need = needed(run.sizes.tolist())
-            yield roofline.Step(job.prompt.shape[0], job.seqlen, need.positions, need.candidates), run
+            yield Work(job.prompt.shape[0], job.seqlen, need.positions, need.candidates), run
             if run.steps == done:
                 run.step()
 
 
-def operators(step):
+def operators(step: Callable[[], None]) -> dict:
     """{(group, name): [milliseconds, calls]} of a step on a CPU."""
     found = collections.defaultdict(lambda: [0.0, 0])
 
@@ -106,7 +110,7 @@ def operators(step):
     return found
 
 
-def gpu_kernels(step):
+def gpu_kernels(step: Callable[[], None]) -> dict:
     """{(group, name): [milliseconds, calls]} of a step on a GPU."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
@@ -120,17 +124,17 @@ def gpu_kernels(step):
     return found
 
 
-def group_of(kernel):
+def group_of(kernel: str) -> str:
     return next(group for group, pattern in KERNELS if re.search(pattern, kernel, re.IGNORECASE))
 
 
-def record(kind, profiled, sizes, ceilings):
+def record(kind: str, profiled: list[tuple[Work, dict]], sizes: roofline.Sizes, ceilings: dict) -> dict[str, Any]:
     """Medians of times over the profiled steps, means of the rest."""
     times = {}
     for key in dict.fromkeys(key for _, found in profiled for key in found):
         samples = [found.get(key, (0.0, 0)) for _, found in profiled]
         times[key] = statistics.median(ms for ms, _ in samples), statistics.fmean(calls for _, calls in samples)
-    floors = [roofline.floors(sizes, step, ceilings) for step, _ in profiled]
+    floors = [roofline.floors(sizes, work, ceilings) for work, _ in profiled]
     floors = {group: 1e3 * statistics.fmean(floor[group] for floor in floors) for group in roofline.GROUPS}
     groups = {
         group: {"ms": sum(ms for (g, _), (ms, _) in times.items() if g == group), "floor_ms": floors.get(group, 0.0)}
@@ -139,8 +143,8 @@ def record(kind, profiled, sizes, ceilings):
     longest = sorted(times.items(), key=lambda item: -item[1][0])[:LISTED]
     return {
         "step": kind,
-        "positions": statistics.fmean(step.active for step, _ in profiled),
-        "candidates": statistics.fmean(step.candidates for step, _ in profiled),
+        "positions": statistics.fmean(work.active for work, _ in profiled),
+        "candidates": statistics.fmean(work.candidates for work, _ in profiled),
         "ms": sum(group["ms"] for group in groups.values()),
         "floor_ms": sum(floors.values()),
         "groups": groups,
@@ -148,8 +152,8 @@ def record(kind, profiled, sizes, ceilings):
     }
 
 
-def table(found):
-    """The lines of a table of one record."""
+def table(found: dict[str, Any]) -> Iterator[str]:
+    """The lines of one record's table."""
     whole = found["ms"]
     yield (
         f"{found['step']} steps, mean of {found['positions']:.0f} positions and {found['candidates']:.0f} candidates: "

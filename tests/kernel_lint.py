@@ -1,17 +1,21 @@
-"""Compiles the kernels ahead of time for every supported GPU, without one, and checks what came out.
+"""Compiles the kernels ahead of time for every supported GPU, without one, and checks the result.
 
-    python benchmarks/kernel_lint.py                        the tuned cases, for sm_80 and sm_90
-    python benchmarks/kernel_lint.py --all                  every launch that the tables of dkv.kernels.configs can pick
-    python benchmarks/kernel_lint.py --all --baseline       and keeps their figures
+    python tests/kernel_lint.py                        the tuned cases, for sm_80 and sm_90
+    python tests/kernel_lint.py --all                  every launch that the tables of dkv.kernels.configs can pick
+    python tests/kernel_lint.py --all --baseline       and keeps their figures
 
-Each case calls the real launcher with fake CUDA tensors of true model shapes; what it launches is recorded instead, and
-compiled with the specialisation that Triton's JIT would give it. A case fails if registers spill inside the loop, if
-shared memory passes the architecture's limit, if what the kernel streams (K and V, weights, rows) is not loaded 16
-bytes at a time, if a matrix product misses the tensor cores (on Hopper: wgmma, from 64 rows on), if the merge of key
-splits waits for some of its loads before it issues the others, or if a kernel with PDL reads or writes
-memory before it has waited for the one in front. The figures are compared with those kept, by --baseline, in
-benchmarks/results/compile/ for the Triton version at hand, on which registers and spills depend: spills that grow fail
-even outside the loop, where they cost little. The exit status is 1 if a case fails.
+Each case calls the real launcher with fake CUDA tensors of true model shapes. Its launch is recorded, and compiled with
+the specialisation that Triton's JIT would give it. A case fails if
+
+    registers spill inside the loop, or more than in the baseline (outside the loop spills cost little)
+    shared memory exceeds the architecture's limit
+    streamed tensors (K and V, weights, rows) are not loaded 16 bytes at a time
+    a matrix product misses the tensor cores (on Hopper: wgmma, from 64 rows on), or uses them in float32
+    the merge of key splits waits for some of its loads before it issues the others
+    a kernel with PDL reads or writes memory before it has waited for the one in front
+
+The baseline is in tests/data/compile/, for each Triton version, because registers and spills depend on it. The exit
+status is 1 if a case fails.
 """
 
 import argparse
@@ -26,28 +30,29 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+import torch
+import triton
+from triton.runtime.jit import JITFunction
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-from fake_gpu import ARCHITECTURES, on_gpu, recording  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource, make_backend  # noqa: E402
-from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dkv.kernels import (  # noqa: E402
+from benchmarks.harness import models
+from benchmarks.harness.launches import ARCHITECTURES, Architecture, Launch, compile_launch, on_gpu, recording
+from dkv.kernels import (
     activation,
     active,
     advance,
     attention,
     checks,
     commit,
-    configs,  # noqa: E402
+    configs,
     gate_up,
     lm_head,
     norm,
@@ -57,16 +62,15 @@ from dkv.kernels import (  # noqa: E402
     residual,
     rope_cache,
 )
-from dkv.kernels.rows import Counter, Rule, Size  # noqa: E402
+from dkv.kernels.rows import Counter, Rule, Size
+from dkv.models.layout import ModelConfig
 
-BASELINES = Path(__file__).resolve().parent / "results" / "compile"
-
-
+BASELINES = Path(__file__).resolve().parent / "data" / "compile"
 TUNED_ARCHS = (80, 90)
-REGISTERS_PER_PROCESSOR = 65536
-# what becomes of griddepcontrol.wait
+REGISTERS_PER_SM = 65536
+# griddepcontrol.wait in machine code
 WAIT = "ACQBULK"
-# what each kernel streams, in one turn of its loop if it has one: tiles from these pointers, of these sizes
+# the tiles that each kernel streams in one turn of its loop: from these pointers, of these sizes
 STREAMED_TILES = {
     "delayed_attention": [(("k_ptr", "v_ptr"), ("BLOCK_N", "HEADDIM"))],
     "merge_splits": [(("partial_out_ptr",), ("SPLITS", "BLOCK_M", "HEADDIM"))],
@@ -82,26 +86,15 @@ STREAMED_TILES = {
     "linear_add_norm": [(("weight_ptr",), ("BLOCK_N", "BLOCK_K")), (("x_ptr",), ("BLOCK_R", "BLOCK_K"))],
 }
 PRODUCTS = ("linear_rope_cache", "linear_swiglu", "linear_add_norm")
-# these kernels cost nothing but latency: their loads must be in flight at the same time
+# these kernels cost only latency: their loads must be in flight at the same time
 ONE_TRIP_TO_MEMORY = ("merge_splits",)
-
-
-@dataclass(frozen=True)
-class Model:
-    """Sizes of a supported model; heads are those of the queries and those of keys and values."""
-
-    heads: tuple
-    d: int
-    mlp: int
-    vocab: int
-
-
-MODELS = {"LLaDA": Model((32, 32), 4096, 12288, 126464), "Dream": Model((28, 4), 3584, 18944, 152064)}
+# family -> dkv's ModelConfig
+MODELS = {family: models.MODELS[name] for family, (name, _) in models.TRUE_SIZE.items()}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def streamed_bytes(launch):
-    """Bytes that each thread streams in one turn, and how many of them, 16 at most, one load can bring.
+def streamed_bytes(launch: Launch) -> tuple[int, int]:
+    """(bytes that each thread streams in one turn, bytes that one load can bring, at most 16).
 
     Tensors without elements do not count, nor tiles too small for loads of that many bytes.
     """
@@ -115,35 +108,13 @@ def streamed_bytes(launch):
     return sum(tile for tile in tiles if tile >= load_bytes), load_bytes
 
 
-def matrix_rows(launch):
-    """Rows of the left operand of its matrix products; None for a kernel without such, or an unknown one."""
+def matrix_rows(launch: Launch) -> int | None:
+    """Rows of the left operand of its matrix products; None for a kernel without them."""
     if launch.name == "lm_head":
         return launch.arguments["BLOCK_V" if launch.arguments["VOCAB_FIRST"] else "BLOCK_R"]
     if launch.name in PRODUCTS:
         return launch.arguments["HALF" if launch.name == "linear_rope_cache" else "BLOCK_N"]
     return launch.arguments["BLOCK_M"] if launch.name == "delayed_attention" else None
-
-
-def specialised(launch, arch):
-    """(source, target, options) that Triton's JIT would compile for a recorded launch."""
-    kernel, target = launch.kernel, GPUTarget("cuda", arch, 32)
-    backend = make_backend(target)
-    arguments = dict(launch.arguments, debug=False, instrumentation_mode="")
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, options = binder(**arguments)
-    options, signature, constexprs, attrs = kernel._pack_args(backend, arguments, bound, specialization, options)
-    return ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs), target, options
-
-
-def key_of(source, options):
-    """What tells one compiled kernel from another."""
-    return " ".join(map(str, (source.name, source.signature, source.constants, source.attrs, options)))
-
-
-def compile_launch(launch, arch):
-    """Compiles a recorded launch as Triton's JIT would at run time; returns Triton's CompiledKernel."""
-    source, target, options = specialised(launch, arch)
-    return triton.compile(source, target=target, options=dict(options.__dict__))
 
 
 def _call_attention(
@@ -173,7 +144,7 @@ def _launch_attention(empty, d, heads, queries, splits, bounds, key_mask, key_in
 
 def _call_rope(empty, *, d=128, heads=(32, 32)):
     total, nheads, nheads_k = 16, *heads
-    # as they come out of one QKV product
+    # as one QKV product returns them
     q, k, v = empty(total, nheads + 2 * nheads_k, d).split([nheads, nheads_k, nheads_k], dim=1)
     k_cache, v_cache = (empty(2, 1024, nheads_k, d) for _ in "kv")
     cos, sin = (empty(1024, d // 2, dtype=torch.float32) for _ in "cs")
@@ -242,7 +213,7 @@ def _call_lm_head(empty, *, d=4096, vocab=126464, rows=16, noise=False, round_lo
         noise_key=empty(rows, dtype=torch.int64) if noise else None,
         exclude_ids=(vocab - 1,),
         round_logits=round_logits,
-        # compiles to the same as None
+        # compiles to the same kernel as None
         cu_seqlens=empty(3, dtype=torch.int32),
     )
 
@@ -287,7 +258,7 @@ def _call_active(empty, *, seqlen=1024, stable="both", shifted=True):
     active._launch(*arguments, shifted=shifted, rule=rule, rank=decoded_step, foresee=stable != "others")
 
 
-# how the launcher of a kernel is called; the keyword arguments are the options of a `Case`, d is the size of a row
+# how to call the launcher of a kernel; the keyword arguments are the options of a `LintCase`, d is the size of a row
 CALLS = {
     "delayed_attention": _call_attention,
     "merge_splits": _call_attention,
@@ -307,10 +278,10 @@ CALLS = {
 }
 
 
-class Case:
-    """One kernel of one call of a launcher: what is compiled, and the name under which the baseline keeps it."""
+class LintCase:
+    """One kernel of one call of a launcher; `str` gives its name in the baseline."""
 
-    def __init__(self, kernel, arch, dtype="bf16", **options):
+    def __init__(self, kernel: str, arch: int, dtype: str = "bf16", **options: Any):
         self.kernel, self.arch, self.dtype = kernel, arch, dtype
         self.options = (CALLS[kernel].__kwdefaults__ or {}) | options
 
@@ -324,11 +295,11 @@ class Case:
         return " ".join(words)
 
     @property
-    def tensor_cores(self):
+    def tensor_cores(self) -> bool:
         """Whether it multiplies matrices in 16 bits; float32 products must stay off the tensor cores (TF32)."""
         return self.kernel in ("delayed_attention", "lm_head", *PRODUCTS) and self.dtype != "fp32"
 
-    def record(self):
+    def record(self) -> Launch:
         """The launch of this kernel, as its launcher makes it."""
         if not isinstance(attention._delayed_attention_kernel, JITFunction):
             raise RuntimeError("the kernels are interpreted in this process (TRITON_INTERPRET=1); use workers()")
@@ -341,8 +312,8 @@ class Case:
         return next(launch for launch in launches if launch.name == self.kernel)
 
 
-def most_rows(arch, pick, bound=512):
-    """For every launch that `pick(device, rows)` returns, the most rows, `bound` at most, that it is picked for."""
+def max_rows(arch: int, pick: Callable, bound: int = 512) -> list[int]:
+    """For every config that `pick(device, rows)` returns, the maximum of rows (up to `bound`) that it is picked for."""
     rows = {}
     with on_gpu(arch):
         for count in range(1, bound + 1):
@@ -350,77 +321,83 @@ def most_rows(arch, pick, bound=512):
     return list(rows.values())
 
 
-def tile_queries(arch, dtype, group):
-    """For every tile of attention that the table can pick, the most queries (of `group` heads each)."""
+def tile_queries(arch: int, dtype: str, group: int) -> list[int]:
+    """For every tile of attention that the table can pick, the maximum of queries (of `group` heads each)."""
 
     def pick(device, queries):
         return configs.attention_config(device, DTYPES[dtype], queries * group)
 
-    return most_rows(arch, pick, 512 // group)
+    return max_rows(arch, pick, 512 // group)
 
 
-def attention_cases(arch, model, dtype="bf16", **options):
-    heads = MODELS[model].heads
+def heads_of(model: ModelConfig) -> tuple[int, int]:
+    return model.nheads, model.nheads_k
+
+
+def attention_cases(arch: int, model: str, dtype: str = "bf16", **options: Any) -> list[LintCase]:
+    heads = heads_of(MODELS[model])
     return [
-        Case("delayed_attention", arch, dtype, heads=heads, queries=queries, **options)
+        LintCase("delayed_attention", arch, dtype, heads=heads, queries=queries, **options)
         for queries in tile_queries(arch, dtype, heads[0] // heads[1])
     ]
 
 
-def product_cases(arch, model, dtype="bf16", **options):
+def product_cases(arch: int, model: str, dtype: str = "bf16", **options: Any) -> list[LintCase]:
     """Every tile of the products that the table can pick."""
     sizes, cases = MODELS[model], []
     for kernel, kind, own in (
-        ("linear_rope_cache", "qkv", {"heads": sizes.heads}),
-        ("linear_swiglu", "gate_up", {"mlp": sizes.mlp}),
-        ("linear_add_norm", "residual", {"mlp": sizes.mlp}),
+        ("linear_rope_cache", "qkv", {"heads": heads_of(sizes)}),
+        ("linear_swiglu", "gate_up", {"mlp": sizes.mlp_size}),
+        ("linear_add_norm", "residual", {"mlp": sizes.mlp_size}),
     ):
 
         def pick(device, rows, kind=kind):
-            # so many features that no channels are split
-            return configs.product_config(device, DTYPES[dtype], kind, rows, (2**20, sizes.d))
+            # with so many features no channels are split
+            return configs.product_config(device, DTYPES[dtype], kind, rows, (2**20, sizes.hidden_size))
 
-        for rows in most_rows(arch, pick, configs.MAX_PRODUCT_ROWS):
-            cases.append(Case(kernel, arch, dtype, d=sizes.d, rows=rows, **own, **options))
+        for rows in max_rows(arch, pick, configs.MAX_PRODUCT_ROWS):
+            cases.append(LintCase(kernel, arch, dtype, d=sizes.hidden_size, rows=rows, **own, **options))
     return cases
 
 
-def head_rows(arch, dtype, noise):
-    """For every tile of the LM head that the table can pick, the most rows."""
-    return most_rows(arch, lambda device, rows: configs.lm_head_config(device, DTYPES[dtype], rows, noise))
+def head_rows(arch: int, dtype: str, noise: bool) -> list[int]:
+    """For every tile of the LM head that the table can pick, the maximum of rows."""
+    return max_rows(arch, lambda device, rows: configs.lm_head_config(device, DTYPES[dtype], rows, noise))
 
 
-def head_cases(arch, model, dtype="bf16", noise=False, **options):
-    sizes = {"d": MODELS[model].d, "vocab": MODELS[model].vocab, "noise": noise, **options}
-    return [Case("lm_head", arch, dtype, rows=rows, **sizes) for rows in head_rows(arch, dtype, noise)]
+def head_cases(arch: int, model: str, dtype: str = "bf16", noise: bool = False, **options: Any) -> list[LintCase]:
+    sizes = {"d": MODELS[model].hidden_size, "vocab": MODELS[model].vocab_size, "noise": noise, **options}
+    return [LintCase("lm_head", arch, dtype, rows=rows, **sizes) for rows in head_rows(arch, dtype, noise)]
 
 
-def tuned_cases(archs=TUNED_ARCHS, models=tuple(MODELS)):
+def tuned_cases(archs: tuple[int, ...] = TUNED_ARCHS) -> list[LintCase]:
     """bfloat16, headdim 128: every tile, with splits and without noise for LLaDA, the other way round for Dream."""
     cases = []
     for arch in archs:
-        for name in models:
-            model, llada = MODELS[name], name == "LLaDA"
+        for name, model in MODELS.items():
+            llada = name == "LLaDA"
             cases += attention_cases(arch, name, splits=4 if llada else 1)
-            cases.append(Case("merge_splits", arch, heads=model.heads, splits=4))
-            cases.append(Case("rope_cache", arch, heads=model.heads))
-            cases.append(Case("add_rms_norm", arch, d=model.d))
-            cases.append(Case("swiglu", arch, d=model.mlp))
+            cases.append(LintCase("merge_splits", arch, heads=heads_of(model), splits=4))
+            cases.append(LintCase("rope_cache", arch, heads=heads_of(model)))
+            cases.append(LintCase("add_rms_norm", arch, d=model.hidden_size))
+            cases.append(LintCase("swiglu", arch, d=model.mlp_size))
             cases += product_cases(arch, name, splits=1 if llada else 4, pdl=arch >= 90 and llada)
             if arch >= 90:
-                options = {"heads": model.heads, "queries": 32, "splits": 4, "pdl": True}
-                cases += [Case(kernel, arch, **options) for kernel in ("delayed_attention", "merge_splits")]
-            cases.append(Case("deferred_norm", arch, d=model.d))
+                options = {"heads": heads_of(model), "queries": 32, "splits": 4, "pdl": True}
+                cases += [LintCase(kernel, arch, **options) for kernel in ("delayed_attention", "merge_splits")]
+            cases.append(LintCase("deferred_norm", arch, d=model.hidden_size))
             cases += head_cases(arch, name, noise=not llada)
-            cases.append(Case("merge_confidence", arch, d=model.d, vocab=model.vocab, noise=not llada))
-        cases.append(Case("commit_tokens", arch, "fp32"))
-        cases += [Case("pack_positions", arch, "bool", step=step) for step in (False, True)]
-        cases += [Case(name, arch, "bool") for name in ("advance_rows", "active_positions")]
+            cases.append(
+                LintCase("merge_confidence", arch, d=model.hidden_size, vocab=model.vocab_size, noise=not llada)
+            )
+        cases.append(LintCase("commit_tokens", arch, "fp32"))
+        cases += [LintCase("pack_positions", arch, "bool", step=step) for step in (False, True)]
+        cases += [LintCase(name, arch, "bool") for name in ("advance_rows", "active_positions")]
     return cases
 
 
-def all_cases(archs=tuple(ARCHITECTURES)):
-    """Every tile of every table, with every option, dtype and headdim, though not with all combinations of these."""
+def all_cases(archs: tuple[int, ...] = tuple(ARCHITECTURES)) -> list[LintCase]:
+    """Every tile of every table, with every option, dtype and headdim, though not with all their combinations."""
     cases = tuned_cases(archs)
     for arch in archs:
         cases += attention_cases(arch, "LLaDA") + attention_cases(arch, "Dream", splits=4)
@@ -430,39 +407,39 @@ def all_cases(archs=tuple(ARCHITECTURES)):
         cases += product_cases(arch, "LLaDA", splits=4, pdl=arch >= 90)
         cases += head_cases(arch, "LLaDA", scales=True) + head_cases(arch, "Dream", noise=True, scales=True)
         cases += [
-            Case("commit_tokens", arch, "fp32", rule=rule, limits=limits)
+            LintCase("commit_tokens", arch, "fp32", rule=rule, limits=limits)
             for rule in ("threshold", "factor")
             for limits in (False, True)
         ]
-        cases.append(Case("pack_positions", arch, "bool", step=True, noisy=True))
+        cases.append(LintCase("pack_positions", arch, "bool", step=True, noisy=True))
         for seqlen in (256, 16384):
-            cases.append(Case("advance_rows", arch, "bool", seqlen=seqlen, ends=True))
+            cases.append(LintCase("advance_rows", arch, "bool", seqlen=seqlen, ends=True))
             for stable, shifted in (("decoded", False), ("next", True), ("others", True)):
-                cases.append(Case("active_positions", arch, "bool", seqlen=seqlen, stable=stable, shifted=shifted))
+                cases.append(LintCase("active_positions", arch, "bool", seqlen=seqlen, stable=stable, shifted=shifted))
         # keys and values alone, queries alone
-        cases += [Case("rope_cache", arch, heads=heads) for heads in ((0, 4), (28, 0))]
+        cases += [LintCase("rope_cache", arch, heads=heads) for heads in ((0, 4), (28, 0))]
         for dtype in DTYPES:
-            cases.append(Case("add_rms_norm", arch, dtype, d=8192))
-            cases.append(Case("add_rms_norm", arch, dtype, residual=False))
+            cases.append(LintCase("add_rms_norm", arch, dtype, d=8192))
+            cases.append(LintCase("add_rms_norm", arch, dtype, residual=False))
             if dtype != "bf16":
-                cases += [Case("add_rms_norm", arch, dtype, d=model.d) for model in MODELS.values()]
-                cases += [Case("swiglu", arch, dtype, d=model.mlp) for model in MODELS.values()]
+                cases += [LintCase("add_rms_norm", arch, dtype, d=model.hidden_size) for model in MODELS.values()]
+                cases += [LintCase("swiglu", arch, dtype, d=model.mlp_size) for model in MODELS.values()]
                 cases += product_cases(arch, "Dream", dtype, splits=4)
-                cases.append(Case("deferred_norm", arch, dtype))
+                cases.append(LintCase("deferred_norm", arch, dtype))
                 cases += head_cases(arch, "LLaDA", dtype) + head_cases(arch, "Dream", dtype, noise=True)
             for d in checks.HEADDIMS:
                 if (dtype, d) != ("bf16", 128):
                     cases += attention_cases(arch, "Dream", dtype, d=d)
                     cases += attention_cases(arch, "LLaDA", dtype, d=d, splits=4, key_mask=True, key_index=True)
-                    cases.append(Case("merge_splits", arch, dtype, d=d, splits=4))
-                    cases.append(Case("rope_cache", arch, dtype, d=d))
-                    cases.append(Case("linear_rope_cache", arch, dtype, headdim=d))
+                    cases.append(LintCase("merge_splits", arch, dtype, d=d, splits=4))
+                    cases.append(LintCase("rope_cache", arch, dtype, d=d))
+                    cases.append(LintCase("linear_rope_cache", arch, dtype, headdim=d))
     return cases
 
 
 @dataclass
-class Row:
-    """What the compiler made of one kernel for one architecture; sizes in bytes."""
+class LintRow:
+    """The compiled kernel of one case for one architecture; sizes in bytes."""
 
     kernel: str
     case: str
@@ -484,12 +461,12 @@ class Row:
     accesses_before_wait: int = 0
 
     @property
-    def key(self):
+    def key(self) -> str:
         return f"{self.kernel} {self.case} sm_{self.arch}"
 
 
-def inspect(launch, arch, *, case="", tensor_cores=False):
-    """Compiles a launch for `arch` and returns its checked Row; `tensor_cores` as in `Case`."""
+def inspect(launch: Launch, arch: int, *, case: str = "", tensor_cores: bool = False) -> LintRow:
+    """Compiles a launch for `arch` and returns its checked `LintRow`; `tensor_cores` as in `LintCase`."""
     compiled = compile_launch(launch, arch)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
@@ -501,7 +478,7 @@ def inspect(launch, arch, *, case="", tensor_cores=False):
     streamed, load_bytes = streamed_bytes(launch)
     sizes = [value for name, value in launch.arguments.items() if re.match("BLOCK|COLUMNS", name)]
     stages = f" st{launch.arguments['num_stages']}" if "num_stages" in launch.arguments else ""
-    row = Row(
+    row = LintRow(
         kernel=launch.name,
         case=case,
         arch=arch,
@@ -529,9 +506,9 @@ def _run_tool(tool, *arguments):
 
 
 class Sass:
-    """What the checks need of a kernel's machine code, as nvdisasm prints it."""
+    """The facts that the checks need about a kernel's machine code, as nvdisasm prints it."""
 
-    def __init__(self, text):
+    def __init__(self, text: str):
         self.opcodes, registers, loops, labels = [], [], [], {}
         for line in text.splitlines():
             if label := re.match(r"(\.L\w+):", line):
@@ -544,9 +521,9 @@ class Sass:
             if target and target[1] in labels:
                 loops.append(range(labels[target[1]], len(self.opcodes)))
             self.opcodes.append(instruction[1])
-        # a wait laid out behind a loop jumps back into it: what lies between is no loop
+        # a wait laid out behind a loop jumps back into it: the code between is no loop
         loops = [loop for loop in loops if not any(o.start < loop.start < o.stop < loop.stop for o in loops)]
-        # loops without a load only clear what has no result, if anything
+        # loops without a load at most clear outputs
         loops = [loop for loop in loops if any(_is_load(self.opcodes[i]) for i in loop)]
         in_loops = self._opcodes_in(loops)
         innermost = [loop for loop in loops if not any(loop.start < other.start < loop.stop for other in loops)]
@@ -561,15 +538,15 @@ class Sass:
     def _opcodes_in(self, loops):
         return [self.opcodes[i] for i in sorted({i for loop in loops for i in loop})]
 
-    def wide_bytes(self, load_bytes):
-        """Bytes a thread loads in the innermost loops (without one: at all) by instructions of `load_bytes` or more."""
+    def wide_bytes(self, load_bytes: int) -> int:
+        """Bytes that a thread loads by instructions of at least `load_bytes`, in the innermost loops if there are any."""
         return sum(width for width in self.loads if width >= load_bytes)
 
 
 def _late_loads(opcodes, registers):
-    """Of straight code: how many loads are issued only after the result of one has been waited for.
+    """How many loads of straight code are issued only after a wait for the result of another load.
 
-    `registers` holds, for every instruction, those that it names, the first one that it writes in front.
+    `registers` has the registers that each instruction names; it writes the first of them.
     """
     in_flight = set()
     for i, (opcode, named) in enumerate(zip(opcodes, registers, strict=True)):
@@ -586,29 +563,29 @@ def _is_load(opcode):
 
 
 def _touches_memory(opcode):
-    """Whether it reads or writes what is common to kernels; a prefetch (CCTL) does neither."""
+    """Whether it reads or writes global memory; a prefetch (CCTL) does neither."""
     return _is_load(opcode) or opcode.split(".")[0] in ("LD", "ST", "STG", "ATOM", "ATOMG", "RED", "REDG", "UTMASTG")
 
 
 def _load_bytes(opcode):
-    """Bytes that a thread loads; one copy of the tensor memory accelerator counts as more than any tile."""
+    """Bytes that a thread loads; a copy of the tensor memory accelerator counts as more than any tile."""
     name, *modifiers = opcode.split(".")
     widths = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
     return 4096 if name == "UTMALDG" else next((widths[m] for m in modifiers if m in widths), 4)
 
 
-def resident_blocks(architecture, registers, shared, warps):
-    """Blocks that fit one streaming multiprocessor; warps get 256 registers at a time, blocks 1 KiB on top."""
-    warps_by_registers = REGISTERS_PER_PROCESSOR // (-(-registers // 8) * 8 * 32) // 4 * 4
+def resident_blocks(architecture: Architecture, registers: int, shared: int, warps: int) -> int:
+    """Blocks that fit on one SM; a warp gets registers 256 at a time, a block needs 1 KiB more than it asks for."""
+    warps_by_registers = REGISTERS_PER_SM // (-(-registers // 8) * 8 * 32) // 4 * 4
     return min(
         min(warps_by_registers, architecture.warps) // warps,
-        architecture.shared_per_processor * 1024 // (shared + 1024),
+        architecture.shared_per_sm * 1024 // (shared + 1024),
         architecture.blocks,
     )
 
 
-def check(row, tensor_cores):
-    """What is wrong with a Row, in words."""
+def check(row: LintRow, tensor_cores: bool) -> list[str]:
+    """The defects of a row, in words."""
     failures = []
     if row.loop_spills:
         failures.append(f"{row.loop_spills} spills inside loops ({row.stack} B of stack)")
@@ -617,7 +594,7 @@ def check(row, tensor_cores):
         failures.append(f"{row.shared / 1024:.0f} KiB of shared memory, sm_{row.arch} has {limit}")
     if row.wide_share < 1.0:
         failures.append(f"only {row.wide_share:.0%} of the streamed bytes come in loads of {row.load_bytes}")
-    # the compiler may interleave the last ones with the first waits
+    # the compiler may interleave the last loads with the first waits
     if row.kernel in ONE_TRIP_TO_MEMORY and row.late_share > 0.1:
         failures.append(f"{row.late_share:.0%} of the loads are issued after a wait for others")
     if row.accesses_before_wait:
@@ -632,8 +609,8 @@ def check(row, tensor_cores):
     return failures
 
 
-def compare(row, baseline):
-    """Notes in a Row what changed against its entry of the baseline; more spills, even outside loops, are a failure."""
+def compare(row: LintRow, baseline: dict[str, dict]) -> None:
+    """Notes in a row what changed since the baseline; more spills, even outside loops, are a failure."""
     old = baseline.get(row.key)
     if old is None:
         row.changes = ["new"] if baseline else []
@@ -645,17 +622,18 @@ def compare(row, baseline):
         row.failures.append(f"spills {row.stack} B, before {old['stack']} B")
 
 
-def lint_case(case):
+def lint_case(case: LintCase) -> LintRow:
+    """The checked row of a case; one that does not compile has a failure."""
     try:
         return inspect(case.record(), case.arch, case=str(case), tensor_cores=case.tensor_cores)
     except Exception as error:
         message = f"does not compile: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        return Row(case.kernel, str(case), case.arch, None, "", 0, 0, 0, 0, 0, {}, 0, 0.0, 0, [message])
+        return LintRow(case.kernel, str(case), case.arch, None, "", 0, 0, 0, 0, 0, {}, 0, 0.0, 0, [message])
 
 
 @contextlib.contextmanager
-def workers(processes):
-    """A pool of fresh Python processes, in which Triton compiles and its cache is empty, whatever holds in this one."""
+def workers(processes: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool of fresh processes, in which Triton compiles with an empty cache, even if this one interprets kernels."""
     with tempfile.TemporaryDirectory() as cache:
         environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
         with mock.patch.dict(os.environ, environment):
@@ -663,31 +641,25 @@ def workers(processes):
                 yield pool
 
 
-def lint(cases, baseline, processes=2):
-    """Compiles and checks the cases; yields their Rows, compared with the baseline, in their order as they are done."""
+def lint(cases: list[LintCase], baseline: dict[str, dict], processes: int = 2) -> Iterator[LintRow]:
+    """Compiles and checks the cases; yields their rows in order, compared with the baseline."""
     with workers(min(processes, len(cases))) as pool:
         for row in pool.map(lint_case, cases):
             compare(row, baseline)
             yield row
 
 
-def run_cases(cases=None, processes=2):
-    """The Rows of some cases as dictionaries, for JSON and `table`; by default LLaDA's tuned ones on Hopper."""
-    cases = tuned_cases((90,), ("LLaDA",)) if cases is None else cases
-    return [asdict(row) for row in lint(cases, load_baseline(), processes)]
-
-
-def baseline_path():
+def baseline_path() -> Path:
     return BASELINES / f"triton-{triton.__version__}.json"
 
 
-def load_baseline():
-    """The figures by key, as kept for the running Triton version; empty if there are none."""
+def load_baseline() -> dict[str, dict]:
+    """The figures of the running Triton version by key; empty if there are none."""
     path = baseline_path()
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def save_baseline(rows, *, complete):
+def save_baseline(rows: list[LintRow], *, complete: bool) -> None:
     """Keeps the rows that compiled; entries of other cases stay unless the rows are `complete`."""
     kept = ("tile", "registers", "stack", "shared", "blocks", "tensor_core_instructions", "wide_share", "instructions")
     entries = {} if complete else load_baseline()
@@ -703,12 +675,7 @@ HEADER = (
 )
 
 
-def table(rows):
-    """The rows of `run_cases` as text."""
-    return "\n".join([HEADER, *(format_row(Row(**row)) for row in rows)])
-
-
-def format_row(row):
+def format_row(row: LintRow) -> str:
     mma = " ".join(f"{count} {name}" for name, count in row.tensor_core_instructions.items()) or "-"
     verdict = "FAIL: " + "; ".join(row.failures) if row.failures else "ok"
     if row.changes:
@@ -719,15 +686,13 @@ def format_row(row):
     )
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Compiles the kernels ahead of time for every supported GPU, without one, and checks what came out."
-    )
-    parser.add_argument("--all", action="store_true", help="every launch that the tables can pick, not the tuned ones")
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="every launch that the tables can pick")
     parser.add_argument(
         "--arch", type=int, nargs="+", choices=sorted(ARCHITECTURES), help="default: 80 90, with --all every one"
     )
-    parser.add_argument("--baseline", action="store_true", help="keep the figures as those to compare with from now on")
+    parser.add_argument("--baseline", action="store_true", help="keep the figures as the new baseline")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the rows there")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(argv)

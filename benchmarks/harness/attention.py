@@ -1,18 +1,22 @@
-"""The attention of one layer of one step, computed in several ways from the same inputs; the oracle and the counts.
+"""Several ways to compute one layer's attention from the same inputs, with an oracle and counts of bytes and flops.
 
-The job of every provider: given the unrotated q, k, v of the active tokens (a full recompute: of all tokens), their
-positions, and a cache of the other positions, return the attention output of the active tokens, laid out for the output
-projection. Rotation and cache write are part of the job. What only depends on the positions (index tensors, masks) is
-made beforehand, since all layers of a step share it.
+A provider gets the unrotated q, k, v of the active tokens (a full recompute: of all tokens), their positions, and a
+cache of the other positions. It returns the attention output of the active tokens, in the layout that the output
+projection takes. Rotation and cache write are part of the job. Index tensors and masks depend on the positions alone:
+all layers of a step share them, so they are made beforehand.
 """
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from benchmarks.harness.models import MODELS
 from dkv.kernels import delayed_attention, rope_cache_update
+from dkv.models.layout import ModelConfig
 
 # relative error of one query and head, in the Euclidean norm; bfloat16 keys are rounded once more after their rotation
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -23,24 +27,8 @@ ORACLE_FLOPS = 4e9
 
 
 @dataclass(frozen=True)
-class Model:
-    """The attention of one layer of a model, in the sizes of its checkpoint."""
-
-    nheads: int
-    nheads_k: int
-    headdim: int
-    rope_theta: float
-
-
-MODELS = {
-    "LLaDA-8B": Model(nheads=32, nheads_k=32, headdim=128, rope_theta=500000.0),
-    "Dream-7B": Model(nheads=28, nheads_k=4, headdim=128, rope_theta=1000000.0),
-}
-
-
-@dataclass(frozen=True)
-class Point:
-    """One point of the grid. `active` positions a row; ragged: see `lengths` and `counts`."""
+class AttentionPoint:
+    """One point of the grid: `active` positions in each of `batch` rows of `seqlen`; ragged: see lengths and counts."""
 
     model: str
     batch: int
@@ -48,21 +36,40 @@ class Point:
     active: int
     ragged: bool = False
 
+    @classmethod
+    def parse(cls, text: str) -> "AttentionPoint":
+        """The point of MODEL:BATCH:LENGTH:ACTIVE[:ragged]."""
+        ragged = text.endswith(":ragged")
+        model, *numbers = text.removesuffix(":ragged").split(":")
+        batch, seqlen, active = numbers if len(numbers) == 3 else ("", "", "")
+        active = seqlen if active == "all" else active
+        decimal = all(number.isdecimal() for number in (batch, seqlen, active))
+        if model not in MODELS or not decimal or (ragged and int(batch) < 2):
+            raise argparse.ArgumentTypeError(
+                f"a point must be MODEL:BATCH:LENGTH:ACTIVE[:ragged] with MODEL one of {', '.join(MODELS)}, and a "
+                f"batch of at least 2 if ragged; got {text!r}"
+            )
+        return cls(model, int(batch), int(seqlen), int(active), ragged)
+
     @property
-    def lengths(self):
-        """Valid keys of each row: all columns; in ragged batches from a quarter of them to all."""
+    def sizes(self) -> ModelConfig:
+        return MODELS[self.model]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Valid keys of each row: all columns, or from a quarter of them to all in a ragged batch."""
         if not self.ragged:
             return [self.seqlen] * self.batch
         return [round(self.seqlen * (1 + 3 * b / (self.batch - 1)) / 4) for b in range(self.batch)]
 
     @property
-    def leftpads(self):
-        """First valid column of each row; in ragged batches odd rows are padded on the left, even rows on the right."""
+    def leftpads(self) -> list[int]:
+        """First valid column of each row. A ragged batch pads odd rows on the left, even rows on the right."""
         return [(self.seqlen - n) * (b % 2) * self.ragged for b, n in enumerate(self.lengths)]
 
     @property
-    def counts(self):
-        """Active positions of each row; in ragged batches from 1 to twice `active`, in no order of the lengths."""
+    def counts(self) -> list[int]:
+        """Active positions of each row; in a ragged batch from 1 to twice `active`, unrelated to the lengths."""
         if not self.ragged:
             return [self.active] * self.batch
         spread = [round(1 + (2 * self.active - 1) * b / (self.batch - 1)) for b in range(self.batch)]
@@ -73,46 +80,51 @@ class Point:
         return f"{self.model} batch {self.batch} length {self.seqlen} active {self.active}{' ragged' * self.ragged}"
 
 
-def necessary_bytes(point, element_size, *, attention_alone=False):
+def parse_points(text: str) -> list[AttentionPoint]:
+    """The points of "LLaDA-8B:8:2048:32,..."."""
+    return [AttentionPoint.parse(part) for part in text.split(",")]
+
+
+def necessary_bytes(point: AttentionPoint, element_size: int, *, attention_alone: bool = False) -> int:
     """Bytes that any implementation must move: each input once, each output once.
 
-    K and V of every valid key (the stable ones from the cache, the active ones as they come from the projection), the
-    write of the active K and V into the cache (not if `attention_alone`), the queries, and the output. Angles and
-    index tensors are not counted.
+    Counted are K and V of every valid key (stable ones from the cache, active ones from the projection), the queries,
+    the output, and the write of the active K and V into the cache unless `attention_alone`. Angles and index tensors
+    are not.
     """
-    model = MODELS[point.model]
+    model = point.sizes
     kv, q = 2 * model.nheads_k * model.headdim, model.nheads * model.headdim
     keys, active = sum(point.lengths), sum(point.counts)
     return element_size * (keys * kv + (0 if attention_alone else active * kv) + 2 * active * q)
 
 
-def necessary_flops(point):
+def necessary_flops(point: AttentionPoint) -> int:
     """Two matrix products, a multiplication and an addition each; rotation and softmax are not counted."""
-    model = MODELS[point.model]
+    model = point.sizes
     pairs = sum(a * n for a, n in zip(point.counts, point.lengths, strict=True))
     return 4 * pairs * model.nheads * model.headdim
 
 
-def full_recompute_flops(point):
-    model = MODELS[point.model]
+def full_recompute_flops(point: AttentionPoint) -> int:
+    model = point.sizes
     return 4 * sum(point.seqlen * n for n in point.lengths) * model.nheads * model.headdim
 
 
-def rotate(x, cos, sin):
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Half-split RoPE in float32, in plain PyTorch; cos and sin broadcast against the halves of x."""
     x1, x2 = x.float().chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
 class Canvas:
-    """Unrotated q, k, v of all positions and the caches that hold them, in several sets so that timing can rotate them.
+    """Unrotated q, k, v of all positions and caches that hold them, in several sets so that timing can rotate them.
 
-    Cache memory is ordered (batch, nheads_k, seqlen, headdim), the fastest order for PyTorch's attention, for every
-    provider. Padding columns hold large values: whoever attends to them fails the check.
+    Cache memory is ordered (batch, nheads_k, seqlen, headdim) for every provider: the fastest order for PyTorch's
+    attention. Padding columns hold large values: a provider that attends to them fails the check.
     """
 
-    def __init__(self, point, *, sets, device, dtype):
-        self.model, self.point = MODELS[point.model], point
+    def __init__(self, point: AttentionPoint, *, sets: int, device: torch.device | str, dtype: torch.dtype):
+        self.model, self.point = point.sizes, point
         self.device, self.dtype = torch.device(device), dtype
         batch, seqlen, model = point.batch, point.seqlen, self.model
         frequencies = model.rope_theta ** -(torch.arange(0, model.headdim, 2, dtype=torch.float64) / model.headdim)
@@ -135,8 +147,8 @@ class Canvas:
             self.mask = hidden[:, None, None].to(device, dtype)
 
         generator = torch.Generator(device).manual_seed(batch * seqlen)
-        # of unit variance
-        noise = torch.empty(NOISE, device=device, dtype=dtype).uniform_(-(3**0.5), 3**0.5, generator=generator)
+        noise = torch.empty(NOISE, device=device, dtype=dtype)
+        noise.uniform_(-(3**0.5), 3**0.5, generator=generator)  # unit variance
         padding = ~valid.to(device)[..., None, None]
         self.q, self.k, self.v, self.k_memory, self.v_memory = [], [], [], [], []
         for i in range(sets):
@@ -148,7 +160,7 @@ class Canvas:
             if point.ragged:
                 k.masked_fill_(padding, 100.0)
                 v.masked_fill_(padding, 100.0)
-            # one more slot than the cache has: where writes of padding entries go
+            # one more slot than the cache has, for the writes of padding entries
             memories = [torch.empty(batch * model.nheads_k * seqlen + 1, model.headdim, device=device, dtype=dtype)]
             memories.append(torch.empty_like(memories[0]))
             rotated = rotate(k.transpose(1, 2), self.row_cos[:, None], self.row_sin[:, None])
@@ -157,29 +169,29 @@ class Canvas:
             for name, x in zip(("q", "k", "v", "k_memory", "v_memory"), (q, k, v, *memories), strict=True):
                 getattr(self, name).append(x)
 
-    def heads_first(self, memory):
+    def heads_first(self, memory: Tensor) -> Tensor:
         """The cache as (batch, nheads_k, seqlen, headdim)."""
         return memory[:-1].view(self.point.batch, self.model.nheads_k, self.point.seqlen, self.model.headdim)
 
-    def heads_last(self, memory):
-        """The cache as (batch, seqlen, nheads_k, headdim), which dkv.kernels takes."""
-        return self.heads_first(memory).transpose(1, 2)
+    def caches(self, i: int) -> tuple[Tensor, Tensor]:
+        """The caches of set i as (batch, seqlen, nheads_k, headdim), which dkv.kernels takes."""
+        return tuple(self.heads_first(memory[i]).transpose(1, 2) for memory in (self.k_memory, self.v_memory))
 
     @staticmethod
-    def bytes_per_set(point, element_size):
-        model = MODELS[point.model]
+    def bytes_per_set(point: AttentionPoint, element_size: int) -> int:
+        model = point.sizes
         return element_size * point.batch * point.seqlen * model.headdim * (model.nheads + 4 * model.nheads_k)
 
     @staticmethod
-    def cache_bytes(point, element_size):
-        model = MODELS[point.model]
+    def cache_bytes(point: AttentionPoint, element_size: int) -> int:
+        model = point.sizes
         return element_size * point.batch * point.seqlen * model.headdim * 2 * model.nheads_k
 
 
-class Case:
-    """A canvas with a choice of active positions: their fresh q, k, v, packed and (for whom it may concern) padded."""
+class LayerCase:
+    """A canvas with a choice of active positions: their fresh q, k, v, packed and padded."""
 
-    def __init__(self, canvas, point):
+    def __init__(self, canvas: Canvas, point: AttentionPoint):
         self.canvas, self.point = canvas, point
         device, batch, seqlen, nheads_k = canvas.device, point.batch, point.seqlen, canvas.model.nheads_k
         counts, lengths, leftpads = point.counts, point.lengths, point.leftpads
@@ -215,30 +227,30 @@ class Case:
         outside = batch * nheads_k * seqlen
         self.memory_index = torch.where(self.present[:, None], memory_index, outside).flatten()
 
-    def fresh(self, x):
+    def fresh(self, x: Tensor) -> Tensor:
         """The active tokens of x (batch, seqlen, ...), packed; no copy where all are active."""
         everything = self.total == x.shape[0] * x.shape[1]
         return x.flatten(0, 1) if everything else x[self.rows, self.columns]
 
-    def unpack_rectangle(self, out):
+    def unpack_rectangle(self, out: Tensor) -> Tensor:
         """(batch * max_active, ...) -> (total, nheads, headdim)."""
         return self.unpack(out.unflatten(0, (self.point.batch, self.max_active))[self.present])
 
-    def unpack_canvas(self, out):
+    def unpack_canvas(self, out: Tensor) -> Tensor:
         """(batch * seqlen, ...) -> (total, nheads, headdim)."""
         return self.unpack(out.unflatten(0, (self.point.batch, self.point.seqlen))[self.rows, self.columns])
 
-    def unpack(self, out):
+    def unpack(self, out: Tensor) -> Tensor:
         return out.reshape(self.total, self.canvas.model.nheads, self.canvas.model.headdim)
 
-    def poison(self):
-        """NaN into the active slots of the first set's caches: whoever does not write them fails the check.
+    def poison(self) -> Callable[[], None]:
+        """Fills the active slots of the first set's caches with NaN: a provider that does not write them fails.
 
-        Returns a function that writes what belongs there.
+        Returns a function that restores the right values.
         """
         canvas = self.canvas
         cos, sin = (x[self.positions, None] for x in (canvas.cos, canvas.sin))
-        k_cache, v_cache = canvas.heads_last(canvas.k_memory[0]), canvas.heads_last(canvas.v_memory[0])
+        k_cache, v_cache = canvas.caches(0)
         k_cache[self.rows, self.columns] = v_cache[self.rows, self.columns] = float("nan")
 
         def restore():
@@ -247,7 +259,7 @@ class Case:
 
         return restore
 
-    def oracle(self):
+    def oracle(self) -> tuple[Tensor, Tensor]:
         """(indices of packed queries, their output in float64), from the unrotated inputs of the first set."""
         canvas, model = self.canvas, self.canvas.model
         affordable = ORACLE_FLOPS / (4 * max(self.point.lengths) * model.nheads * model.headdim)
@@ -267,14 +279,14 @@ class Case:
         return chosen, torch.cat(outs)
 
 
-def repeat(pattern, x):
-    """Fills x with the pattern, over and over: much faster on a CPU than as many random numbers."""
+def repeat(pattern: Tensor, x: Tensor) -> None:
+    """Fills x with the pattern again and again: on a CPU much faster than drawing as many random numbers."""
     for part in x.view(-1).split(pattern.numel()):
         part.copy_(pattern[: part.numel()])
 
 
-def rotate_exactly(x, positions, theta):
-    """RoPE in float64 by complex multiplication, so that it shares no code with what it checks."""
+def rotate_exactly(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """RoPE in float64 by complex multiplication: it shares no code with the implementations that it checks."""
     half = x.shape[-1] // 2
     frequencies = theta ** -(torch.arange(half, dtype=torch.float64, device=x.device) / half)
     angles = positions.double()[:, None, None] * frequencies
@@ -282,8 +294,8 @@ def rotate_exactly(x, positions, theta):
     return torch.cat((turned.real, turned.imag), dim=-1)
 
 
-def relative_error(out, chosen, expected):
-    """Largest relative error of any query and head; infinity if anything at all is not finite."""
+def relative_error(out: Tensor, chosen: Tensor, expected: Tensor) -> float:
+    """The largest relative error of any query and head; infinity if any output is not finite."""
     if not out.isfinite().all():
         return float("inf")
     error = (out[chosen].double() - expected).norm(dim=-1) / expected.norm(dim=-1)
@@ -297,59 +309,44 @@ class Provider:
     name: str
     family: str
     impl: str
-    run: Callable
-    unpack: Callable
+    run: Callable[[int], Tensor]
+    unpack: Callable[[Tensor], Tensor]
 
 
-def ours(case):
+def ours(case: LayerCase, *, attention_alone: bool = False) -> Provider:
+    """`attention_alone`: without rotation and cache write, which is a part of the job and not a rival."""
     canvas = case.canvas
-    options = attention_options(case)
+    options = {"max_seqlen_q": case.max_active, "cache_leftpad": canvas.leftpad, "cache_seqlens": canvas.seqlens}
+    if attention_alone:
+        cos, sin = (x[case.positions, None] for x in (canvas.cos, canvas.sin))
+        rotated = [rotate(q, cos, sin) for q in case.q]
 
     def run(i):
-        k_cache, v_cache = canvas.heads_last(canvas.k_memory[i]), canvas.heads_last(canvas.v_memory[i])
-        q = rope_cache_update(
-            case.q[i], case.k[i], case.v[i], canvas.cos, canvas.sin, case.positions, case.slots, k_cache, v_cache
-        )
-        return delayed_attention(q, k_cache, v_cache, case.cu_seqlens_q, **options)
+        caches = canvas.caches(i)
+        if attention_alone:
+            q = rotated[i]
+        else:
+            tokens = canvas.cos, canvas.sin, case.positions, case.slots
+            q = rope_cache_update(case.q[i], case.k[i], case.v[i], *tokens, *caches)
+        return delayed_attention(q, *caches, case.cu_seqlens_q, **options)
 
-    return Provider("ours", "ours", our_impl(canvas.device), run, case.unpack)
-
-
-def ours_attention_alone(case):
-    """`delayed_attention` without rotation and cache write, to see the kernel by itself; no rival of the others."""
-    canvas = case.canvas
-    options = attention_options(case)
-    cos, sin = (x[case.positions, None] for x in (canvas.cos, canvas.sin))
-    rotated = [rotate(q, cos, sin) for q in case.q]
-
-    def run(i):
-        k_cache, v_cache = canvas.heads_last(canvas.k_memory[i]), canvas.heads_last(canvas.v_memory[i])
-        return delayed_attention(rotated[i], k_cache, v_cache, case.cu_seqlens_q, **options)
-
-    return Provider("ours, attention alone", "part", our_impl(canvas.device), run, case.unpack)
+    name, family = ("ours, attention alone", "part") if attention_alone else ("ours", "ours")
+    return Provider(name, family, our_impl(canvas.device), run, case.unpack)
 
 
-def attention_options(case):
-    return {
-        "max_seqlen_q": case.max_active,
-        "cache_leftpad": case.canvas.leftpad,
-        "cache_seqlens": case.canvas.seqlens,
-    }
-
-
-def our_impl(device):
+def our_impl(device: torch.device | str) -> str:
     return "triton" if torch.device(device).type == "cuda" else "reference (PyTorch)"
 
 
-def full_recompute(case, attend, name, *, fused=False):
-    """No cache: rotate and attend everything. `fused`: our rotation kernel, so that only the attentions differ."""
+def full_recompute(case: LayerCase, attend: Callable, name: str, *, fused: bool = False) -> Provider:
+    """No cache: rotates and attends to everything. `fused`: with our rotation, so that only the attentions differ."""
     canvas, model = case.canvas, case.canvas.model
     positions = canvas.positions.flatten()
     slots = torch.arange(positions.numel(), device=canvas.device)
 
     def run(i):
         if fused:
-            k_cache, v_cache = canvas.heads_last(canvas.k_memory[i]), canvas.heads_last(canvas.v_memory[i])
+            k_cache, v_cache = canvas.caches(i)
             q, k, v = (x[i].flatten(0, 1) for x in (canvas.q, canvas.k, canvas.v))
             q = rope_cache_update(q, k, v, canvas.cos, canvas.sin, positions, slots, k_cache, v_cache)
             q = q.view(case.point.batch, case.point.seqlen, model.nheads, model.headdim).transpose(1, 2)
@@ -363,12 +360,13 @@ def full_recompute(case, attend, name, *, fused=False):
     return Provider(name, "full recompute", "PyTorch", run, case.unpack_canvas)
 
 
-def authors_way(case):
-    """Concatenate, re-order, re-rotate: what the dKV-Cache authors' models do in each layer, from its description.
+def authors_way(case: LayerCase) -> Provider:
+    """Concatenates, re-orders and re-rotates, as the dKV-Cache authors' models do in each layer by their description.
 
     Unrotated keys are kept in the order of their positions. A step gathers the stable ones, appends the fresh ones,
-    gathers them back into the order of positions, rotates all keys, repeats K/V heads, and attends. Kinder than theirs:
-    precomputed index tensors in place of boolean masks (which make the host wait), and no zero-filled scatter.
+    gathers them back into the order of positions, rotates all keys, repeats K/V heads, and attends. It is faster than
+    theirs: index tensors are made beforehand, where their boolean masks make the host wait, and nothing is scattered
+    into zeros.
     """
     canvas, model, point = case.canvas, case.canvas.model, case.point
     batch, seqlen = point.batch, point.seqlen
@@ -403,10 +401,10 @@ def authors_way(case):
     return Provider("authors' way", "authors' way", "PyTorch", run, case.unpack_rectangle)
 
 
-def cheap_fix(case, attend, name, *, fused=False):
+def cheap_fix(case: LayerCase, attend: Callable, name: str, *, fused: bool = False) -> Provider:
     """A static cache of rotated keys, indexed by position, and PyTorch's attention over it.
 
-    `fused`: rotation and cache write by our kernel, so that only the attentions differ; else in plain PyTorch.
+    `fused`: rotation and cache write by our kernel, so that only the attentions differ; otherwise in plain PyTorch.
     """
     canvas, model = case.canvas, case.canvas.model
     rectangle = (case.point.batch, case.max_active)
@@ -415,7 +413,7 @@ def cheap_fix(case, attend, name, *, fused=False):
     def run(i):
         q, k, v = case.padded_q[i], case.padded_k[i], case.padded_v[i]
         if fused:
-            k_cache, v_cache = canvas.heads_last(canvas.k_memory[i]), canvas.heads_last(canvas.v_memory[i])
+            k_cache, v_cache = canvas.caches(i)
             q = rope_cache_update(q, k, v, canvas.cos, canvas.sin, positions, case.padded_slots, k_cache, v_cache)
         else:
             cos, sin = canvas.cos[positions, None], canvas.sin[positions, None]
@@ -430,13 +428,13 @@ def cheap_fix(case, attend, name, *, fused=False):
     return Provider(name, "cheap fix", "PyTorch", run, case.unpack_rectangle)
 
 
-def repeat_heads(x, model):
+def repeat_heads(x: Tensor, model: ModelConfig) -> Tensor:
     """K/V heads repeated for every query head: (batch, nheads_k, n, d) -> (batch, nheads, n, d)."""
     return x.repeat_interleave(model.nheads // model.nheads_k, dim=1) if model.nheads != model.nheads_k else x
 
 
-def sdpa(model, backend=None, *, repeat=False):
-    """PyTorch's attention, forced onto a backend if one is named; `repeat`: with repeated K/V heads."""
+def sdpa(model: ModelConfig, backend: object = None, *, repeat: bool = False) -> Callable:
+    """PyTorch's attention, on the given backend if there is one; `repeat`: with repeated K/V heads."""
     masks = {}
 
     def attend(q, k, v, mask):
@@ -446,7 +444,7 @@ def sdpa(model, backend=None, *, repeat=False):
         if backend is None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=enable_gqa)
         if mask is not None:
-            # one line per query, made at the first call, which is not timed: not every backend broadcasts
+            # expanded to one line per query at the first, untimed call: not every backend broadcasts
             if q.shape[2] not in masks:
                 masks[q.shape[2]] = mask.expand(-1, -1, q.shape[2], -1).contiguous()
             mask = masks[q.shape[2]]
@@ -456,8 +454,8 @@ def sdpa(model, backend=None, *, repeat=False):
     return attend
 
 
-def flex_attention(case, queries):
-    """FlexAttention, compiled for the shapes of this case; ragged rows by a block mask, made beforehand."""
+def flex_attention(case: LayerCase, queries: int) -> Callable:
+    """FlexAttention, compiled for the shapes of this case; a block mask made beforehand hides padding."""
     from torch.nn.attention import flex_attention as module
 
     canvas = case.canvas
@@ -478,10 +476,12 @@ def flex_attention(case, queries):
     return attend
 
 
-def rivals(case, *, with_full, flex=None):
-    """Every provider but ours that makes sense at this point.
+def rivals(case: LayerCase, *, with_full: bool, flex: dict[str, bool] | None = None) -> Iterator[Provider]:
+    """Every other provider that makes sense at this point.
 
-    `flex`: whether FlexAttention, which compiles for seconds, takes part: {"cache": ..., "full": ...}, on a GPU only.
+    Args:
+        with_full: whether full recomputes take part.
+        flex: whether FlexAttention takes part: {"cache": ..., "full": ...}. It compiles for seconds, on a GPU only.
     """
     model, seqlen, cached = case.canvas.model, case.point.seqlen, case.point.active < case.point.seqlen
     plain = sdpa(model)
@@ -501,7 +501,7 @@ def rivals(case, *, with_full, flex=None):
         "efficient": sdpa(model, SDPBackend.EFFICIENT_ATTENTION, repeat=True),
     }
     if case.point.ragged:
-        # takes no mask
+        # it takes no mask
         del attends["flash"]
     cache_attends, full_attends = dict(attends), dict(attends)
     if flex and flex["cache"]:

@@ -1,19 +1,23 @@
-"""Timing systems against one another at one point: samples in turn, medians, floors, caps, and whether tokens agree."""
+"""Times systems against one another at one point: samples in turn, medians, floors, caps, and token agreement."""
 
+import argparse
 import statistics
 import traceback
 from dataclasses import dataclass, field
 
-import common
-import roofline
 import torch
-from checkpoints import BLOCK
-from systems import Failed, Job
+from torch import nn
 
 import dkv
+from benchmarks.harness import common, roofline
+from benchmarks.harness.models import BLOCK, FAMILIES
+from benchmarks.harness.roofline import Work
+from benchmarks.harness.systems import Failed, Job, Ours, PeerProcess, PlainLoop
+
+System = Ours | PlainLoop | PeerProcess
 
 INTERVAL = 8
-# label of a row -> (policy, whether Dream decodes in blocks with it), in order of importance
+# label of a row -> (policy, whether Dream decodes in blocks with it), the most important first
 POLICIES = {
     "NoCache": (dkv.NoCache(), False),
     "Decode": (dkv.Decode(INTERVAL), False),
@@ -24,18 +28,18 @@ POLICIES = {
     "PrefillDecode": (dkv.PrefillDecode(4), False),
     "Greedy": (dkv.Greedy(2, 4), False),
 }
-# of Dream: the authors' choice is the only one that their code runs in batches
+# Dream: only "un" runs in batches in the authors' code
 DREAM_POLICIES = {
     "Decode": (dkv.Decode(INTERVAL, shift="un"), False),
     "Decode un_right": (dkv.Decode(INTERVAL, shift="un_right"), False),
 }
 LABELS = (*POLICIES, "Decode un_right")
-# systems that decode by the rule of ours of the same label; Fast-dLLM's Dream has a schedule of its own
+# systems whose tokens must be ours for the same label; Fast-dLLM's Dream has a schedule of its own
 SAME_RULE = {
     "LLaDA": ("dkv, eager", "plain loop", "official", "dkv-cache", "fast-dllm"),
     "Dream": ("dkv, eager", "plain loop", "official", "dkv-cache"),
 }
-# what a run that was not measured has nothing of
+# fields that are None in a run that was not measured
 MEASURES = (
     *("steps", "seconds", "seconds_min", "seconds_max", "tokens_per_s", "ms_full_step", "ms_cached_step"),
     *("cache_ratio", "peak_bytes", "floor_ms", "floor_ms_full_step", "floor_ms_cached_step", "fraction_of_floor"),
@@ -43,15 +47,15 @@ MEASURES = (
 )
 
 
-def policy_of(family, label):
+def policy_of(family: str, label: str) -> tuple[dkv.Policy, bool] | None:
     """(policy, whether it decodes in blocks) of a label; None if the family has no such policy."""
     policy, in_blocks = (POLICIES | (DREAM_POLICIES if family == "Dream" else {})).get(label, (None, False))
     return policy and (policy, in_blocks or family == "LLaDA")
 
 
 @dataclass(frozen=True)
-class Point:
-    """Prompts, and how many tokens are generated after them; `name` says what the point stands for."""
+class GenerationPoint:
+    """Prompts and how many tokens are generated after them; `name` says what the point stands for."""
 
     batch: int
     prompt: int
@@ -63,24 +67,44 @@ class Point:
         return f"batch {self.batch}, prompt {self.prompt} + {self.gen_length} tokens{name}"
 
 
+def parse_points(text: str) -> list[tuple[str, GenerationPoint]]:
+    """[(family, point)] of "LLaDA:1:256:128,..."."""
+    points = []
+    for part in text.split(","):
+        family, *numbers = part.split(":")
+        if family not in FAMILIES or len(numbers) != 3 or not all(n.isdecimal() and int(n) for n in numbers):
+            raise argparse.ArgumentTypeError(f"{part!r} is not FAMILY:BATCH:PROMPT:GENERATED, such as LLaDA:1:256:128")
+        points.append((family, GenerationPoint(*map(int, numbers))))
+    return points
+
+
+def parse_labels(text: str) -> list[str]:
+    """The labels of "NoCache,Decode,..."."""
+    labels = text.split(",")
+    unknown = [label for label in labels if label not in LABELS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(LABELS)}")
+    return labels
+
+
 @dataclass(eq=False)
 class Entry:
     """One system at one job.
 
     Attributes:
         peak_bytes: as in `peer.Outcome`.
-        work: a `roofline.Step` for each step, of a run of ours.
+        work: the `Work` of each step of our run.
         failure: why there are no samples, or None.
     """
 
-    system: object
+    system: System
     job: Job
     outcomes: list = field(default_factory=list)
     peak_bytes: int | None = None
-    work: list | None = None
+    work: list[Work] | None = None
     failure: str | None = None
 
-    def take_sample(self):
+    def take_sample(self) -> None:
         if self.failure:
             return
         try:
@@ -90,22 +114,22 @@ class Entry:
             self.work = getattr(self.system, "work", None)
         except Failed as failure:
             self.failure = str(failure)
-        except Exception as error:  # whatever it is, the others are measured
+        except Exception as error:  # the others are still measured
             traceback.print_exc()
             self.failure = common.described(error)
 
     @property
-    def seconds(self):
+    def seconds(self) -> float:
         return statistics.median(outcome.seconds for outcome in self.outcomes)
 
-    def step_ms(self, *, full):
-        """Median milliseconds of the full steps of all samples, or of the others; None: there are none."""
+    def step_ms(self, *, full: bool) -> float | None:
+        """Median milliseconds of the full steps of all samples, or of the cached ones; None if there are none."""
         steps = [step for outcome in self.outcomes for step in outcome.steps]
         times = [ms for positions, ms in steps if (positions >= self.job.positions) == full]
         return statistics.median(times) if times else None
 
-    def measures(self):
-        """Fields of the row that the samples alone give."""
+    def measures(self) -> dict[str, float | None]:
+        """The fields of the row that need nothing but the samples."""
         seconds = [outcome.seconds for outcome in self.outcomes]
         steps = self.outcomes[0].steps
         return {
@@ -122,19 +146,27 @@ class Entry:
 
 
 class Study:
-    """What is measured of one family; appends to lists of rows and of mismatches, where tokens differ that must not."""
+    """Measures one family; appends to `rows`, and to `mismatches` where tokens differ that must not."""
 
-    def __init__(self, family, name, model, ceilings, rows, mismatches):
+    def __init__(
+        self, family: str, name: str, model: nn.Module, ceilings: dict[str, float], rows: list, mismatches: list
+    ):
         self.family, self.name, self.model, self.ceilings = family, name, model, ceilings
         self.rows, self.mismatches = rows, mismatches
         self.sizes = roofline.Sizes.of(model)
         self._known = {}
 
-    def job(self, label, point, *, steps=None, threshold=None):
-        """The `Job` of a label; steps: None: one token a step; None if the family has no such policy."""
-        if policy_of(self.family, label) is None:
+    def job(
+        self, label: str, point: GenerationPoint, *, steps: int | None = None, threshold: float | None = None
+    ) -> Job | None:
+        """The `Job` of a label, of one token a step unless `steps` says otherwise.
+
+        None if the family has no such policy.
+        """
+        found = policy_of(self.family, label)
+        if found is None:
             return None
-        policy, in_blocks = policy_of(self.family, label)
+        policy, in_blocks = found
         settings = self.model.model_config
         generator = torch.Generator().manual_seed(0)
         prompt = torch.randint(
@@ -152,8 +184,8 @@ class Study:
         )
 
     @torch.no_grad()
-    def threshold(self, point):
-        """The confidence that a quarter of the first block's candidates have at the first step."""
+    def threshold(self, point: GenerationPoint) -> float:
+        """The confidence that a quarter of the first block's candidates reach at the first step."""
         prompt, mask_id = self.job("NoCache", point).prompt, self.model.model_config.mask_id
         shift = 1 if self.family == "Dream" else 0
         logits = self.model(torch.nn.functional.pad(prompt, (0, point.gen_length), value=mask_id)).logits
@@ -161,15 +193,26 @@ class Study:
         logits[..., mask_id] = float("-inf")
         return logits.softmax(-1).amax(-1).quantile(0.75).item()
 
-    def compare(self, systems, point, labels, *, samples, seconds, kind="run", steps=None, threshold=None):
-        """Times every system at every policy that it has, in about `seconds`; appends the rows."""
+    def compare(
+        self,
+        systems: list[System],
+        point: GenerationPoint,
+        labels: list[str],
+        *,
+        samples: int,
+        seconds: float,
+        kind: str = "run",
+        steps: int | None = None,
+        threshold: float | None = None,
+    ) -> None:
+        """Times every system with every policy that it has, in about `seconds`; appends the rows."""
         jobs = [self.job(label, point, steps=steps, threshold=threshold) for label in labels]
         entries = [Entry(system, job) for job in jobs if job for system in systems if system.has(job)]
         known = self._known.setdefault((point, steps, threshold), [])
         known += entries
         try:
             take_samples(entries, samples, seconds, interleaved=self.model.device.type == "cpu")
-        finally:  # of a run that is stopped there are rows too
+        finally:  # a run that is stopped has rows too
             self.rows += [self._row(entry, known, point, kind) for entry in entries]
 
     def _row(self, entry, known, point, kind):
@@ -205,26 +248,26 @@ class Study:
             row["same_tokens"] = self._same_tokens(entry, ours, point)
         return row
 
-    def _limits(self, work, row):
+    def _limits(self, works: list[Work], row: dict) -> dict[str, float]:
         """Floors and caps of a run whose steps did this work."""
 
-        def floor_ms(steps):
-            return 1e3 * sum(roofline.floor(self.sizes, step, self.ceilings) for step in steps)
+        def floor_ms(some):
+            return 1e3 * sum(roofline.floor(self.sizes, work, self.ceilings) for work in some)
 
-        found = {"floor_ms": floor_ms(work), "fraction_of_floor": floor_ms(work) / (1e3 * row["seconds"])}
+        found = {"floor_ms": floor_ms(works), "fraction_of_floor": floor_ms(works) / (1e3 * row["seconds"])}
         for name, full in (("full", True), ("cached", False)):
-            steps = [step for step in work if step.full == full]
-            found[f"floor_ms_{name}_step"] = floor_ms(steps) / len(steps) if steps else None
+            some = [work for work in works if work.full == full]
+            found[f"floor_ms_{name}_step"] = floor_ms(some) / len(some) if some else None
         if row["speedup"] is not None:
-            positions = work[0].batch * work[0].seqlen
-            everything = roofline.Step(work[0].batch, work[0].seqlen, positions, positions)
-            uncached = len(work) * roofline.operations(self.sizes, [everything])
-            found["cap"] = uncached / roofline.operations(self.sizes, work)
+            batch, seqlen = works[0].batch, works[0].seqlen
+            everything = Work(batch, seqlen, active=batch * seqlen, candidates=batch * seqlen)
+            uncached = len(works) * roofline.operations(self.sizes, [everything])
+            found["cap"] = uncached / roofline.operations(self.sizes, works)
             found["fraction_of_cap"] = row["speedup"] / found["cap"]
         return found
 
     def _same_tokens(self, entry, ours, point):
-        """The share of generated tokens that are ours; below float32, rounding decides between near ties."""
+        """The share of generated tokens that equal ours; below float32, rounding decides between near ties."""
         one, other = (torch.tensor(e.outcomes[0].sequences)[:, point.prompt :] for e in (entry, ours))
         share = (one == other).double().mean().item()
         if share < 1 and self.model.dtype == torch.float32:
@@ -232,14 +275,17 @@ class Study:
         return share
 
 
-def find(entries, systems, label):
-    """The first measured entry of one of these systems at a policy, or None."""
+def find(entries: list[Entry], systems: tuple[str, ...], label: str) -> Entry | None:
+    """The first measured entry of one of these systems with a policy, or None."""
     return next((e for e in entries if e.outcomes and e.system.name in systems and e.job.label == label), None)
 
 
-def take_samples(entries, samples, seconds, *, interleaved):
-    """Up to `samples` of each entry: in rounds, so that drift meets all alike, or one entry after the other, which can
-    use again what it recorded. Every entry gets a first one before the time is up; the first entry in any case."""
+def take_samples(entries: list[Entry], samples: int, seconds: float, *, interleaved: bool) -> None:
+    """Takes up to `samples` of each entry, at least one of the first, and no more than fit into `seconds`.
+
+    Interleaved, drift affects all entries alike; one entry after another can reuse its recorded graphs, and each gets a
+    share of the time.
+    """
     clock = common.Clock(seconds)
     if interleaved:
         turns = [(entry, round_) for round_ in range(samples) for entry in entries]
