@@ -1,27 +1,28 @@
 # `make test` and `make bench` need nothing but a Python: the first run makes .venv and installs the package into it.
-PYTHON ?= python3
-TORCH  := torch==2.13.0 triton==3.7.1
-STAGE  ?= first
-PY     := .venv/bin/python
-STAMP  := .venv/.installed
+PYTHON  ?= python3
+TORCH   := torch==2.13.0 triton==3.7.1
+STAGE   ?= first
+WORKERS ?= 2
+PY      := .venv/bin/python
+STAMP   := .venv/.installed
 
 .PHONY: test test-full test-transformers test-eval bench lint lint-kernels wheel rehearse gpu-report clean
 
 # every behaviour, large grids by a sample in which every pair of values meets; the kernels' tests run in Triton's
 # interpreter, which is plain Python: two processes of one thread each
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 # the rest of the grids, of which `make test` runs a bounded sample, and thousands of random inputs
 test-full: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m full $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m full $(ARGS)
 
 # the models and what wraps them under another release, TRANSFORMERS=4.57.6 for one
 TRANSFORMERS ?= 4.46.3
 OTHER        := .venv/transformers-$(TRANSFORMERS)
 test-transformers: $(STAMP)
 	test -d $(OTHER) || $(PY) -m pip install -qq --disable-pip-version-check --target $(OTHER) transformers==$(TRANSFORMERS)
-	PYTHONPATH=$(OTHER) OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/test_models.py tests/test_patch.py tests/test_readme.py
+	PYTHONPATH=$(OTHER) OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) tests/test_models.py tests/test_patch.py tests/test_readme.py
 
 # the evaluation harness brings 0.6 GB of packages: `make test` skips its tests where it is not installed
 test-eval: $(STAMP)
@@ -34,6 +35,7 @@ bench: $(STAMP)
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 lint-kernels: $(STAMP)
 	$(PY) tests/kernel_lint.py --all

@@ -127,7 +127,9 @@ def checkout(tmp_path_factory):
     for name in ("pyproject.toml", "Makefile", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     for name in ("kernels", "dkv", "benchmarks", "tests"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        shutil.copytree(
+            ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "results")
+        )
     return copy
 
 

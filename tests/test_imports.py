@@ -176,5 +176,16 @@ def test_nobody_imports_the_folder_by_its_own_name():
             assert "kernels" not in {name.partition(".")[0] for name in imported_modules(path)}, path
 
 
+def test_type_checkers_see_what_python_imports():
+    names = {name.rpartition(".")[2] for name in imported_modules(ROOT / "kernels" / "__init__.pyi")}
+    assert names == set(dkv.kernels.__all__)
+
+
+def test_the_typed_example_uses_every_public_name():
+    tree = ast.parse((ROOT / "tests" / "public_api.py").read_text())
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert used >= {*dkv.__all__, *dkv.kernels.__all__}
+
+
 def test_no_module_is_named_like_an_exported_function():
     assert not {path.stem for path in KERNELS} & set(dkv.kernels.__all__) - {"reference"}

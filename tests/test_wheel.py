@@ -1,4 +1,4 @@
-"""The wheel holds every module of dkv/ and kernels/, the table that kernels/ reads, and nothing else."""
+"""The wheel holds every module of dkv/ and kernels/, their types, the table that kernels/ reads, and nothing else."""
 
 import zipfile
 
@@ -8,6 +8,7 @@ def test_wheel_holds_the_package_and_nothing_else(checkout, wheel):
         packed = {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
     modules = {f"dkv/{path.relative_to(checkout / 'dkv')}": path for path in (checkout / "dkv").rglob("*.py")}
     modules |= {f"dkv/kernels/{path.name}": path for path in (checkout / "kernels").rglob("*.py")}
-    modules["dkv/kernels/fused_products.json"] = checkout / "kernels" / "fused_products.json"
+    for name in ("dkv/py.typed", "dkv/kernels/__init__.pyi", "dkv/kernels/fused_products.json"):
+        modules[name] = checkout / name.replace("dkv/kernels/", "kernels/")
     assert {"dkv/kernels.py", "dkv/kernels/attention.py", "dkv/kernels/reference.py"} <= modules.keys()
     assert packed == {name: path.read_bytes() for name, path in modules.items()}
