@@ -42,7 +42,7 @@ from benchmarks.harness.systems import add_peers, parse_peers
 STAGES = ("first", "second", "third", "sweep")
 KERNEL_TESTS = ("attention", "lm_head", "rope_cache", "norm_activation", "products", "commit", "packing", "bookkeeping")
 SANITIZED_TESTS = (*KERNEL_TESTS, "bounds")
-ENGINE_TESTS = ("cuda_graphs", "run", "layers", "patch", "generate", "minimal", "operators")
+ENGINE_TESTS = ("cuda_graphs", "run", "layers", "patch", "generation", "policy", "minimal", "operators")
 # the one test that needs a GPU in a file of tests for the CPU
 LOADING_TEST = "tests/test_models.py::test_loading_to_a_gpu_holds_the_weights_once"
 PRODUCT_ROWS = "16,32,64,128,256,512"

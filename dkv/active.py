@@ -1,25 +1,33 @@
-"""What a step recomputes: what the policy says, and what the step needs besides."""
+"""The positions that a step recomputes: those of the policy, and those whose outputs the step needs."""
 
 import torch
+from torch import Tensor
 
+from dkv.kernels.rows import Rule
 from dkv.policy import Policy
+from dkv.state import State
 
 
-def rule_of(policy, shifted):
-    """The `dkv.kernels.rows.Rule` that says all of a `Policy`, or None where it has an `active` of its own.
-
-    shifted: bool, as of `State`.
-    """
+def rule_of(policy: Policy, shifted: bool) -> Rule | None:
+    """The `Rule` that is the whole policy; None if its class defines an `active` of its own."""
     return policy.rule(shifted) if type(policy).active is Policy.active else None
 
 
-def write_active(policy, state, active, sizes, totals=None, *, foresee=False):
-    """Writes what the next step recomputes: the policy's choice and the predictors of all candidates.
+def write_active(
+    policy: Policy,
+    state: State,
+    active: Tensor,
+    sizes: Tensor,
+    totals: Tensor | None = None,
+    *,
+    foresee: bool = False,
+) -> None:
+    """Writes the positions that the next step recomputes: the policy's choice and the predictors of all candidates.
 
-    The first step recomputes everything, whatever the policy says: the cache holds nothing of this run.
+    The first step recomputes everything, whatever the policy says, because the cache holds nothing of this run.
 
     Args:
-        active, sizes, totals, foresee: as of `dkv.kernels.reference.active_positions`.
+        active, sizes, totals, foresee: as in `dkv.kernels.reference.active_positions`.
     """
     rule = rule_of(policy, state.shifted)
     state.ops.active_positions(

@@ -2,7 +2,8 @@
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,31 @@ from dkv.guard import check_containers
 from dkv.inputs import checked_order, eos_ids_of, in_vocabulary, left_padded
 from dkv.kernels.checks import Impl
 from dkv.models import view_of
-from dkv.policy import Policy
-from dkv.run import GenerateOutput, GenerateStats, Run, RunKey, capacity_for, take_run
+from dkv.models.view import ModelView
+from dkv.policy import Policy, PolicyName
+from dkv.run import GenerateStats, Run, RunKey, capacity_for, take_run
 from dkv.sampling import Sampler
 
 __all__ = ["GenerateOutput", "GenerateStats", "generate", "prepare"]
+
+
+@dataclass
+class GenerateOutput:
+    """The result of `generate`.
+
+    Attributes:
+        sequences: (batch, seqlen) int64, prompts (left-padded) and generated tokens.
+        stats: `GenerateStats`.
+        history: (steps, batch, seqlen) int64, the sequences after every step, or None.
+        active: (steps, batch, seqlen) bool, the positions recomputed at every step, or None.
+        decoded_step: (batch, seqlen) int64, the step that committed each position, -1 for the prompt; or None.
+    """
+
+    sequences: Tensor
+    stats: GenerateStats
+    history: Tensor | None = None
+    active: Tensor | None = None
+    decoded_step: Tensor | None = None
 
 
 @torch.no_grad()
@@ -29,7 +50,7 @@ def generate(
     gen_length: int = 128,
     steps: int | None = None,
     block_length: int | None = None,
-    policy: Policy | None = None,
+    policy: Policy | PolicyName | None = None,
     remasking: Remasking | None = None,
     temperature: float = 0.0,
     top_p: float | None = None,
@@ -54,59 +75,66 @@ def generate(
 ) -> GenerateOutput:
     """Generates `gen_length` tokens after each prompt by iterative unmasking, over a delayed K/V cache.
 
-    The first call moves the weights of layers that share an input (Q, K and V; gate and up) next to each other; no
-    other thread may run the model's own forward meanwhile. Otherwise the model computes, saves and moves as before, and
-    threads may call this function on it at any time. The memory of a run is kept for the next one of the same kind;
-    `dkv.reset(model)` frees it. Masks inside a prompt are filled in with the first block; gen_length=0 fills in only
-    those. An empty prompt gives unconditional text.
+    By default it decodes one token per step, `gen_length` steps in all, as LLaDA does; pass `steps`, `threshold` or
+    `factor` for more tokens per step. Masks inside a prompt are filled in with the first block; gen_length=0 fills in
+    only those. An empty prompt gives unconditional text.
+
+    Mutates the model: the first call moves the weights of layers that share an input (Q, K and V; gate and up) next to
+    each other, and meanwhile no other thread may run the model's own forward. The model still computes, saves and
+    moves as before, and any number of threads may call this function on it. The memory of a run is kept for the next
+    run of the same kind; `dkv.reset(model)` frees it.
 
     Args:
         model: a model of `dkv.from_pretrained`, or Hugging Face's remote-code LLaDA or Dream, in eval mode.
         input_ids: (batch, prompt_length) int64 on the model's device; prompt_length may be 0.
         attention_mask: (batch, prompt_length) bool or 0/1, zeros on one side of a row only. None: no padding.
-        gen_length: tokens to generate; 0: none, only the masks of the prompts are filled in.
-        steps: denoising steps, at most 2**24; None: gen_length, or if that is 0, one for each mask of a row. Every
-            block gets one, and the others in proportion to its length.
+        gen_length: the number of tokens to generate, `max_new_tokens` in transformers; 0 only fills in the masks of the
+            prompts.
+        steps: denoising steps, at most 2**24; None: gen_length or, if that is 0, one for each mask of a row. Every
+            block gets one step, and a share of the remaining ones in proportion to its length.
         block_length: blocks are decoded from left to right; the last one may be shorter. None: one block.
-        policy: which positions are recomputed, see `dkv.Policy`. None: `dkv.Decode()`.
-        remasking: which predictions are committed: "low_confidence" (LLaDA's default), "entropy" (Dream's), "random",
-            "topk_margin", "maskgit_plus" or "origin".
-        temperature: 0 takes the most likely token. LLaDA scales the noise with it, Dream divides the logits by it. Like
-            alg_temp, cfg_scale and factor it is in 1e-20 .. 1e20, the range float32 can compute with; all but factor
-            may be 0.
-        top_p, top_k: keep the most likely ids only.
+        policy: the positions that a step recomputes: a `dkv.Policy`, or the name of one for its default settings. None:
+            `dkv.Decode()`, which is almost lossless; `dkv.NoCache()` is exact.
+        remasking: the rule that chooses the predictions to commit: "low_confidence" (LLaDA's default), "entropy"
+            (Dream's), "random", "topk_margin", "maskgit_plus" or "origin".
+        temperature: 0 takes the most likely token. LLaDA scales the noise with it, Dream divides the logits by it.
+            temperature, alg_temp, cfg_scale and factor are in 1e-20 .. 1e20, the range that float32 can compute with,
+            or 0 (except factor).
+        top_p, top_k: keep only the most likely ids.
         alg_temp: randomness of the choice of commits, as in Dream.
         eps: the last time of Dream's schedule.
-        cfg_scale: classifier-free guidance, as in LLaDA; 0: none.
-        threshold: commits every candidate whose confidence reaches it, at least one; takes as many steps as it takes.
-        factor: commits the n most confident candidates, the n-th of which has a confidence of 1 - factor / (n + 1).
-        logits_eos_inf, confidence_eos_eot_inf: LLaDA's switches against early ends: no end of text at all; ends of text
-            and of turn last.
-        eos_early_stop: a row ends once an end of text has no mask before it; what is masked then becomes padding.
-        eos_token_id: an int or a list, which the three switches above are about; None: the family's end of text and end
-            of turn.
+        cfg_scale: the scale of classifier-free guidance, as in LLaDA; 0: none.
+        threshold: commits every candidate whose confidence reaches it, at least one per step; the number of steps
+            follows from it.
+        factor: commits the n most confident candidates, for the largest n whose n-th confidence is at least
+            1 - factor / (n + 1), and at least one.
+        logits_eos_inf: LLaDA's switch that excludes the end of text.
+        confidence_eos_eot_inf: LLaDA's switch that commits ends of text and of turn last.
+        eos_early_stop: ends a row once an end of text has no mask before it; the remaining masks become padding.
+        eos_token_id: an int or a list, the ends that the three switches above are about; None: the family's end of text
+            and end of turn.
         mask_id: None: the model's.
         order: (batch, gen_length) int64, the decoding order for "random": indices into the generated part.
-        generator: a torch.Generator that seeds the noise and the random order; None: PyTorch's default one.
+        generator: seeds the noise and the random order; None: PyTorch's default generator.
         impl: "auto", "triton" or "reference", see `dkv.kernels`.
         cuda_graphs: on a GPU, record steps as CUDA graphs and replay them; False: launch every kernel of every step.
-        fused_products: whether steps of up to 256 positions, of all rows together, use dkv's own matrix products, which
-            include norm, RoPE, cache write, activation and residual; False: those of the GPU's library. None: where a
-            GPU of this kind has shown that they are faster. They round less often, so near ties may be decided
-            differently.
-        output_history: also return the sequence and the active positions of every step, see `dkv.plot_history`.
-        show_progress: a progress bar over the masks.
+        fused_products: True: steps of up to 256 positions, of all rows together, use dkv's own matrix products, which
+            include norm, RoPE, cache write, activation and residual. False: they use the GPU's library. None: they use
+            dkv's where measurements on such a GPU have shown that they are faster. dkv's round less often, so near
+            ties may be decided differently.
+        output_history: also return the sequences and the active positions of every step, see `dkv.plot_history`.
+        show_progress: show a progress bar over the masks.
 
     Returns:
-        `GenerateOutput`. Right-padded prompts come back left-padded.
+        `GenerateOutput`. All sequences are left-padded, even if the prompts were right-padded.
 
     Raises:
-        ValueError, TypeError: arguments that do not fit, an unsupported model.
-        RuntimeError: logits that hold NaN or +inf, or nothing above -inf, where a token is to be predicted; told when
-            the host next reads, on a GPU with known counts at the end.
+        ValueError, TypeError: unsuitable arguments, or an unsupported model.
+        RuntimeError: the logits of a token to predict hold NaN, +inf, or nothing above -inf. The host notices when it
+            next reads from the device, which on a GPU with known counts is at the end.
 
     Warns:
-        UserWarning: rows that begin or end with the pad token, and no attention_mask.
+        UserWarning: rows begin or end with the pad token, but there is no attention_mask.
 
     Source: Nie et al., LLaDA (arXiv 2502.09992); Ye et al., Dream (arXiv 2508.15487); Ma et al., dKV-Cache (arXiv
     2505.15781); Wu et al., Fast-dLLM (arXiv 2505.22618), for threshold and factor.
@@ -157,7 +185,7 @@ def generate(
                 progress.update(progress.total - progress.n - int(run.state.masked.sum()))
         if progress is not None:
             progress.close()
-        output = run.finish()
+        output = GenerateOutput(*run.finish())
         if output_history:
             output.history, output.active = torch.stack(history), torch.stack(actives)
             output.decoded_step = run.trimmed(run.state.decoded_step).long().clamp(min=-1)
@@ -172,11 +200,11 @@ def prepare(
     *,
     order: Tensor | None = None,
     generator: torch.Generator | None = None,
-    **options,
+    **options: Any,
 ) -> Run:
-    """The `dkv.run.Run` of a call of `generate`, started but no step done: for loops that look at each step.
+    """The `dkv.run.Run` of a call of `generate`, before its first step, for loops that look at each step.
 
-    options: of `GenerateConfig`.
+    options: those of `GenerateConfig`.
     """
     config = GenerateConfig(**options)
     if not (generator is None or isinstance(generator, torch.Generator)):
@@ -200,7 +228,13 @@ def prepare(
             f"with gen_length=0 the prompts must hold masks to fill in, but input_ids has no token {config.mask_id} "
             "that is not padding; put some in, or pass a gen_length of at least 1."
         )
-    order = checked_order(order, config, input_ids, any(prompt_masks))
+    order = checked_order(
+        order,
+        input_ids,
+        gen_length=config.gen_length,
+        remasking=config.remasking,
+        has_prompt_masks=any(prompt_masks),
+    )
     key = run_key(config, view, batch=batch, seqlen=seqlen, has_prompt_masks=any(prompt_masks))
     x = F.pad(input_ids, (0, config.gen_length), value=config.mask_id)
     valid = F.pad(valid, (0, config.gen_length), value=True)
@@ -224,8 +258,8 @@ def prepare(
     return run
 
 
-def resolved(config, view):
-    """The `GenerateConfig` with what the model says where it has None, and the length of the blocks there are."""
+def resolved(config: GenerateConfig, view: ModelView) -> GenerateConfig:
+    """The config with the model's remasking and mask_id in place of None, and the actual length of a block."""
     family, columns = view.family, max(config.gen_length, 1)
     remasking = family.remasking_by_probability if config.by_probability else family.remasking
     return replace(
@@ -236,8 +270,8 @@ def resolved(config, view):
     )
 
 
-def run_key(config, view, *, batch, seqlen, has_prompt_masks):
-    """The `RunKey` of a batch of sequences, prompts and generated tokens, for a config as it is `resolved`."""
+def run_key(config: GenerateConfig, view: ModelView, *, batch: int, seqlen: int, has_prompt_masks: bool) -> RunKey:
+    """The `RunKey` of a batch of sequences (prompts and generated tokens) for a config that is `resolved`."""
     config.policy.check(view.family.shifted)
     eos_ids = eos_ids_of(config.eos_token_id, view)
     end_of_text = view.eos_ids if config.eos_token_id is None else eos_ids

@@ -1,16 +1,21 @@
-"""Checks of what `dkv.generate` is given: each error says what must hold, and what was got."""
+"""Checks of the arguments of `dkv.generate`: each error says what must hold and what was got."""
 
 import math
 import operator
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
-LARGE = 1e20  # times any logit still far below the 1e30 that stands for infinity in the kernels
+from dkv.models.view import ModelView
+
+LARGE = 1e20  # times any logit it stays far below 1e30, which stands for infinity in the kernels
 
 
-def left_padded(input_ids, attention_mask, view):
-    """The prompts with their padding on the left, and (batch, prompt_length) bool: what is not padding."""
+def left_padded(input_ids: Tensor, attention_mask: Tensor | None, view: ModelView) -> tuple[Tensor, Tensor]:
+    """The prompts with their padding on the left, and (batch, prompt_length) bool, False for padding."""
     if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
         got = getattr(input_ids, "dtype", type(input_ids).__name__)
         raise TypeError(f"input_ids must be an int64 tensor, got {got}.")
@@ -63,18 +68,19 @@ def left_padded(input_ids, attention_mask, view):
             "attention_mask must have its zeros on one side of each row, "
             f"but rows {(~good).nonzero()[:, 0].tolist()} have zeros inside or on both sides."
         )
-    # move the padding of right-padded rows to the left, whatever ids it has
+    # the padding of right-padded rows moves to the left; its ids do not matter
     source = (columns + starts[:, None] + lengths[:, None]) % input_ids.shape[1]
     return input_ids.gather(1, source), valid.gather(1, source)
 
 
-def checked_order(order, config, input_ids, has_prompt_masks):
+def checked_order(
+    order: Tensor | None, input_ids: Tensor, *, gen_length: int, remasking: str, has_prompt_masks: bool
+) -> Tensor | None:
     """`order` on the device of input_ids, (batch, gen_length) int64, or None."""
     if order is None:
         return None
-    if config.remasking != "random":
-        raise ValueError(f"order is for remasking='random', got remasking={config.remasking!r}.")
-    gen_length = config.gen_length
+    if remasking != "random":
+        raise ValueError(f"order is for remasking='random', got remasking={remasking!r}.")
     if not isinstance(order, torch.Tensor) or order.shape != (input_ids.shape[0], gen_length):
         got = tuple(order.shape) if isinstance(order, torch.Tensor) else type(order).__name__
         raise ValueError(
@@ -88,35 +94,35 @@ def checked_order(order, config, input_ids, has_prompt_masks):
     return order
 
 
-def eos_ids_of(eos_token_id, view):
-    """The list of ids that end a text; None: the family's end of text and end of turn."""
+def eos_ids_of(eos_token_id: Sequence[int] | None, view: ModelView) -> list[int]:
+    """The ids that end a text; None means the end of text and the end of turn of the family."""
     if eos_token_id is None:
         return [i for i in (*view.eos_ids, view.family.end_of_turn_id) if i < view.vocab_size]
     return [in_vocabulary("eos_token_id", i, view) for i in eos_token_id]
 
 
-def in_vocabulary(name, value, view):
+def in_vocabulary(name: str, value: int, view: ModelView) -> int:
     """`value`, an id of the vocabulary."""
     if not 0 <= value < view.vocab_size:
         raise ValueError(f"{name} must be in the vocabulary, 0 .. {view.vocab_size - 1}, got {value}.")
     return value
 
 
-def whole(name, value, *, least=None, most=None):
-    """`value` as an int, least <= value <= most; a whole scalar of NumPy or PyTorch is one, a bool is none."""
+def whole(name: str, value: Any, *, minimum: int | None = None, maximum: int | None = None) -> int:
+    """`value` as an int, minimum <= value <= maximum; integer scalars of NumPy and PyTorch count, bools do not."""
     try:
         value = operator.index(None if _is_bool(value) else value)
     except (TypeError, RuntimeError):
         raise TypeError(f"{name} must be an int, got {value!r}.") from None
-    if least is not None and value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}.")
-    if most is not None and value > most:
-        raise ValueError(f"{name} must be at most {most}, got {value}.")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}.")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{name} must be at most {maximum}, got {value}.")
     return value
 
 
-def number(name, value):
-    """`value` as a float; any real number is one, a bool or a string is none."""
+def number(name: str, value: Any) -> float:
+    """`value` as a float; any real number counts, bools and strings do not."""
     try:
         return float(None if _is_bool(value) or isinstance(value, str | bytes | bytearray) else value)
     except OverflowError:
@@ -125,8 +131,8 @@ def number(name, value):
         raise TypeError(f"{name} must be a number, got {value!r}.") from None
 
 
-def scale(name, value, *, positive=False):
-    """`value` as a factor of what is computed in float32: 0 (unless positive), or in 1 / LARGE .. LARGE."""
+def scale(name: str, value: Any, *, positive: bool = False) -> float:
+    """`value` as a factor that float32 can compute with: 0 (unless positive), or in 1 / LARGE .. LARGE."""
     value = number(name, value)
     if positive and not value > 0:
         raise ValueError(f"{name} must be positive, got {value}.")
@@ -137,38 +143,38 @@ def scale(name, value, *, positive=False):
     return abs(value)  # no -0.0
 
 
-def fraction(name, value, *, closed=True):
-    """`value` as a float, 0 < value <= 1; not closed: < 1."""
+def fraction(name: str, value: Any, *, closed: bool = True) -> float:
+    """`value` as a float, 0 < value <= 1, or < 1 if not closed."""
     value = number(name, value)
     if not 0 < value <= 1 or (not closed and value == 1):
         raise ValueError(f"{name} must be above 0 and {'at most' if closed else 'below'} 1, got {value}.")
     return value
 
 
-def switch(name, value):
-    """`value` as a bool; a number or a string, of which any but 0 and "" would count as true, is none."""
+def switch(name: str, value: Any) -> bool:
+    """`value` as a bool; numbers and strings do not count, because "false" would be true."""
     if not _is_bool(value):
         raise TypeError(f"{name} must be True or False, got {value!r}.")
     return bool(value)
 
 
-def one_of(name, value, allowed):
-    """`value`, one of the strings allowed."""
+def one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
+    """`value`, one of the allowed strings."""
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}.")
     return value
 
 
-def token_id(name, value):
-    """`value` as an int that can be a token's id."""
+def token_id(name: str, value: Any) -> int:
+    """`value` as an int that can be the id of a token."""
     value = whole(name, value)
     if value < 0:
         raise ValueError(f"{name} must be in the vocabulary, so at least 0, got {value}.")
     return value
 
 
-def token_ids(name, value):
-    """One id or a list of them as a tuple."""
+def token_ids(name: str, value: Any) -> tuple[int, ...]:
+    """One id or a list of ids as a tuple."""
     values = value if isinstance(value, list | tuple) else [value]
     if not values:
         raise ValueError(f"{name} must be an int or a list of at least one, got an empty list; None: the model's.")

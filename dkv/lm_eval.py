@@ -10,17 +10,21 @@ import logging
 import time
 from dataclasses import fields
 from itertools import groupby, islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import dkv
-from dkv.inputs import eos_ids_of, whole
+from dkv.inputs import eos_ids_of, one_of, whole
 from dkv.models import view_of
+from dkv.policy import POLICIES, Policy, PolicyName
 
 try:
     from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
 except ModuleNotFoundError as error:
@@ -30,43 +34,45 @@ except ModuleNotFoundError as error:
 
 __all__ = ["DiffusionLM", "sample_masks"]
 
-logger = logging.getLogger("lm_eval.models.dkv")  # among the harness's own, whose level its users set
+logger = logging.getLogger("lm_eval.models.dkv")  # a child of the harness's logger, whose level its users set
 
-_KINDS = (dkv.NoCache, dkv.Decode, dkv.Greedy, dkv.Prefill, dkv.PrefillDecode, dkv.PrefixCache, dkv.DualCache)
-_POLICIES = {kind.__name__: tuple(inspect.signature(kind).parameters) for kind in _KINDS}  # name -> its settings
+_SETTINGS = {name: tuple(inspect.signature(kind).parameters) for name, kind in POLICIES.items()}  # of each policy
 _GENERATE = {option.name for option in fields(dkv.GenerateConfig)} - {"policy"}
 
 
 @register_model("dkv")
 class DiffusionLM(TemplateLM):
-    """A LLaDA or Dream whose texts come from `dkv.generate` with a policy, and whose likelihoods use no cache.
+    """A LLaDA or Dream for the harness: `dkv.generate` with a policy writes its texts, its likelihoods use no cache.
 
-    Prompts are generated for in left-padded batches. A text ends at its first end of text or end of turn, or before the
-    first of the task's stop strings; a row that has ended is not computed further (`eos_early_stop=False`: it is).
+    Prompts run in left-padded batches. A text ends at its first end of text or end of turn, or before the first of the
+    task's stop strings. A row that has ended is not computed further, unless `eos_early_stop=False`.
 
-    The likelihood of a continuation is the masked diffusion bound, by `mc_num` samples of `sample_masks`, which depend
-    on PyTorch's seed (the harness sets it) and on the length of the continuation alone: a repeated run, another batch
-    size or another policy gives the same figures, and choices of one length are compared under the same masks.
+    The likelihood of a continuation is the masked diffusion bound, estimated with `mc_num` samples of `sample_masks`.
+    The samples depend only on PyTorch's seed, which the harness sets, and on the length of the continuation. So a
+    repeated run, another batch size or another policy gives the same figures, and choices of equal length are compared
+    under the same masks.
 
     Args:
-        pretrained: what `dkv.from_pretrained` takes, or a model that `dkv.generate` runs.
-        policy: the name of a policy; its settings are arguments too (refresh_interval=4). Or a `dkv.Policy`.
+        pretrained: an argument of `dkv.from_pretrained`, or a model that `dkv.generate` runs.
+        policy: the name of a policy, whose settings are arguments too (refresh_interval=4), or a `dkv.Policy`.
         gen_length: tokens to generate. None: the task's max_gen_toks, or 256 if it has none.
-        steps, block_length: as in `dkv.generate`, None included.
-        batch_size: prompts a batch; for likelihoods, masked sequences of one length a batch.
-        dtype, device: as in `dkv.from_pretrained`; "auto" is None.
-        tokenizer: a name, a folder or a tokenizer. None: that of pretrained, if this is not a model.
+        steps, block_length: as in `dkv.generate`, including None.
+        batch_size: prompts per batch; for likelihoods, masked sequences of equal length per batch.
+        dtype, device: as in `dkv.from_pretrained`; "auto" means None.
+        tokenizer: a name, a folder or a tokenizer. None: that of pretrained, unless pretrained is a model.
         max_length: prompts are cut on the left so that prompt and continuation fit. None: the model's positions.
-        add_bos_token: whether a prompt begins with the tokenizer's BOS even where the tokenizer does not add it.
-        trust_remote_code: for the tokenizer, Dream's needs it; the model never runs remote code.
-        mc_num: samples of a likelihood. Of equal ones one is computed: one token costs one pass, whatever mc_num is.
-        check_greedy: whether likelihoods also say if the greedy text (without a cache) is the continuation, at a pass
-            a token; False: they say no, so that tasks which score this, LAMBADA's acc for one, are not valid.
-        settings: other arguments of `dkv.generate`, such as remasking, temperature, top_p and threshold. Where
-            temperature or top_p are absent, they are the task's.
+        add_bos_token: whether a prompt begins with the tokenizer's BOS even if the tokenizer does not add it.
+        trust_remote_code: for the tokenizer; Dream's needs it. The model never runs remote code.
+        mc_num: samples of a likelihood. Equal samples are computed once, so a continuation of one token costs one pass.
+        check_greedy: whether likelihoods also say if the continuation is the greedy text (without a cache), which costs
+            one pass per token. False: they always say no, and metrics that use it, such as LAMBADA's acc, are not
+            valid.
+        settings: other arguments of `dkv.generate`, such as remasking, temperature, top_p and threshold. Without them,
+            temperature and top_p are the task's.
 
     Raises:
-        ValueError, TypeError: an unknown policy or setting, a setting the policy does not have, values out of range.
+        ValueError, TypeError: an unknown policy or setting, a setting that the policy does not have, values out of
+            range.
 
     Source: Nie et al., LLaDA (arXiv 2502.09992), equation 6, for the likelihood.
 
@@ -78,39 +84,42 @@ class DiffusionLM(TemplateLM):
 
     def __init__(
         self,
-        pretrained,
+        pretrained: str | nn.Module,
         *,
-        policy="Decode",
-        gen_length=None,
-        steps=None,
-        block_length=None,
-        batch_size=1,
-        dtype=None,
-        device=None,
-        tokenizer=None,
-        max_length=None,
-        add_bos_token=False,
-        trust_remote_code=False,
-        mc_num=128,
-        check_greedy=False,
-        **settings,
-    ):
+        policy: PolicyName | Policy = "Decode",
+        gen_length: int | None = None,
+        steps: int | None = None,
+        block_length: int | None = None,
+        batch_size: int | str = 1,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        tokenizer: Any = None,
+        max_length: int | None = None,
+        add_bos_token: bool = False,
+        trust_remote_code: bool = False,
+        mc_num: int = 128,
+        check_greedy: bool = False,
+        **settings: Any,
+    ) -> None:
         super().__init__()
-        # before the weights are read: a wrong setting should not cost minutes
+        # checked before the weights are read, because a wrong setting should not cost minutes
         self.settings = {"eos_early_stop": True, "steps": steps, "block_length": block_length}
         self.settings |= {name: settings.pop(name) for name in _GENERATE & settings.keys()}
         self.policy = _make_policy(policy, settings)
-        self.gen_length = None if gen_length is None else whole("gen_length", gen_length, least=1)
+        self.gen_length = None if gen_length is None else whole("gen_length", gen_length, minimum=1)
         config = dkv.GenerateConfig(policy=self.policy, **self.settings)
         if not str(batch_size).isdecimal():
             raise ValueError(f"batch_size must be a number, there is no automatic choice; got {batch_size!r}.")
-        self.batch_size, self.mc_num = whole("batch_size", int(batch_size), least=1), whole("mc_num", mc_num, least=1)
+        self.batch_size = whole("batch_size", int(batch_size), minimum=1)
+        self.mc_num = whole("mc_num", mc_num, minimum=1)
         self.add_bos_token, self.check_greedy = add_bos_token, check_greedy
 
         if isinstance(pretrained, torch.nn.Module):
             self.model = pretrained
             if tokenizer is None:
-                raise ValueError("tokenizer must be given where pretrained is a model; pass a name, a folder or one.")
+                raise ValueError(
+                    "tokenizer must be given if pretrained is a model; pass a name, a folder or a tokenizer."
+                )
             if "_dkv" in vars(pretrained):
                 raise ValueError("likelihoods need a model without a cache; call dkv.restore_attention(model) first.")
         else:
@@ -118,7 +127,7 @@ class DiffusionLM(TemplateLM):
         self.view = view_of(self.model)
         self.policy.check(self.view.family.shifted)
         self.eos_ids = eos_ids_of(config.eos_token_id, self.view)
-        self.max_length = self.view.max_positions if max_length is None else whole("max_length", max_length, least=1)
+        self.max_length = self.view.max_positions if max_length is None else whole("max_length", max_length, minimum=1)
         self.tokenizer = pretrained if tokenizer is None else tokenizer
         if not hasattr(self.tokenizer, "decode"):
             from transformers import AutoTokenizer
@@ -126,24 +135,25 @@ class DiffusionLM(TemplateLM):
             self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=trust_remote_code)
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.view.weight.device
 
     @property
-    def eot_token_id(self):
+    def eot_token_id(self) -> int:
         return self.view.eos_token_id
 
     @property
-    def prefix_token_id(self):
-        """What stands for an empty prompt."""
+    def prefix_token_id(self) -> int:
+        """The token in place of an empty prompt."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
     @property
-    def tokenizer_name(self):
+    def tokenizer_name(self) -> str:
         return self.tokenizer.name_or_path.replace("/", "__")
 
-    def apply_chat_template(self, chat_history, add_generation_prompt=True):
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a chat."""
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -151,8 +161,8 @@ class DiffusionLM(TemplateLM):
             continue_final_message=not add_generation_prompt,
         )
 
-    def tok_encode(self, string, add_special_tokens=None, **kwargs):
-        """The ids of a string; a BOS that a chat template has written is not doubled."""
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """The ids of a string; the BOS of a chat template is not doubled."""
         bos = self.tokenizer.bos_token
         if add_special_tokens is None:
             add_special_tokens = not (bos and string.startswith(bos))
@@ -160,7 +170,7 @@ class DiffusionLM(TemplateLM):
         missing = self.add_bos_token and add_special_tokens and ids[:1] != [self.prefix_token_id]
         return [self.prefix_token_id] * missing + ids
 
-    def generate_until(self, requests, disable_tqdm=False):
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The text of each request, whose args are (prompt, kwargs of the task)."""
         prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
         texts, tokens, start = [None] * len(requests), 0, time.perf_counter()
@@ -187,7 +197,7 @@ class DiffusionLM(TemplateLM):
         return texts
 
     def _generate(self, prompts, kwargs):
-        """What follows each prompt (a list of ids), as a list of ids without the end of text."""
+        """The continuation of each prompt without the end of text; both are lists of ids."""
         gen_length = self.gen_length or kwargs.get("max_gen_toks") or kwargs.get("max_new_tokens") or 256
         sampled = {}
         if kwargs.get("do_sample", True):
@@ -222,7 +232,7 @@ class DiffusionLM(TemplateLM):
         return prompt[-room:]
 
     def _text(self, ids, until):
-        """The text before the first stop string; these may be special tokens, which are no text."""
+        """The text before the first stop string. Stop strings may be special tokens, which are removed afterwards."""
         text = self.tokenizer.decode(ids)
         text = text[: min((text.find(stop) for stop in until if stop and stop in text), default=None)]
         for token in self.tokenizer.all_special_tokens:
@@ -238,7 +248,7 @@ class DiffusionLM(TemplateLM):
         progress = tqdm(order, desc="loglikelihood", disable=disable_tqdm)
         samples = ((i, *sample) for i in progress for sample in self._samples(*pairs[i]))
         totals = [0.0] * len(pairs)
-        # one length a batch: no padding takes part
+        # batches of one length need no padding
         for _, group in groupby(samples, key=lambda sample: len(sample[1])):
             for batch in _batches(group, self.batch_size):
                 indices, tokens, masked, weights = zip(*batch, strict=True)
@@ -259,7 +269,7 @@ class DiffusionLM(TemplateLM):
     @torch.no_grad()
     def _log_probs(self, tokens, masked):
         """Summed log-probabilities of the masked tokens of each row; tokens, masked (batch, seqlen) -> batch floats."""
-        # choices of one token are one input: its logits are computed once
+        # choices of one token have the same masked input, whose logits are computed once
         inputs, source = tokens.masked_fill(masked, self.view.mask_id).unique(dim=0, return_inverse=True)
         logits = self.model(inputs.to(self.device)).logits
         row, column = masked.nonzero(as_tuple=True)
@@ -272,26 +282,26 @@ class DiffusionLM(TemplateLM):
         if not (self.check_greedy and target):
             return False
         prompt = torch.tensor([context], device=self.device)
-        # a prompt may begin with the end of text, which is the pad token too
+        # with a mask, because a prompt may begin with the end of text, which is also the pad token
         mask = torch.ones_like(prompt)
         output = dkv.generate(self.model, prompt, mask, gen_length=len(target), policy=dkv.NoCache())
         return output.sequences[0, len(context) :].tolist() == target
 
-    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Not available."""
         raise NotImplementedError(
-            "a masked diffusion model bounds the likelihood of a continuation, it has none of each next token; "
+            "a masked diffusion model bounds the likelihood of a continuation, but has none for each next token; "
             "leave out perplexity tasks such as wikitext."
         )
 
 
 def _make_policy(policy, settings):
-    """The `dkv.Policy` of a name and a dict of its settings; a `dkv.Policy` takes none and stays what it is."""
-    name = repr(policy) if isinstance(policy, dkv.Policy) else policy
-    if name == policy and name not in _POLICIES:
-        raise ValueError(f"policy must be one of {', '.join(_POLICIES)}, got {policy!r}.")
-    known = _POLICIES.get(policy, ())
+    """The `Policy` of a name and a dict of its settings; a `Policy` is returned as it is, and takes no settings."""
+    is_named = not isinstance(policy, Policy)
+    name = one_of("policy", policy, tuple(POLICIES)) if is_named else repr(policy)
+    known = _SETTINGS[name] if is_named else ()
     for unknown in sorted(settings.keys() - set(known)):
-        others = [f"policy={other}" for other, names in _POLICIES.items() if unknown in names]
+        others = [f"policy={other}" for other, names in _SETTINGS.items() if unknown in names]
         if others:
             raise ValueError(
                 f"{unknown} must be a setting of the policy, but {name} has {', '.join(known) or 'none'}; "
@@ -301,17 +311,17 @@ def _make_policy(policy, settings):
             f"{unknown!r} must be an argument of the model, of dkv.generate ({', '.join(sorted(_GENERATE))}) or of the "
             f"policy {name} ({', '.join(known) or 'none'}); correct its name or leave it out."
         )
-    return getattr(dkv, policy)(**settings) if name == policy else policy
+    return POLICIES[name](**settings) if is_named else policy
 
 
-def sample_masks(length, mc_num, generator):
-    """Draws which of `length` tokens are masked in each of `mc_num` samples of a likelihood, and merges equal samples.
+def sample_masks(length: int, mc_num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draws the masks of `mc_num` samples of a likelihood of `length` tokens, and merges equal samples.
 
-    The number of masks is uniform on 1 .. length, its draws spread evenly over the samples; their places are uniform.
+    The number of masks is uniform on 1 .. length, with draws spread evenly over the samples; their places are uniform.
 
     Returns:
-        masks (samples, length) bool, all different; weights (samples,) float64, so that the sum over the samples of the
-        weight times the log-probabilities of the masked tokens estimates the log-likelihood.
+        masks (samples, length) bool, all different, and weights (samples,) float64. The log-likelihood is estimated by
+        the sum, over the samples, of the weight times the log-probabilities of the masked tokens.
     """
     levels = torch.arange(mc_num, dtype=torch.float64, device="cpu")
     levels = (levels + torch.rand((), generator=generator, dtype=torch.float64, device="cpu")) / mc_num

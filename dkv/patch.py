@@ -1,14 +1,21 @@
-"""`replace_attention`: the delayed cache under a user's own denoising loop, on the live model, with undo."""
+"""`replace_attention`: the delayed cache under a user's own denoising loop, on the live model, with undo.
+
+A call `model(x)` of a patched model goes down this file: `_forward`, which `replace_attention` puts on the model, asks
+`Patch.check` whether a cache can serve the call. `Patch.logits` then takes it as the next step of the `Session`, or
+starts a new one. Calls that no cache can serve run the model's own forward.
+"""
 
 import functools
 import inspect
 import types
 import warnings
 from collections import Counter as Tally
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dkv.active import write_active
 from dkv.cuda_graphs import StepGraphs
@@ -21,56 +28,60 @@ from dkv.kernels.rows import Size
 from dkv.memory import memory_of, separate
 from dkv.model_runner import ModelRunner
 from dkv.models import check_not_wrapped, view_of
-from dkv.policy import Decode, NoCache, Policy, checked_policy
+from dkv.models.view import ModelView
+from dkv.policy import Decode, NoCache, Policy, PolicyName, checked_policy
 from dkv.rooms import Room, Rooms
 from dkv.state import State
 
-# what a session serves; any other argument asks for more than logits, or brings what a cache cannot know
+AnyModel = TypeVar("AnyModel", bound=nn.Module)
+# a session serves these arguments; any other asks for more than logits, or changes them in a way no cache knows
 _SERVED = ("input_ids", "attention_mask", "position_ids", "return_dict")
-# what an argument that is None takes from the config
+# arguments that are taken from the config if they are None
 _FROM_CONFIG = ("output_attentions", "output_hidden_states")
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-# a score this low has no weight beside any other; the lowest of float32 and bfloat16 and -inf lie below
+# a score this low has no weight beside any other; the lowest float32 and bfloat16 and -inf are below it
 _MASKED_SCORE = torch.finfo(torch.float16).min
 
 
 class Uncached(Exception):
-    """A call that runs the model's own forward; the message is the reason, one of a few."""
+    """Raised for a call that must run the model's own forward; the message is the reason."""
 
     MASK = "attention_mask does more than hide columns"
     POSITIONS = "position_ids are not (batch, seqlen) integers in the model's range"
 
 
 def replace_attention(
-    model: nn.Module, policy: Policy | None = None, *, block_length: int | None = None, impl: Impl = "auto"
-) -> nn.Module:
-    """Puts a delayed K/V cache under the model: its own loop, or yours, runs unchanged and recomputes less.
+    model: AnyModel, policy: Policy | PolicyName | None = None, *, block_length: int | None = None, impl: Impl = "auto"
+) -> AnyModel:
+    """Replaces `model.forward` on this instance by one with a delayed K/V cache; the default policy is almost lossless.
 
-    Mutates `model` in place, on the instance only: `model(x, ...)` keeps its signature and return type. Each call is
-    compared with the one before: the same shape and attention mask, and nothing changed but masks that became tokens,
-    is a cached step; anything else, a changed weight too, is a full step and a new session. Logits of positions that
-    were not recomputed are NaN. Steps run in the model's dtype, under autocast too.
+    The model's own denoising loop, or yours, runs unchanged and recomputes less: `model(x, ...)` keeps its signature
+    and return type. Each call is compared with the previous one. It is a cached step if shape and attention mask are
+    the same and nothing changed except masks that became tokens. Anything else, even a changed weight, is a full step
+    and starts a new session. Logits of positions that were not recomputed are NaN. Steps run in the model's dtype, even
+    under autocast.
 
     Calls that no cache can serve run the model's own forward and end the session: in training mode; in grad mode; for
-    more than logits; with an attention mask that does more than hide columns, or positions that the model was not
-    made for. Each reason but training is told once, by a UserWarning. With `NoCache` every call runs the model's own
-    forward: its logits, bit for bit, as likelihoods need them, at its own speed.
+    more than logits; with an attention mask that does more than hide columns; with positions outside the model's range.
+    A UserWarning tells each reason once, except training. With `NoCache` every call runs the model's own forward, whose
+    logits are exact bit for bit, as likelihoods need them.
 
-    Under torch.compile a patched model runs as it does without; with fullgraph=True that is an error.
+    torch.compile leaves a patched model uncompiled; with fullgraph=True that is an error.
 
     Args:
         model: a LLaDA or Dream of `dkv.from_pretrained` or of Hugging Face's remote code, or a finetune of those.
-        policy: see `dkv.Policy`; None: `dkv.Decode()`. `Greedy` needs `dkv.generate`.
-        block_length: the block length of the loop, counted from the first mask of the row where that is last. None: one
-            block.
+        policy: a `dkv.Policy`, or the name of one for its default settings. None: `dkv.Decode()`. `Greedy` works only
+            in `dkv.generate`.
+        block_length: the block length of the loop. Blocks are counted from the first mask of a row, in the row where it
+            comes last. None: one block.
         impl: "auto", "triton" or "reference", see `dkv.kernels`.
 
     Returns:
         model.
 
     Raises:
-        ValueError: an unsupported model, a policy that cannot run under a foreign loop. Calls raise it for hooks that
-            would be passed over, and RuntimeError after a loop has taken tokens from logits that are NaN.
+        ValueError: an unsupported model, or a policy that cannot run under a foreign loop. Calls raise it for hooks
+            that the cache would skip, and RuntimeError after a loop has taken tokens from logits that are NaN.
 
     Example:
         >>> dkv.replace_attention(model, dkv.Decode(8), block_length=32)
@@ -83,27 +94,27 @@ def replace_attention(
     policy.check(view.family.shifted)
     if policy.needs_order:
         raise ValueError(
-            f"{policy!r} must know what a step will decode, which a foreign loop does not say; use generate."
+            f"{policy!r} must know which masks a step will decode, but a foreign loop does not say; use dkv.generate."
         )
     if policy.needs_blocks and block_length is None:
-        raise ValueError(f"{policy!r} is about blocks: pass the block_length of your loop.")
-    block_length = None if block_length is None else whole("block_length", block_length, least=1)
+        raise ValueError(f"{policy!r} depends on blocks: pass the block_length of your loop.")
+    block_length = None if block_length is None else whole("block_length", block_length, minimum=1)
     one_of("impl", impl, IMPLS)
     restore_attention(model)
     before = {name: model.__dict__[name] for name in ("forward", "extra_repr") if name in model.__dict__}
     model._dkv = Patch(view, policy, block_length, impl, before, inspect.signature(model.forward))
-    # the model is an argument, so that a copy of the model, or what is unpickled, is a patched model of its own
+    # the model is an argument, so that a copied or unpickled model is a patched model of its own
     model.forward = functools.partial(_forward, model)
     model.forward.__signature__ = model._dkv.signature
     model.extra_repr = functools.partial(_extra_repr, model)
     return model
 
 
-def restore_attention(model: nn.Module) -> nn.Module:
-    """Undoes `replace_attention` completely, and gives merged weights memory of their own again. Returns model.
+def restore_attention(model: AnyModel) -> AnyModel:
+    """Undoes `replace_attention` completely, and gives merged weights their own memory again. Returns model.
 
     Raises:
-        ValueError: model.forward was replaced since, or the model only wraps a patched one.
+        ValueError: model.forward was replaced again later, or the model only wraps a patched one.
     """
     patch = _patch_of(model)
     if patch is not None:
@@ -119,7 +130,7 @@ def restore_attention(model: nn.Module) -> nn.Module:
 
 
 def reset(model: nn.Module) -> None:
-    """Frees the memory that a model's session and its last `generate` keep; if patched, its next call is a full step.
+    """Frees the memory of a model's session and of its last `generate`; a patched model's next call is a full step.
 
     Raises:
         ValueError: an unsupported model, or one that only wraps another.
@@ -135,8 +146,7 @@ def _forget(model):
 
 
 def _take_session(model):
-    """The session, if there is one, which is then nobody else's: not another thread's, nor the next call's if this one
-    fails."""
+    """The session, or None. The caller has it alone: no other thread gets it, nor the next call if this one fails."""
     session = memory_of(model).take("session")
     if session is not None:
         session.settle()
@@ -144,7 +154,7 @@ def _take_session(model):
 
 
 def _patch_of(model):
-    """The `Patch` of a model, None without."""
+    """The `Patch` of a model, or None."""
     check_not_wrapped(model)
     patch = model.__dict__.get("_dkv")
     if patch is None and hasattr(model, "_dkv"):
@@ -152,105 +162,9 @@ def _patch_of(model):
     return patch
 
 
-class Patch:
-    """What `replace_attention` keeps on the model: the settings, and what it covered.
-
-    Attributes:
-        uncached: reason -> calls that ran the model's own forward for it.
-    """
-
-    def __init__(self, view, policy, block_length, impl, before, signature):
-        self.policy, self.block_length, self.impl = policy, block_length, impl
-        self.before, self.signature = before, signature
-        self.make_output, self.honours_mask = view.make_output, view.honours_attention_mask
-        self.shifted = view.family.shifted
-        self.uncached = Tally()
-
-    def original_forward(self, model):
-        return self.before.get("forward") or types.MethodType(type(model).forward, model)
-
-    def check(self, model, arguments):
-        """Raises `Uncached` for a call whose kind or shapes no session serves; reads nothing from the device."""
-        if torch.is_grad_enabled():
-            raise Uncached("grad mode is on (torch.no_grad() turns it off)")
-        parameters = self.signature.parameters
-        for name, value in arguments.items():
-            if name not in _SERVED and not _is_off(value, parameters[name].default):
-                raise Uncached(f"{name} is passed")
-        for name in _FROM_CONFIG:
-            if name in parameters and arguments.get(name) is None and getattr(model.config, name, False):
-                raise Uncached(f"config.{name} is set")
-        x = arguments.get("input_ids")
-        if not (isinstance(x, torch.Tensor) and x.dim() == 2 and x.numel() and x.dtype in (torch.int32, torch.int64)):
-            raise Uncached("input_ids is not a non-empty (batch, seqlen) tensor of int32 or int64")
-        mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
-        if self.honours_mask and not self._may_be_padding(mask, x):
-            raise Uncached(Uncached.MASK)
-        if positions is not None and not (
-            isinstance(positions, torch.Tensor)
-            and positions.dtype in _INTEGERS
-            and positions.device == x.device
-            and positions.shape in (x.shape, (1, x.shape[1]))
-        ):
-            raise Uncached(Uncached.POSITIONS)
-
-    def _may_be_padding(self, mask, x):
-        if mask is None or (self.shifted and isinstance(mask, str) and mask == "full"):
-            return True
-        if not isinstance(mask, torch.Tensor) or mask.device != x.device:
-            return False
-        # LLaDA's files read zeros and ones of any dtype; Dream's hand the mask to attention, which adds one of floats
-        batch, seqlen = x.shape
-        if mask.dim() == 2:
-            return mask.shape == x.shape and not (self.shifted and mask.is_floating_point())
-        shapes = [(rows, 1, queries, seqlen) for rows in (1, batch) for queries in (1, seqlen)]
-        return self.shifted and mask.shape in shapes and (mask.dtype == torch.bool or mask.is_floating_point())
-
-    def logits(self, model, arguments):
-        """Logits by the session that goes on, or by a new one; `Uncached` where none can."""
-        x, mask, positions = map(arguments.get, ("input_ids", "attention_mask", "position_ids"))
-        mask = mask if isinstance(mask, torch.Tensor) else None
-        session = _take_session(model)
-        if session is None or not session.try_step(x, mask, positions):
-            view = view_of(model)
-            check_containers(model, view.called, runs_forward=True)
-            first_call = FirstCall.read(view, x, mask, positions)
-            if session is None or not session.can_serve(view, first_call):
-                del session  # frees its memory before the next one's is allocated
-                session = Session(view, self, first_call)
-            session.start(model, first_call)
-        logits = session.logits()
-        # only now: what failed, or is not done yet, is nothing to go on from; that of another thread may be there
-        _take_session(model)
-        memory_of(model).session = session
-        return logits
-
-    def output(self, model, arguments, logits):
-        """The logits as the model's own forward returns them."""
-        return_dict = arguments.get("return_dict")
-        if return_dict is None and "return_dict" in self.signature.parameters:
-            config = model.config
-            return_dict = getattr(config, "return_dict", True) and not getattr(config, "torchscript", False)
-        asks_for_tuple = return_dict is not None and not return_dict
-        return self.make_output(logits, return_dict=False) if asks_for_tuple else self.make_output(logits)
-
-
-def _is_off(value, default):
-    """Whether an argument says no more than leaving it out would."""
-    if value is None:
-        return not default
-    return value is default or (isinstance(value, bool | int | float | str) and value == (default or 0))
-
-
-def _extra_repr(model):
-    patch = model._dkv
-    own = patch.before["extra_repr"]() if "extra_repr" in patch.before else type(model).extra_repr(model)
-    blocks = "" if patch.block_length is None else f", block_length={patch.block_length}"
-    return ", ".join(filter(None, (own, f"dkv={patch.policy!r}{blocks}")))
-
-
 @torch._disable_dynamo
 def _forward(model, *args, **kwargs):
+    """Takes the place of `model.forward`: logits over the cache or, where none can serve the call, the original."""
     patch = model._dkv
     original = patch.original_forward(model)
     if model.training or type(patch.policy) is NoCache:
@@ -275,29 +189,142 @@ def _forward(model, *args, **kwargs):
     return output
 
 
+def _extra_repr(model):
+    patch = model._dkv
+    own = patch.before["extra_repr"]() if "extra_repr" in patch.before else type(model).extra_repr(model)
+    blocks = "" if patch.block_length is None else f", block_length={patch.block_length}"
+    return ", ".join(filter(None, (own, f"dkv={patch.policy!r}{blocks}")))
+
+
+class Patch:
+    """The settings of `replace_attention`, kept on the model, and the attributes that it replaced.
+
+    Attributes:
+        policy, block_length, impl: the arguments of `replace_attention`.
+        before: the instance's own `forward` and `extra_repr`, if it had any.
+        signature: of the replaced forward.
+        make_output, honours_mask, shifted: as in `ModelView` and `Family`.
+        uncached: reason -> number of calls that ran the model's own forward for it.
+    """
+
+    def __init__(
+        self,
+        view: ModelView,
+        policy: Policy,
+        block_length: int | None,
+        impl: Impl,
+        before: dict[str, Callable],
+        signature: inspect.Signature,
+    ) -> None:
+        self.policy, self.block_length, self.impl = policy, block_length, impl
+        self.before, self.signature = before, signature
+        self.make_output, self.honours_mask = view.make_output, view.honours_attention_mask
+        self.shifted = view.family.shifted
+        self.uncached = Tally()
+
+    def original_forward(self, model: nn.Module) -> Callable:
+        """The forward that was replaced."""
+        return self.before.get("forward") or types.MethodType(type(model).forward, model)
+
+    def check(self, model: nn.Module, arguments: dict[str, Any]) -> None:
+        """Raises `Uncached` for a call whose arguments or shapes no session serves; reads nothing from the device."""
+        if torch.is_grad_enabled():
+            raise Uncached("grad mode is on (torch.no_grad() turns it off)")
+        parameters = self.signature.parameters
+        for name, value in arguments.items():
+            if name not in _SERVED and not _is_off(value, parameters[name].default):
+                raise Uncached(f"{name} is passed")
+        for name in _FROM_CONFIG:
+            if name in parameters and arguments.get(name) is None and getattr(model.config, name, False):
+                raise Uncached(f"config.{name} is set")
+        x = arguments.get("input_ids")
+        if not (isinstance(x, Tensor) and x.dim() == 2 and x.numel() and x.dtype in (torch.int32, torch.int64)):
+            raise Uncached("input_ids is not a non-empty (batch, seqlen) tensor of int32 or int64")
+        mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
+        if self.honours_mask and not self._may_be_padding(mask, x):
+            raise Uncached(Uncached.MASK)
+        if positions is not None and not (
+            isinstance(positions, Tensor)
+            and positions.dtype in _INTEGERS
+            and positions.device == x.device
+            and positions.shape in (x.shape, (1, x.shape[1]))
+        ):
+            raise Uncached(Uncached.POSITIONS)
+
+    def _may_be_padding(self, mask, x):
+        if mask is None or (self.shifted and isinstance(mask, str) and mask == "full"):
+            return True
+        if not isinstance(mask, Tensor) or mask.device != x.device:
+            return False
+        # LLaDA's files read zeros and ones of any dtype; Dream's pass the mask to attention, which adds a float mask
+        batch, seqlen = x.shape
+        if mask.dim() == 2:
+            return mask.shape == x.shape and not (self.shifted and mask.is_floating_point())
+        shapes = [(rows, 1, queries, seqlen) for rows in (1, batch) for queries in (1, seqlen)]
+        return self.shifted and mask.shape in shapes and (mask.dtype == torch.bool or mask.is_floating_point())
+
+    def logits(self, model: nn.Module, arguments: dict[str, Any]) -> Tensor:
+        """The logits by the next step of the session, or by a new session; raises `Uncached` if none can serve them."""
+        x, mask, positions = map(arguments.get, ("input_ids", "attention_mask", "position_ids"))
+        mask = mask if isinstance(mask, Tensor) else None
+        session = _take_session(model)
+        if session is None or not session.try_step(x, mask, positions):
+            view = view_of(model)
+            check_containers(model, view.called, runs_forward=True)
+            first_call = FirstCall.read(view, x, mask, positions)
+            if session is None or not session.can_serve(view, first_call):
+                del session  # frees its memory before the new session allocates its own
+                session = Session(view, self, first_call)
+            session.start(model, first_call)
+        logits = session.logits()
+        # set last: a call that failed or is still running must not be continued; another thread may have set its own
+        _take_session(model)
+        memory_of(model).session = session
+        return logits
+
+    def output(self, model: nn.Module, arguments: dict[str, Any], logits: Tensor) -> Any:
+        """The logits in the type that the model's own forward returns."""
+        return_dict = arguments.get("return_dict")
+        if return_dict is None and "return_dict" in self.signature.parameters:
+            config = model.config
+            return_dict = getattr(config, "return_dict", True) and not getattr(config, "torchscript", False)
+        asks_for_tuple = return_dict is not None and not return_dict
+        return self.make_output(logits, return_dict=False) if asks_for_tuple else self.make_output(logits)
+
+
+def _is_off(value, default):
+    """Whether an argument means the same as leaving it out."""
+    if value is None:
+        return not default
+    return value is default or (isinstance(value, bool | int | float | str) and value == (default or 0))
+
+
 @dataclass
 class FirstCall:
     """The first call of a session.
 
     Attributes:
-        x: (batch, seqlen) int64; mask, given_positions: what came with it, or None.
-        valid: (batch, seqlen) bool, what the mask leaves; positions: (batch, seqlen) int64.
-        masking: "none", "left" (padding on the left) or "columns" (anywhere).
-        valid_count: int, how many are valid; longest: int, positions that RoPE needs.
+        x: (batch, seqlen) int64.
+        mask, given_positions: the arguments that came with it, or None.
+        valid: (batch, seqlen) bool, the columns that the mask does not hide.
+        positions: (batch, seqlen) int64, for RoPE.
+        masking: the columns that the mask hides: "none", "left" (padding on the left) or "columns" (any).
+        valid_count: the number of valid columns of all rows.
+        longest: the number of positions that RoPE needs.
     """
 
-    x: torch.Tensor
-    mask: torch.Tensor | None
-    given_positions: torch.Tensor | None
-    valid: torch.Tensor
-    positions: torch.Tensor
-    masking: str
+    x: Tensor
+    mask: Tensor | None
+    given_positions: Tensor | None
+    valid: Tensor
+    positions: Tensor
+    masking: Literal["none", "left", "columns"]
     valid_count: int
     longest: int
 
     @classmethod
-    def read(cls, view, x, mask, positions):
-        """One host read where a mask or positions are given; `Uncached` for those that no session serves."""
+    def read(cls, view: ModelView, x: Tensor, mask: Tensor | None, positions: Tensor | None) -> "FirstCall":
+        """Reads once from the device if there is a mask or positions; raises `Uncached` if no session serves them."""
         if not view.honours_attention_mask:
             mask = None
         mask = None if mask is None else mask.detach().clone()
@@ -321,13 +348,13 @@ class FirstCall:
 
 
 def _read_mask(mask, shape, *, added):
-    """What a mask leaves, (batch, seqlen) bool, and whether it does no more than that, () bool.
+    """The columns that a mask does not hide, (batch, seqlen) bool, and whether hiding is all it does, () bool.
 
-    Queries that are themselves left out may attend to anything: nobody attends to them, and they are not computed.
+    Hidden queries may attend to anything, because nothing attends to them and they are not computed.
 
     Args:
         mask: (batch, seqlen), or (batch or 1, 1, seqlen or 1, seqlen).
-        added: whether masks of floats are added to the scores, or are zero and one.
+        added: whether float masks are added to the scores; otherwise they are zeros and ones.
     """
     if added and mask.is_floating_point():
         keeps, drops = mask == 0, mask <= _MASKED_SCORE
@@ -343,12 +370,12 @@ def _read_mask(mask, shape, *, added):
 
 
 class Session:
-    """The cache of one generation and the state its steps are at; the next one of the same shape uses its memory."""
+    """The cache and the state of one generation by a foreign loop; the next one of the same shape reuses the memory."""
 
-    # outside of inference mode, so that the next session may be outside of it
+    # inference tensors cannot be updated later outside inference mode, so allocate normal ones
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __init__(self, view, patch, first_call):
+    def __init__(self, view: ModelView, patch: Patch, first_call: FirstCall) -> None:
         x, masking = first_call.x, first_call.masking
         self.view, self.policy, self.masking = view, patch.policy, masking
         self.runner, self.longest = ModelRunner(view, first_call.longest, patch.impl), first_call.longest
@@ -372,20 +399,20 @@ class Session:
         self.home = torch.cuda.current_stream(x.device) if x.is_cuda else None
         self.stream = None
 
-    def settle(self):
-        """Waits for the last call if other streams take part: only then may the memory be used here, or freed."""
+    def settle(self) -> None:
+        """Waits for the last call if several streams take part, so that the memory may be used here, or freed."""
         if self.stream is not None:
             current = torch.cuda.current_stream(self.stream.device)
             if not self.home == self.stream == current:
                 self.done.synchronize()
 
-    def can_serve(self, view, first_call):
-        """Whether the memory, and what was recorded on it, serve a new session."""
+    def can_serve(self, view: ModelView, first_call: FirstCall) -> bool:
+        """Whether a new session can use this one's memory and recorded graphs."""
         same_kind = (self.state.x.shape, self.masking) == (first_call.x.shape, first_call.masking)
         return same_kind and self.longest >= first_call.longest and self.runner.is_current(view)
 
-    def start(self, model, first_call):
-        """Begins anew: everything valid is active."""
+    def start(self, model: nn.Module, first_call: FirstCall) -> None:
+        """Begins anew with a full step: everything valid is active."""
         self.fingerprint = Fingerprint(list(model.modules()), values=True)
         self.mask, self.given_positions = first_call.mask, first_call.given_positions
         first_generated = _first_generated(self.view, first_call)
@@ -402,13 +429,13 @@ class Session:
             self.cache.leftpad.copy_(self.state.first_column[:, 0])
         if self.cache.key_mask is not None:
             self.cache.key_mask.copy_(first_call.valid)
-        # finished rows too
+        # even in finished rows, which a policy would leave out
         self.active.copy_(first_call.valid)
         self.sizes[:, Size.ACTIVE] = first_call.valid.sum(1)
         self.count, self.longest_row = first_call.valid_count, first_call.x.shape[1]
 
-    def try_step(self, x, mask, positions):
-        """Whether the call is the next step; then decides what it recomputes. One host read, the only one of a step."""
+    def try_step(self, x: Tensor, mask: Tensor | None, positions: Tensor | None) -> bool:
+        """Takes the call as the next step if it is one, and returns whether it is. Reads once from the device."""
         state = self.state
         if x.shape != state.x.shape or x.device != state.x.device or not self.fingerprint.unchanged():
             return False
@@ -418,10 +445,10 @@ class Session:
         same = _and_equal(same, positions, self.given_positions)
         if same is None:
             return False
-        # the largest of a row of NaN is the first; other tokens may come from elsewhere, such as the end of a text
+        # argmax of NaN logits gives token 0; other tokens may come from elsewhere, such as padding after an end of text
         zeros = state.masked & (x == 0) & (x != state.mask_id)
         unseen = predictors(zeros, state.first_column, shifted=state.shifted) & ~self.active
-        # where it does not go on, this state is of no use any more
+        # if the call is not the next step this state is not used again, so it may be overwritten
         state.x.copy_(x)
         self._decide()
         flags = torch.stack((same.long(), unseen.sum()))
@@ -439,7 +466,7 @@ class Session:
         self.state.advance()
         write_active(self.policy, self.state, self.active, self.sizes)
 
-    def logits(self):
+    def logits(self) -> Tensor:
         """(batch, seqlen, vocab): logits of the recomputed positions, NaN elsewhere."""
         state, view = self.state, self.view
         room = Room(padded_rows(self.count) if state.x.device.type == "cpu" else self.count, self.longest_row, 0)
@@ -475,14 +502,16 @@ class Session:
 
 
 def _first_generated(view, first_call):
-    """(): the first mask of the row where that is last: other rows may have masks inside their prompts, or for prompts,
-    as the unconditional rows of guidance do."""
+    """(): the maximum over the rows of the column of the first mask.
+
+    Other rows may have masks inside their prompts or, like the unconditional rows of guidance, in place of them.
+    """
     masked = (first_call.x == view.mask_id) & first_call.valid
     return masked.int().argmax(1).amax()
 
 
 def _and_equal(flag, new, old):
-    """The flag on the device, and `new` equal to `old`; None where their kinds already differ."""
+    """flag & (new == old) on the device; None if their shapes, dtypes or devices already differ."""
     if new is None or old is None:
         return flag if new is None and old is None else None
     if flag is None or (new.shape, new.dtype, new.device) != (old.shape, old.dtype, old.device):

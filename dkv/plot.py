@@ -1,8 +1,16 @@
-"""A picture of one generation: at which step each position was computed, committed and read from the cache."""
+"""A picture of one generation: the steps at which each position was computed, committed and read from the cache."""
+
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-# in the order of precedence, the last one that applies: name, colour
+from dkv.generation import GenerateOutput
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# name and colour; the last kind that applies counts
 KINDS = (
     ("padding", "#ffffff"),
     ("token, from the cache", "#dfe7ef"),
@@ -14,19 +22,19 @@ KINDS = (
 )
 
 
-def step_map(output, row=0):
-    """(steps, seqlen) uint8, for each step and position of one sequence the index of its kind in `KINDS`.
+def step_map(output: GenerateOutput, row: int = 0) -> Tensor:
+    """(steps, seqlen) uint8: for each step and position of one sequence, the index of its kind in `KINDS`.
 
     Args:
-        output: a `GenerateOutput` of a run with output_history=True.
-        row: int, the sequence of the batch.
+        output: of a run with output_history=True.
+        row: the sequence of the batch.
     """
     if output.history is None:
         raise ValueError("there is no history to show: call dkv.generate with output_history=True.")
     if not 0 <= row < output.sequences.shape[0]:
         raise ValueError(f"row must be in 0 .. {output.sequences.shape[0] - 1}, got {row}.")
     active, decoded_step = output.active[:, row].cpu(), output.decoded_step[row].cpu()
-    # the first step computes all that is not padding
+    # the first step computes everything except padding
     valid = active[0]
     steps = torch.arange(active.shape[0], device=active.device)[:, None]
     masked = decoded_step >= steps
@@ -36,19 +44,19 @@ def step_map(output, row=0):
     return torch.where(valid, kinds, 0).to(torch.uint8)
 
 
-def plot_history(output, row=0, ax=None):
-    """Draws a generation as a map of positions by steps: what was masked, recomputed, read from the cache, committed.
+def plot_history(output: GenerateOutput, row: int = 0, ax: "Axes | None" = None) -> "Axes":
+    """Draws a generation as a map of positions by steps: masked, recomputed, read from the cache, committed.
 
     Args:
-        output: a `GenerateOutput` of `dkv.generate(..., output_history=True)`.
-        row: int, the sequence of the batch that is drawn.
-        ax: matplotlib Axes to draw on; None: those of a new figure.
+        output: of `dkv.generate(..., output_history=True)`.
+        row: the sequence of the batch to draw.
+        ax: the axes to draw on; None: those of a new figure.
 
     Returns:
         The Axes; save with `ax.figure.savefig(...)`.
 
     Raises:
-        ValueError: a run without history, a row that does not exist.
+        ValueError: a run without history, or a row that does not exist.
         ImportError: matplotlib is not installed (`pip install 'dkv[plot]'`).
 
     Example:

@@ -1,38 +1,54 @@
-"""A denoising run: steps on static memory, which a GPU executes without waiting for the host, or as CUDA graphs."""
+"""A denoising run: steps on static memory, which a GPU executes without waiting for the host, or as CUDA graphs.
+
+A run is a loop turned by half a step: a step ends by deciding what the next one recomputes, because the host must know
+the size of a step before it launches it.
+
+    start -> _decide -+-> next_room -> [ _hidden -> predict -> commit_tokens -> _decide ] -+-> finish
+                      |    (host)         compute: on the device, as one CUDA graph        |
+                      +-------------------------------- step ------------------------------+
+
+`_hidden` packs the active positions (`pack_step`) and takes them through the layers (`ModelRunner`). `predict` is the
+head and the scores. `_decide` updates the `State` (`advance`) and writes the positions that the next step recomputes
+(`write_active`).
+"""
 
 import weakref
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from dkv.active import rule_of, write_active
 from dkv.config import GenerateConfig
 from dkv.cuda_graphs import StepGraphs
 from dkv.kernels.cpu import padded_rows
+from dkv.kernels.reference import Packed
 from dkv.kernels.rows import Counter, Size
 from dkv.memory import memory_of
 from dkv.model_runner import ModelRunner
+from dkv.models.view import ModelView
 from dkv.policy import Policy
-from dkv.rooms import LateSizes, Room, Rooms
+from dkv.rooms import LateSizes, Room, Rooms, round_up
 from dkv.sampling import Sampler, write_order
-from dkv.schedule import Schedule
+from dkv.schedule import Forecast, Schedule
 from dkv.state import State
 
-CAPACITY_UNIT = 256  # columns are allocated in multiples, so that prompts of different lengths share memory and graphs
+CAPACITY_UNIT = 256  # columns are allocated in multiples, so that batches of different lengths share memory and graphs
 
 
 @dataclass
 class GenerateStats:
-    """What a run did.
+    """The work of a run.
 
     Attributes:
         steps: denoising steps.
-        forward_passes: passes of a sequence batch through the model: one a step, two with guidance.
+        forward_passes: passes of the batch through the model: one per step, two with guidance.
         recomputed_tokens: positions put through the model, over all steps and rows.
-        cache_ratio: the mean share of positions read from the cache instead.
+        cache_ratio: the mean share of positions that were read from the cache instead.
         peak_cache_bytes: bytes of the K/V cache.
-        graphs: CUDA graphs recorded during the run; graph_seconds: the time that took.
+        graphs: CUDA graphs recorded during the run.
+        graph_seconds: the time spent on recording them.
     """
 
     steps: int = 0
@@ -44,34 +60,17 @@ class GenerateStats:
     graph_seconds: float = 0.0
 
 
-@dataclass
-class GenerateOutput:
-    """The result of `generate`.
-
-    Attributes:
-        sequences: (batch, seqlen) int64, prompts (left-padded) and generated tokens.
-        stats: `GenerateStats`.
-        history: (steps, batch, seqlen) int64, the sequence after every step, or None.
-        active: (steps, batch, seqlen) bool, the positions recomputed at every step, or None.
-        decoded_step: (batch, seqlen) int64, the step that committed each position, -1 for the prompt; or None.
-    """
-
-    sequences: torch.Tensor
-    stats: GenerateStats
-    history: torch.Tensor | None = None
-    active: torch.Tensor | None = None
-    decoded_step: torch.Tensor | None = None
-
-
 @dataclass(frozen=True)
 class RunKey:
-    """What is the same for every prompt: a run and its graphs serve all that have the same key.
+    """Identifies the runs that can share memory and graphs: a `Run` serves every batch of the same key.
 
     Attributes:
+        batch: sequences.
         capacity: columns of the memory, of which a shorter batch uses the last ones.
-        sampler: with the `GenerateConfig`, whose mask_id and block_length are set.
-        pad_id: what fills the masks of a row that ended early; eos_ids: by what it ends, () if it does not.
-        has_forecasts: whether no count depends on the tokens; else the host reads counts at each step.
+        sampler: with the `GenerateConfig`, whose remasking, mask_id and block_length are set.
+        pad_id: the token for the remaining masks of a row that ended early.
+        eos_ids: the tokens that end a row early; () if none does.
+        has_forecasts: whether no count depends on the tokens; otherwise the host reads the counts at each step.
     """
 
     batch: int
@@ -86,18 +85,18 @@ class RunKey:
         return self.sampler.config
 
 
-def take_run(model, key, view):
-    """A `Run` of this key: the one that the model keeps, if it is of this key and the weights are where they were."""
+def take_run(model: nn.Module, key: RunKey, view: ModelView) -> "Run":
+    """The `Run` kept for the model, if it has this key and the weights have not moved; otherwise a new one."""
     run = memory_of(model).take("run")
     if run is None or run.key != key or not run.runner.is_current(view):
-        run = None  # frees its memory before the next one's is allocated
+        run = None  # frees its memory before the new run allocates its own
         run = Run(view, key)
     run.model = weakref.ref(model)
     return run
 
 
-def reads_sizes(device):
-    """Whether the sizes of a step are read rather than bounded: on a CPU that costs nothing, and little is padded."""
+def reads_sizes(device: torch.device) -> bool:
+    """Whether the host reads the sizes of a step instead of bounding them: free on a CPU, and it pads less."""
     return device.type == "cpu"
 
 
@@ -110,21 +109,50 @@ class Run:
                 run.step()
             output = run.finish()
 
-    At the end of the `with`, however it comes, the memory goes back to the model. From then on it may be another run's.
+    When the `with` ends, even by an error, the memory goes back to the model, and the next run may use it.
 
     Attributes:
-        active: (batch, capacity) bool, what the next step recomputes.
-        sizes: (batch, len(Size)) int32, how much that is.
-        rooms: `Rooms`, the sizes of this run's steps.
-        weights: the storages that recorded steps read; kept alive until the run ends, whatever becomes of the model.
+        view, key, config, policy, sampler, shifted: the model and the options, for as long as the memory is kept.
+        model: a weak reference to the model that gets the memory back.
+        schedule: `Schedule`, the commits of each step.
+        rows_per_sequence: int, rows of the model's batch for each sequence: 2 with guidance, otherwise 1.
+        runner, ops: `ModelRunner`, and the operators of its `impl`.
+        cache: `KVCache`.
+        graphs: `StepGraphs`; None if steps are not recorded.
+        late: `LateSizes`, which tighten the bounds; None if they cannot.
+
+    Attributes that are static tensors on the device:
+        state: `State`.
+        positions: (batch * rows_per_sequence, capacity) int64, for RoPE.
+        active: (batch, capacity) bool, the positions that the next step recomputes.
+        sizes: (batch, len(Size)) int32, how many they are.
+        totals: (batch, 2) int64, recomputed and computable positions, over all steps.
+        excess: () int64, active positions beyond the policy's `max_active`, over all steps.
+        commits: (batch, blocks, steps of a block) int64, the schedule's; None if no schedule counts commits.
+        eos_ids: (n,) int64, as in the key; None if no row ends early.
+        options: `RowOptions`.
+
+    Attributes of the current batch, set by `start`:
+        forecasts: a list with the `Forecast` of each step; None without forecasts.
+        bounds: a list with the `Room` that each step needs at most, None where the policy has no bound; None without
+            forecasts.
+        rooms: `Rooms`, the sizes that steps are padded to.
+        longest, valid_positions: ints, the positions of the longest row and of all rows, without padding.
+        unused: int, columns of the memory in front of the batch.
+        steps, max_steps: ints, steps done, and the last step of a schedule.
+        sizes_read: the `Room` and the masks of the next step, or None if the host has not read them.
+        masks_left: a list of ints, the masks of each row when the host last read them.
+        began: the number of graphs, and the seconds spent on them, before the run.
+        weights: the storages that recorded steps read, kept alive until the run ends, whatever happens to the model.
     """
 
-    # outside of inference mode, so that the next run may be outside of it
+    # inference tensors cannot be updated later outside inference mode, so allocate normal ones
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __init__(self, view, key):
+    def __init__(self, view: ModelView, key: RunKey) -> None:
         device, batch, config = view.weight.device, key.batch, key.config
         self.view, self.key, self.config, self.sampler = view, key, config, key.sampler
+        self.policy: Policy = config.policy
         self.shifted = view.family.shifted
         self.schedule = Schedule(
             steps=config.steps,
@@ -133,7 +161,7 @@ class Run:
             time_steps=view.family.time_steps,
             eps=config.eps,
         )
-        self.copies = 2 if config.cfg_scale else 1  # rows of the model's batch per sequence
+        self.rows_per_sequence = 2 if config.cfg_scale else 1
         self.runner = ModelRunner(view, key.capacity, config.impl, config.fused_products)
         self.ops = self.runner.ops
         self.state = State(
@@ -145,42 +173,54 @@ class Run:
             device=device,
             ordered=config.ordered,
         )
-        self.positions = torch.zeros(batch * self.copies, key.capacity, dtype=torch.int64, device=device)
+        rows = batch * self.rows_per_sequence
+        self.positions = torch.zeros(rows, key.capacity, dtype=torch.int64, device=device)
         self.active = torch.zeros_like(self.state.valid)
         self.commits = None
         if not (config.by_probability or config.ordered):
-            # no row has more masks than columns
+            # a row has at most as many masks as columns
             steps = self.schedule.block_steps or key.capacity
             self.commits = torch.zeros(batch, len(self.schedule.lengths), steps, dtype=torch.int64, device=device)
         self.eos_ids = torch.tensor(key.eos_ids, device=device) if key.eos_ids else None
         self.options = self.sampler.row_options(batch, view.weight)
-        leftpad = torch.zeros(batch * self.copies, dtype=torch.int32, device=device)
-        self.cache = view.new_cache(batch * self.copies, key.capacity, leftpad)
+        self.cache = view.new_cache(rows, key.capacity, torch.zeros(rows, dtype=torch.int32, device=device))
         self.sizes = torch.zeros(batch, len(Size), dtype=torch.int32, device=device)
-        # recomputed positions of each row, and all that it had to compute
         self.totals = torch.zeros(batch, 2, dtype=torch.int64, device=device)
-        # positions beyond what the policy promised
         self.excess = torch.zeros((), dtype=torch.int64, device=device)
-        rule = rule_of(config.policy, self.shifted)
-        # of a policy without max_active nothing is known: it may read from the device, or change; a window around what
-        # is decoded next does read
-        policy = config.policy
-        known = type(policy).max_active is not Policy.max_active and not (rule is None and policy.needs_order)
+        rule = rule_of(self.policy, self.shifted)
+        # a policy without max_active may read from the device or change between steps, and a window around the masks
+        # that are decoded next does read, unless it is a rule
+        known = type(self.policy).max_active is not Policy.max_active and not (rule is None and self.policy.needs_order)
         self.graphs = StepGraphs(device) if config.cuda_graphs and self.runner.can_be_recorded and known else None
-        # in a known order the next step's candidates are other ones
-        foreseen = not key.has_forecasts or rule is None or rule.is_foreseen(self.shifted) or config.ordered
-        self.late = None if foreseen or reads_sizes(device) else LateSizes(self.sizes)
+        # late sizes help if the count of a rule depends on the tokens; in a known order they are no bound, because the
+        # next step has other candidates
+        no_help = not key.has_forecasts or rule is None or rule.is_foreseen(self.shifted) or config.ordered
+        self.late = None if no_help or reads_sizes(device) else LateSizes(self.sizes)
 
     @torch.no_grad()
-    def start(self, x, valid, *, lengths, prompt_masks, forecasts, first_generated, seed, order):
+    def start(
+        self,
+        x: Tensor,
+        valid: Tensor,
+        *,
+        lengths: list[int],
+        prompt_masks: list[int],
+        forecasts: list[Forecast] | None,
+        first_generated: int,
+        seed: int,
+        order: Tensor | None,
+    ) -> None:
         """Begins with a batch.
 
         Args:
-            x, valid: (batch, seqlen) int64 and bool, seqlen up to the capacity: the sequences, and what is not padding.
-            lengths, prompt_masks: lists of ints, what is not padding in each row, and masks inside its prompt.
-            forecasts: a list of `Forecast`, where the key has them; else None.
-            first_generated: int, the column.
-            seed: int; order: as in `dkv.generate`.
+            x: (batch, seqlen) int64, the sequences; seqlen is at most the capacity.
+            valid: (batch, seqlen) bool, False for padding.
+            lengths: the positions of each row that are not padding.
+            prompt_masks: the masks inside each prompt.
+            forecasts: one for each step if the key has forecasts, otherwise None.
+            first_generated: the first column after the prompts.
+            seed: of the noise.
+            order: as in `dkv.generate`.
         """
         key, state = self.key, self.state
         self.forecasts, self.weights = forecasts, self.runner.storages()
@@ -195,8 +235,8 @@ class Run:
             seed=seed,
         )
         positions = (state.columns - state.first_column).clamp(min=0)
-        self.positions.copy_(positions.repeat(self.copies, 1))
-        self.cache.leftpad.copy_(state.first_column[:, 0].repeat(self.copies))
+        self.positions.copy_(positions.repeat(self.rows_per_sequence, 1))
+        self.cache.leftpad.copy_(state.first_column[:, 0].repeat(self.rows_per_sequence))
         state.counts.fill_(key.capacity)
         if self.config.ordered:
             write_order(self.sampler, self.schedule, state, order, prompt_masks)
@@ -213,13 +253,13 @@ class Run:
         self._decide()
         self._post()
 
-    def running(self):
+    def running(self) -> bool:
         """Whether a step is left to do."""
         return self.steps < len(self.forecasts) if self.forecasts else self._read()[1] > 0
 
     @torch.no_grad()
-    def step(self):
-        """Predicts, commits, and decides what the next step does; in the model's dtype, under autocast too."""
+    def step(self) -> None:
+        """Predicts, commits, and decides what the next step recomputes; in the model's dtype, even under autocast."""
         room = self.next_room()
         with torch.autocast(self.sizes.device.type, enabled=False):
             if self.graphs is not None and self.rooms.records(room):
@@ -230,48 +270,48 @@ class Run:
         self.sizes_read = None
         self.steps += 1
 
-    def finish(self):
-        """The `GenerateOutput`, which shares no memory with the run."""
+    def finish(self) -> tuple[Tensor, GenerateStats]:
+        """The sequences, (batch, seqlen) int64, which share no memory with the run, and the work that it did."""
         sequences = self.trimmed(self.state.x)
         nan_steps = self.state.counters[:, Counter.NAN_STEP]
-        numbers = torch.cat((self.totals.sum(0), self.excess[None], nan_steps)).tolist()
-        recomputed, positions, excess, *nan_steps = numbers
+        numbers = torch.cat((self.totals.sum(0), self.excess[None], nan_steps))
+        recomputed, positions, excess, *nan_steps = numbers.tolist()
         if excess > 0:
             raise RuntimeError(
-                f"{self.config.policy!r}.max_active promised fewer positions of a row than were active: {excess} were "
-                "left out. It must be an upper bound, predictors included."
+                f"{self.policy!r}.max_active promised fewer positions of a row than were active: {excess} were "
+                "left out. It must be an upper bound that includes predictors."
             )
         check_answers(nan_steps)
         stats = GenerateStats(
             steps=self.steps,
-            forward_passes=self.steps * self.copies,
-            recomputed_tokens=recomputed * self.copies,
+            forward_passes=self.steps * self.rows_per_sequence,
+            recomputed_tokens=recomputed * self.rows_per_sequence,
             cache_ratio=1 - recomputed / positions if positions else 0.0,
             peak_cache_bytes=self.cache.nbytes,
         )
         if self.graphs:
             stats.graphs = self.graphs.captured - self.began[0]
             stats.graph_seconds = self.graphs.capture_seconds - self.began[1]
-        return GenerateOutput(sequences, stats)
+        return sequences, stats
 
-    def __enter__(self):
+    def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         model = self.model()
         if model is not None:
             if self.sizes.is_cuda:
-                # the next one may be on another stream
+                # the next run may be on another stream
                 torch.cuda.current_stream(self.sizes.device).synchronize()
             memory_of(model).run = self
         self.weights = None
 
-    def trimmed(self, tensor):
+    def trimmed(self, tensor: Tensor) -> Tensor:
         """A copy of a (batch, capacity) tensor without the columns that this batch does not use."""
         return tensor[:, self.unused :].clone()
 
     def _read(self):
-        """What the next step needs, as a `Room`, and the masks that are left."""
+        """The `Room` that the next step needs, and the number of masks that are left."""
         if self.sizes_read is None:
             rows = self.sizes.tolist()
             check_answers([row[Size.NAN_STEP] for row in rows])
@@ -282,25 +322,25 @@ class Run:
         return self.sizes_read
 
     def _check_progress(self, masks):
-        """Raises RuntimeError where a run that lasts until no mask is left might never end.
+        """Raises RuntimeError if the run, which lasts until no mask is left, might never end.
 
-        masks: a list of ints, those that are left of each row.
+        masks: a list of ints, the masks left in each row.
         """
         if self.config.by_probability:
             must = "decode a mask of each unfinished row"
             stuck = [row for row, left in enumerate(masks) if left and left >= self.masks_left[row]]
             self.masks_left = masks
         else:
-            # a step of a schedule may decode none, but the last one leaves none
+            # a step of a schedule may decode no mask, but the last one leaves none
             must = "be the last one of the schedule"
             stuck = [row for row, left in enumerate(masks) if left and self.steps >= self.max_steps]
         if stuck:
             raise RuntimeError(
                 f"step {self.steps - 1} must {must}, but {[masks[row] for row in stuck]} masks are left in rows "
-                f"{stuck}. A policy must not change the state that it is given, got {self.config.policy!r}."
+                f"{stuck}. A policy must not change the state that it is given, got {self.policy!r}."
             )
 
-    def next_room(self):
+    def next_room(self) -> Room:
         """The `Room` of the next step."""
         if reads_sizes(self.sizes.device):
             need, _ = self._read()
@@ -318,34 +358,36 @@ class Run:
         return self.rooms.of(need)
 
     def _bound(self, forecast):
-        """A `Room` that a step with this forecast does not need more than; None: the policy does not say."""
-        most = self.config.policy.max_active(forecast)
-        if most is None:
+        """The `Room` that a step with this forecast needs at most; None: the policy has no bound."""
+        per_row = self.policy.max_active(forecast)
+        if per_row is None:
             return None
-        most = min(most, self.longest) if forecast.step else self.longest
+        per_row = min(per_row, self.longest) if forecast.step else self.longest
         candidates = forecast.commits if self.config.ordered else forecast.block_masks
-        return Room(min(self.key.batch * most, self.valid_positions), most, self.key.batch * candidates)
+        return Room(min(self.key.batch * per_row, self.valid_positions), per_row, self.key.batch * candidates)
 
     def _rooms(self, prompt_masks):
-        """The `Rooms` of the run; prompt_masks: the most of a row."""
+        """The `Rooms` of the run; prompt_masks: int, the maximum over the rows."""
         key = self.key
         if self.bounds is not None and None not in self.bounds:
             cached = [bound for bound in self.bounds if bound.positions < self.valid_positions]
             candidates = max(bound.candidates for bound in self.bounds)
             positions, per_row, _ = zip(*cached, strict=True) if cached else ([0], [0], [0])
-            return Rooms(key.batch, Room(max(positions), max(per_row), candidates), positions, self.copies)
+            max_need = Room(max(positions), max(per_row), candidates)
+            return Rooms(key.batch, max_need, positions, self.rows_per_sequence)
         masks = (self.config.gen_length + prompt_masks) * (1 + self.shifted)
         per_row = min(masks + self.shifted, self.longest)
         candidates = min(self.config.block_length, self.config.gen_length) + prompt_masks
-        return Rooms(key.batch, Room(key.batch * per_row, per_row, key.batch * candidates), copies=self.copies)
+        max_need = Room(key.batch * per_row, per_row, key.batch * candidates)
+        return Rooms(key.batch, max_need, rows_per_sequence=self.rows_per_sequence)
 
-    def compute(self, room):
-        """What a step does on the device; it can be recorded."""
+    def compute(self, room: Room) -> None:
+        """The part of a step on the device, which can be recorded."""
         state, options = self.state, self.options
         hidden, wanted = self._hidden(room)
         scales = None
         if self.config.temperature:
-            # behind the candidates lie those of the unconditional rows, which are not looked at
+            # slots after the candidates are padding or of unconditional rows: their scales are not used
             scales = options.scales(wanted.slots.clamp(min=0) // self.key.capacity % self.key.batch)
         tokens, scores = self.sampler.predict(
             self.view, hidden, wanted.keys, self.ops, scales, cu_seqlens=wanted.cu_seqlens
@@ -363,12 +405,12 @@ class Run:
         )
         self._decide()
 
-    def _hidden(self, room):
-        """The final hidden states (candidates, hidden_size) that predict the candidates, and those as `Packed`."""
+    def _hidden(self, room: Room) -> tuple[Tensor, Packed]:
+        """The hidden states (candidates, hidden_size) that predict the candidates, and the candidates as `Packed`."""
         state, key = self.state, self.key
         ids = state.x
-        if self.copies > 1:
-            # the unconditional rows see masks in place of the prompt, which count as prompt all the same
+        if self.rows_per_sequence > 1:
+            # the unconditional rows see masks in place of the prompt, which still count as prompt
             ids = torch.cat((ids, torch.where(state.prompt & state.valid, state.mask_id, ids)))
         packed, wanted = self.ops.pack_step(
             self.active,
@@ -378,52 +420,51 @@ class Run:
             self.positions,
             state.counters,
             self.excess,
-            capacity=room.positions * self.copies,
-            candidate_capacity=room.candidates * self.copies,
+            capacity=room.positions * self.rows_per_sequence,
+            candidate_capacity=room.candidates * self.rows_per_sequence,
             per_row=room.per_row,
             shifted=self.shifted,
             noisy=self.config.noisy,
         )
         hidden = self.runner(packed, self.cache, room.per_row, wanted)
-        if self.copies == 1:
+        if self.rows_per_sequence == 1:
             return hidden, wanted
         # the unconditional rows begin where the conditional ones end
         count = room.candidates
-        cond, behind = hidden[:count], wanted.cu_seqlens[key.batch]
-        uncond = hidden[(torch.arange(count, device=hidden.device) + behind).clamp(max=2 * count - 1)]
+        cond, first_uncond = hidden[:count], wanted.cu_seqlens[key.batch]
+        uncond = hidden[(torch.arange(count, device=hidden.device) + first_uncond).clamp(max=2 * count - 1)]
         guided = (self.config.cfg_scale + 1) * cond.float() - self.config.cfg_scale * uncond.float()
         keys = None if wanted.keys is None else wanted.keys[:count]
         slots, cu_seqlens = wanted.slots[:count], wanted.cu_seqlens[: key.batch + 1]
         return guided.to(cond.dtype), wanted._replace(slots=slots, cu_seqlens=cu_seqlens, keys=keys)
 
     def _decide(self):
-        """Takes what was committed, and writes down what the next step recomputes and may commit."""
+        """Takes the commits into the state, and writes what the next step recomputes and may commit."""
         self.state.advance(commits=self.commits, end_ids=self.eos_ids, pad_id=self.key.pad_id)
-        write_active(
-            self.config.policy, self.state, self.active, self.sizes, self.totals, foresee=self.late is not None
-        )
+        write_active(self.policy, self.state, self.active, self.sizes, self.totals, foresee=self.late is not None)
 
     def _post(self):
         if self.late is not None:
             self.late.post(self.sizes)
 
 
-def needed(rows, size=Size.ACTIVE):
-    """The `Room` that a step needs by `Run.sizes`, as lists."""
+def needed(rows: list[list[int]], size: Size = Size.ACTIVE) -> Room:
+    """The `Room` that a step needs; rows: `Run.sizes` as lists, size: the column that counts positions."""
     active = [row[size] for row in rows]
     return Room(sum(active), max(active), sum(row[Size.CANDIDATES] for row in rows))
 
 
-def check_answers(nan_steps):
-    """Raises RuntimeError where candidates had no answer; nan_steps: a list, `Counter.NAN_STEP` of each row."""
+def check_answers(nan_steps: list[int]) -> None:
+    """Raises RuntimeError if a candidate had no answer; nan_steps: `Counter.NAN_STEP` of each row."""
     first = min((step for step in nan_steps if step >= 0), default=None)
     if first is not None:
         rows = [row for row, step in enumerate(nan_steps) if step == first]
         raise RuntimeError(
             f"step {first}: the logits of rows {rows} give no answer (NaN, +inf, or nothing above -inf). Check the "
-            "model's weights for NaN; if it is float16 it may overflow: try bfloat16 or float32."
+            "model's weights for NaN; a float16 model may overflow: try bfloat16 or float32."
         )
 
 
-def capacity_for(seqlen):
-    return -(-seqlen // CAPACITY_UNIT) * CAPACITY_UNIT
+def capacity_for(seqlen: int) -> int:
+    """The columns that are allocated for sequences of this length."""
+    return round_up(seqlen, CAPACITY_UNIT)

@@ -1,25 +1,30 @@
 """From hidden states to scored tokens: the remasking rules of LLaDA and Dream, and confidence-parallel decoding."""
 
 from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
 
 import torch
+from torch import Tensor
 
 from dkv.config import GenerateConfig
 from dkv.kernels import reference
 from dkv.kernels.noise import gumbel, noise_key, uniform
 from dkv.kernels.reference import LOGITS_AT_A_TIME
 from dkv.kernels.rows import Counter
+from dkv.models.view import ModelView
+from dkv.schedule import Schedule
+from dkv.state import State
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How tokens are chosen and which of them are committed.
+    """Chooses tokens, and scores them by the remasking rule.
 
     Attributes:
-        config: whose remasking is set.
-        divides_logits: as in `Family`.
-        excluded_ids: their logits are -inf.
-        unconfident_ids: a token among them has the confidence -inf, and the others are normalised without them.
+        config: with remasking set.
+        divides_logits: as in `dkv.models.view.Family`.
+        excluded_ids: ids whose logits are -inf.
+        unconfident_ids: ids that have the confidence -inf; all others are normalised without them.
     """
 
     config: GenerateConfig
@@ -28,15 +33,15 @@ class Sampler:
     unconfident_ids: tuple[int, ...]
 
     @property
-    def scales(self):
-        """What logits and noise are multiplied by."""
+    def scales(self) -> tuple[float, float]:
+        """The factors of the logits and of the noise."""
         temperature = self.config.temperature
         if temperature == 0:
             return 1.0, 0.0
         return (1 / temperature, 1.0) if self.divides_logits else (1.0, temperature)
 
-    def row_options(self, batch, weight):
-        """`RowOptions` of `batch` rows that all have this sampler's, in the dtype and on the device of weight."""
+    def row_options(self, batch: int, weight: Tensor) -> "RowOptions":
+        """This sampler's options for each of `batch` rows, in at least float32 and on the device of weight."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
 
         def of_rows(value):
@@ -47,21 +52,29 @@ class Sampler:
         scales = map(of_rows, self.scales) if config.temperature else (None, None)
         return RowOptions(threshold, factor, *scales)
 
-    def predict(self, view, hidden, keys, ops, scales=None, cu_seqlens=None):
-        """Tokens and their scores by the remasking rule; higher is committed first.
+    def predict(
+        self,
+        view: ModelView,
+        hidden: Tensor,
+        keys: Tensor | None,
+        ops: SimpleNamespace | ModuleType,
+        scales: tuple[Tensor | float, Tensor | float] | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens and their scores by the remasking rule; higher scores are committed first.
 
         Args:
-            view: `dkv.models.view.ModelView`, for its head.
+            view: for its head.
             hidden: (rows, hidden_size), after the final norm.
-            keys: (rows,) int64, the noise key of each row; None where the sampler is not noisy.
+            keys: (rows,) int64, the noise key of each row; None if the sampler is not noisy.
             ops: the operators of `dkv.kernels.direct`.
-            scales: what logits and noise are multiplied by, each a float or (rows,), float32 or float64; None: the
+            scales: the factors of the logits and of the noise, each a float or (rows,), float32 or float64; None: the
                 sampler's own.
-            cu_seqlens: (batch + 1,) int32; rows from cu_seqlens[-1] on are padding; None: there is none.
+            cu_seqlens: (batch + 1,) int32; rows from cu_seqlens[-1] on are padding; None: no padding.
 
         Returns:
-            token (rows,) int64, score (rows,) float32 or float64: NaN where the logits hold no answer, as
-            `lm_head_confidence` says.
+            token (rows,) int64, score (rows,) float32 or float64. The score is NaN where the logits hold no answer, see
+            `dkv.kernels.lm_head_confidence`.
         """
         logit_scale, noise_scale = self.scales if scales is None else scales
         keys = keys if self.config.temperature else None
@@ -76,21 +89,19 @@ class Sampler:
                 exclude_ids=self.excluded_ids,
                 cu_seqlens=cu_seqlens,
             )
-            return found.token, self._score(found)
+            return found.token, self.config.rule.score(found)
         rows = max(1, LOGITS_AT_A_TIME // view.vocab_size)
         parts = []
         for start in range(0, max(len(hidden), 1), rows):
-            own = [
-                v[start : start + rows] if isinstance(v, torch.Tensor) else v for v in (keys, logit_scale, noise_scale)
-            ]
+            own = [v[start : start + rows] if isinstance(v, Tensor) else v for v in (keys, logit_scale, noise_scale)]
             parts.append(self._predict_logits(view.logits(hidden[start : start + rows]), *own))
         return tuple(torch.cat(part) for part in zip(*parts, strict=True))
 
     def _predict_logits(self, logits, keys, logit_scale, noise_scale):
-        """The same from logits (rows, vocab), which may be changed."""
+        """`predict` from logits (rows, vocab), which may be changed in place."""
         z = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if keys is not None:
-            z = z * (logit_scale[:, None] if isinstance(logit_scale, torch.Tensor) else logit_scale)
+            z = z * (logit_scale[:, None] if isinstance(logit_scale, Tensor) else logit_scale)
         for excluded in self.excluded_ids:
             z[:, excluded] = float("-inf")
         z = filter_top_k(filter_top_p(z, self.config.top_p), self.config.top_k)
@@ -98,7 +109,7 @@ class Sampler:
             z, noise_scale=noise_scale, noise_key=keys, exclude_ids=self.excluded_ids
         )
         if not self.unconfident_ids:
-            return found.token, self._score(found)
+            return found.token, self.config.rule.score(found)
         token, unanswered = found.token, found.log_prob.isnan()
         unconfident = torch.zeros_like(unanswered)
         for i in self.unconfident_ids:
@@ -107,61 +118,59 @@ class Sampler:
         found = reference.confidence_of_logits(z)
         best = z.gather(1, found.token[:, None])[:, 0]
         found = found._replace(log_prob=found.log_prob + (z.gather(1, token[:, None])[:, 0] - best))
-        score = self._score(found).masked_fill(unconfident, float("-inf"))
+        score = self.config.rule.score(found).masked_fill(unconfident, float("-inf"))
         return token, score.masked_fill(unanswered, float("nan"))
 
-    def _score(self, found):
-        if self.config.remasking == "entropy":
-            return -found.entropy
-        return found.margin if self.config.remasking == "topk_margin" else found.log_prob
-
-    def ranking(self, score, keys):
-        """What decides the commits: probabilities for threshold and factor, else the score, with noise for alg_temp."""
+    def ranking(self, score: Tensor, keys: Tensor | None) -> Tensor:
+        """The numbers that decide the commits: probabilities for threshold and factor, otherwise the scores, with noise
+        for alg_temp."""
         config = self.config
         if config.by_probability:
-            return score if config.remasking == "topk_margin" else score.exp()
+            return config.rule.probability(score)
         return score / config.alg_temp + gumbel(keys).to(score.dtype) if config.alg_temp > 0 else score
 
-    def priority(self, state, order):
-        """(batch, seqlen) float64: positions of higher priority are decoded first, for the ordered rules.
+    def priority(self, state: State, order: Tensor | None) -> Tensor:
+        """(batch, seqlen) float64 for the ordered rules: positions of higher priority are decoded first.
 
-        order: (batch, gen_length) int64 or None: the order given by the user.
+        order: (batch, gen_length) int64, the user's; None: a random one.
         """
         if order is not None:
             columns = order + state.first_generated
             ranks = torch.arange(order.shape[1], device=order.device, dtype=torch.float64).expand(order.shape)
             return torch.zeros(state.x.shape, dtype=torch.float64, device=order.device).scatter(1, columns, -ranks)
         seed, request = state.counters[:, Counter.SEED, None], state.counters[:, Counter.REQUEST, None]
-        # the position within the row, so that padding does not change the draw
+        # from the position within the row, so that padding does not change the draw
         return uniform(noise_key(seed, request, torch.full_like(seed, -1), state.columns - state.first_column))
 
 
 @dataclass(frozen=True)
 class RowOptions:
-    """Options that each row of a batch has for itself; tensors are float32 or float64, on the model's device.
+    """The options of each row of a batch; tensors are float32 or float64, on the model's device.
 
     Attributes:
         threshold, factor: (batch,) or None.
-        logit_scale, noise_scale: (batch,), or None where no noise is drawn.
+        logit_scale, noise_scale: (batch,); None if no noise is drawn.
     """
 
-    threshold: torch.Tensor | None
-    factor: torch.Tensor | None
-    logit_scale: torch.Tensor | None
-    noise_scale: torch.Tensor | None
+    threshold: Tensor | None
+    factor: Tensor | None
+    logit_scale: Tensor | None
+    noise_scale: Tensor | None
 
-    def scales(self, rows):
-        """logit_scale and noise_scale of some rows, (n,) int64; only where noise is drawn."""
+    def scales(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """logit_scale and noise_scale of the given rows, (n,) int64; only if noise is drawn."""
         return self.logit_scale[rows], self.noise_scale[rows]
 
 
-def write_order(sampler, schedule, state, order, prompt_masks):
+def write_order(
+    sampler: Sampler, schedule: Schedule, state: State, order: Tensor | None, prompt_masks: list[int]
+) -> None:
     """Writes into the state, at the start of a run, the rank of each mask in its block and the step that decodes it.
 
     Args:
-        sampler, schedule: of one of the ordered rules.
-        order: as of `Sampler.priority`.
-        prompt_masks: a list of ints, masks inside the prompt of each row.
+        sampler: with an ordered rule.
+        order: as in `Sampler.priority`.
+        prompt_masks: the masks inside the prompt of each row.
     """
     priority, masked = sampler.priority(state, order), state.masked
     # masks inside the prompt belong to the first block
@@ -182,8 +191,8 @@ def write_order(sampler, schedule, state, order, prompt_masks):
             state.due.add_(state.rank >= decoded[..., step].gather(1, block))
 
 
-def filter_top_p(z, top_p):
-    """-inf but for the smallest set of most likely ids whose probability passes top_p."""
+def filter_top_p(z: Tensor, top_p: float | None) -> Tensor:
+    """-inf except for the smallest set of most likely ids whose probability exceeds top_p."""
     if top_p is None or top_p >= 1:
         return z
     values, ids = z.sort(dim=-1, descending=True)
@@ -191,8 +200,8 @@ def filter_top_p(z, top_p):
     return z.masked_fill((before > top_p).scatter(1, ids, before > top_p), float("-inf"))
 
 
-def filter_top_k(z, top_k):
-    """-inf but for the top_k largest (and those equal to the last of them)."""
+def filter_top_k(z: Tensor, top_k: int | None) -> Tensor:
+    """-inf except for the top_k largest (and any that equal the last of these)."""
     if top_k is None or top_k >= z.shape[1]:
         return z
     return z.masked_fill(z < z.topk(top_k).values[:, -1:], float("-inf"))

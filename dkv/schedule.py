@@ -4,19 +4,21 @@ import itertools
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is known of a step before the run: counts, the same in every row. `Policy.max_active` reads it.
+    """The counts of a step that are known before the run, the same for every row. `Policy.max_active` reads them.
 
     Attributes:
-        step, block_step: as in `State`, ints.
-        masks: masks of a row before each step of the run, this one's at index `step`.
-        block_masks: those of the current block before this step.
-        commits: tokens a row commits at this step.
-        block, block_length, gen_length, length: the current block, and positions of a block, of the generated part, and
-            of the longest row.
+        step, block_step: as in `State`, but ints.
+        masks: the masks of a row before each step of the run; index `step` is this step.
+        block_masks: the masks of the current block before this step.
+        commits: the tokens that a row commits at this step.
+        block: the current block.
+        block_length, gen_length, length: the number of positions in a block, in the generated part, and in the longest
+            row.
         shifted: as in `State`.
     """
 
@@ -31,34 +33,35 @@ class Forecast:
     length: int
     shifted: bool
 
-    def masks_before(self, steps):
-        """Masks of a row `steps` steps ago."""
+    def masks_before(self, steps: int) -> int:
+        """The masks of a row `steps` steps ago."""
         return self.masks[max(self.step - steps, 0)]
 
     @property
-    def last_commits(self):
-        """Tokens a row committed at the step before."""
+    def last_commits(self) -> int:
+        """The tokens that a row committed at the previous step."""
         return self.masks_before(1) - self.masks_before(0)
 
 
 class Schedule:
     """Commits per step of a block, for a run of `steps` steps over blocks of `block_length` columns.
 
-    Every block gets one step, and the others are dealt in proportion to the lengths, earlier blocks first; where they
-    divide, that is LLaDA's rule. A block of more steps than masks ends when its masks do.
+    Every block gets one step. The remaining steps are shared in proportion to the lengths of the blocks, earlier blocks
+    first; if they divide evenly, that is LLaDA's rule. A block with more steps than masks ends when its masks do.
 
     Args:
-        steps: int, or None: as many as gen_length or, where that is 0, as many as a row has masks.
-        gen_length, block_length: ints; the last block may be shorter. A gen_length of 0 makes one block of length 0.
-        time_steps: Dream's schedule: of m masks, step i commits m * (1 - t[i + 1] / t[i]), t from 1 to eps. Else
-            LLaDA's: as many at each step, and one more at the first ones where that does not divide.
+        steps: None means gen_length steps or, if that is 0, one step for each mask of a row.
+        gen_length: 0 makes one block of length 0.
+        block_length: the last block may be shorter.
+        time_steps: True is Dream's schedule: step i commits m * (1 - t[i + 1] / t[i]) of m masks, t from 1 to eps.
+            False is LLaDA's: each step commits the same number, and the first steps one more if that does not divide.
 
     Attributes:
-        lengths: a list of ints, of the blocks.
-        block_steps: int, the most steps of a block; None: a row has as many as masks.
+        lengths: a list of ints, the length of each block.
+        block_steps: int, the maximum number of steps in a block; None: a row has as many as it has masks.
     """
 
-    def __init__(self, *, steps, gen_length, block_length, time_steps, eps):
+    def __init__(self, *, steps: int | None, gen_length: int, block_length: int, time_steps: bool, eps: float) -> None:
         self.gen_length, self.block_length, self.time_steps, self.eps = gen_length, block_length, time_steps, eps
         columns = max(gen_length, 1)
         starts = range(0, columns, block_length)
@@ -71,15 +74,15 @@ class Schedule:
         steps = [1 + after - before for before, after in itertools.pairwise(dealt)]
         self._table, self.block_steps, self._steps = self._timed(steps), max(steps), sum(steps)
 
-    def max_steps(self, prompt_masks):
-        """How many steps a row takes at most: an int, for a list of ints, masks inside the prompts."""
+    def max_steps(self, prompt_masks: list[int]) -> int:
+        """The maximum number of steps of a row; prompt_masks: the masks inside each prompt."""
         return max(prompt_masks) if self.block_steps is None else self._steps
 
-    def table(self, prompt_masks):
-        """The steps of each block, (rows or 1, blocks) int64, and the times before each of them, on the CPU.
+    def table(self, prompt_masks: list[int]) -> tuple[Tensor, Tensor]:
+        """The steps of each block, (rows or 1, blocks) int64, and the times before each step, on the CPU.
 
-        Times are (rows or 1, blocks, steps of a block + 1) float32; that before step i + 1 is the part of the masks
-        that Dream's schedule leaves after step i: 0 from the last one on.
+        Times are (rows or 1, blocks, steps of a block + 1) float32. The time before step i + 1 is the share of masks
+        that Dream's schedule leaves after step i: 0 from the last step on.
         """
         if self.block_steps is not None:
             return self._table
@@ -87,22 +90,22 @@ class Schedule:
         return steps.T, times.transpose(0, 1)
 
     def _timed(self, steps):
-        """`table` of one row, whose blocks have so many steps."""
+        """`table` of one row; steps: a list of ints, the steps of each block."""
         times = torch.zeros(1, len(steps), max(steps) + 1, dtype=torch.float32, device="cpu")
         for block, count in enumerate(steps):
-            # in float32 as Dream does, which decides where a number of commits is cut off
+            # float32 as in Dream: it decides how the number of commits is truncated
             linear = torch.linspace(1, self.eps, count + 1, dtype=torch.float32, device="cpu")
             times[0, block, :count] = linear[:-1]
         return torch.tensor([steps], device="cpu"), times
 
-    def commits(self, prompt_masks):
-        """How many tokens each step of each block commits, for rows with so many masks inside their prompts.
+    def commits(self, prompt_masks: list[int]) -> Tensor:
+        """The number of tokens that each step of each block commits.
 
         Args:
-            prompt_masks: a list of ints; they belong to the first block.
+            prompt_masks: the masks inside each prompt; they belong to the first block.
 
         Returns:
-            (rows, blocks, steps of a block) int64 on the CPU: all masks, once.
+            (rows, blocks, steps of a block) int64 on the CPU; over a row they sum to all its masks.
         """
         masks = torch.tensor(self.lengths, device="cpu").repeat(len(prompt_masks), 1)
         masks[:, 0] += torch.tensor(prompt_masks, device="cpu")
@@ -115,13 +118,13 @@ class Schedule:
         shares = 1 - times[..., 1:] / times[..., :-1]
         counts = torch.zeros(*masks.shape, len(steps), dtype=torch.int64, device="cpu")
         for step in steps.tolist():
-            # behind a block's last step both are 0, and no mask is left
+            # after the last step of a block both times are 0, and no mask is left
             counts[..., step] = (masks * shares[..., step].nan_to_num()).long()
             masks = masks - counts[..., step]
         return counts
 
-    def forecasts(self, length, shifted):
-        """A `Forecast` of every step, for prompts without masks; length: positions of the longest row."""
+    def forecasts(self, length: int, shifted: bool) -> list[Forecast]:
+        """The `Forecast` of every step, for prompts without masks; length: the positions of the longest row."""
         found, masks = [], [self.gen_length]
         for block, counts in enumerate(self.commits([0])[0].tolist()):
             in_block = self.lengths[block]

@@ -1,17 +1,21 @@
-"""What is known of a denoising run before each step: the sequence, when each position was decoded, block and step."""
+"""The state of a denoising run before each step: the sequence, when each position was decoded, block and step."""
+
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from dkv.kernels import reference
-from dkv.kernels.rows import MASKED, PROMPT, Counter
+from dkv.kernels.rows import MASKED, PROMPT, Counter, Rule
 
 
-def _counter(counter, meaning):
+def _counter(counter: Counter, meaning: str) -> Any:
     return property(lambda self: self.counters[:, counter, None], doc=f"(batch, 1) int64: {meaning}")
 
 
 class State:
-    """The state a policy reads; everything is a tensor on the model's device, one row per sequence.
+    """The state that a policy reads; everything is a tensor on the model's device, one row per sequence.
 
     The tensors are allocated once and change in place, so that a recorded step can be replayed on them. Rows are
     independent of each other: each has its own step, block and lengths.
@@ -19,34 +23,47 @@ class State:
     Attributes:
         x: (batch, seqlen) int64, the sequence before this step.
         valid: (batch, seqlen) bool, False for padding, which is on the left.
-        decoded_step: (batch, seqlen) int32, the step after which a position was decoded; `PROMPT` and `MASKED` of
-            `dkv.kernels.rows` for positions decoded from the start and for masked ones.
-        candidates: (batch, seqlen) bool, the masks that this step may decode: those of the current block, or what the
-            order says.
+        decoded_step: (batch, seqlen) int32, the step that decoded a position. It is `PROMPT` of `dkv.kernels.rows` for
+            positions decoded from the start, and `MASKED` for masked ones.
+        candidates: (batch, seqlen) bool, the masks that this step may decode: those of the current block or, in a known
+            order, those whose turn it is.
         columns: (1, seqlen) int64, 0 .. seqlen - 1.
-        counters: (batch, len(Counter)) int64, the numbers of each row; the properties below are its columns.
-        counts: (batch,) int64, how many tokens this step commits; as many as there are where nothing limits it.
-        shifted: bool, whether the output at column j - 1 predicts column j (Dream) rather than that at j (LLaDA).
-        rank: (batch, seqlen) int32, where the order of decoding is known, the place of each mask in that of its block,
-            and due: (batch, seqlen) int32, the step of the block that decodes it; else None.
+        counters: (batch, len(Counter)) int64, the numbers of each row; step, block and the other properties are its
+            columns.
+        counts: (batch,) int64, the number of tokens that this step commits; where nothing limits it, all candidates.
+        shifted: bool, whether the output at column j - 1 predicts column j (Dream), or that at column j (LLaDA).
+        rank: (batch, seqlen) int32, the place of each mask in the decoding order of its block; None if no order is
+            known.
+        due: (batch, seqlen) int32, the step of the block that decodes a mask; None if no order is known.
     """
 
-    step = _counter(Counter.STEP, "steps done so far; the step about to run has this number")
-    block = _counter(Counter.BLOCK, "the block of the row's first mask")
-    block_step = _counter(Counter.BLOCK_STEP, "the steps done since that block was reached")
-    block_start = _counter(Counter.BLOCK_START, "the first column of the block")
-    block_end = _counter(Counter.BLOCK_END, "the column behind the block")
-    masks = _counter(Counter.MASKS, "masks of the row that are left")
-    first_column = _counter(Counter.FIRST_COLUMN, "the first column that is not padding")
-    first_generated = _counter(Counter.FIRST_GENERATED, "the column that blocks are counted from")
+    step: Tensor = _counter(Counter.STEP, "the number of the step about to run, from 0")
+    block: Tensor = _counter(Counter.BLOCK, "the block of the row's first mask")
+    block_step: Tensor = _counter(Counter.BLOCK_STEP, "the steps done since the row reached that block")
+    block_start: Tensor = _counter(Counter.BLOCK_START, "the first column of the block")
+    block_end: Tensor = _counter(Counter.BLOCK_END, "the column after the block")
+    masks: Tensor = _counter(Counter.MASKS, "the masks that are left in the row")
+    first_column: Tensor = _counter(Counter.FIRST_COLUMN, "the first column that is not padding")
+    first_generated: Tensor = _counter(Counter.FIRST_GENERATED, "the column that blocks are counted from")
 
-    def __init__(self, batch, seqlen, *, mask_id, shifted, ops, device, prompt_masks_wait=True, ordered=False):
+    def __init__(
+        self,
+        batch: int,
+        seqlen: int,
+        *,
+        mask_id: int,
+        shifted: bool,
+        ops: SimpleNamespace | ModuleType,
+        device: torch.device,
+        prompt_masks_wait: bool = True,
+        ordered: bool = False,
+    ) -> None:
         """Allocates; `start` begins a run.
 
         Args:
             ops: the operators of `dkv.kernels.direct`.
-            prompt_masks_wait: whether a row stays at its first block until the masks in front of it are decoded; else
-                they may stay, as in the unconditional rows of guidance, and only those behind count for the block.
+            prompt_masks_wait: whether a row stays at its first block until the masks in front of it are decoded. False:
+                those may stay masked, as in the unconditional rows of guidance, and do not count for the block.
             ordered: whether the order of decoding is known beforehand.
         """
         self.mask_id, self.shifted, self.prompt_masks_wait, self.ops = mask_id, shifted, prompt_masks_wait, ops
@@ -60,12 +77,21 @@ class State:
         self.rank, self.due = (zeros(batch, seqlen, dtype=torch.int32) if ordered else None for _ in range(2))
         self.counters, self.counts = zeros(batch, len(Counter)), zeros(batch)
 
-    def start(self, x, valid, *, first_generated, block_length, gen_length, seed=0):
+    def start(
+        self,
+        x: Tensor,
+        valid: Tensor,
+        *,
+        first_generated: int | Tensor,
+        block_length: int | Tensor,
+        gen_length: int | Tensor,
+        seed: int | Tensor = 0,
+    ) -> None:
         """Begins a run of the same shape in the same memory; `advance` then takes it to its first step.
 
         Args:
-            x, valid: as above; what is masked in x and not padding will be decoded.
-            first_generated, block_length, gen_length, seed: ints, or integer tensors (batch,), of each row.
+            x, valid: as above; the masks in x that are not padding will be decoded.
+            first_generated, block_length, gen_length, seed: ints, or integer tensors (batch,) with one for each row.
         """
         self.x.copy_(x)
         self.valid.copy_(valid)
@@ -78,8 +104,11 @@ class State:
         self.counters[:, Counter.SEED] = seed
         self.counters[:, Counter.REQUEST] = torch.arange(len(x), device=x.device)
 
-    def advance(self, **schedule):
-        """Takes `x` after a step's commit and moves on to the next step; schedule: as of `reference.advance_rows`."""
+    def advance(self, *, commits: Tensor | None = None, end_ids: Tensor | None = None, pad_id: int = 0) -> None:
+        """Takes `x` after the commit of a step and moves on to the next step.
+
+        commits, end_ids, pad_id: as in `dkv.kernels.reference.advance_rows`.
+        """
         self.ops.advance_rows(
             self.x,
             self.decoded_step,
@@ -87,46 +116,49 @@ class State:
             self.candidates,
             mask_id=self.mask_id,
             prompt_masks_wait=self.prompt_masks_wait,
+            commits=commits,
             counts=self.counts,
             due=self.due,
-            **schedule,
+            end_ids=end_ids,
+            pad_id=pad_id,
         )
 
     @property
-    def masked(self):
-        """(batch, seqlen) bool: which positions hold the mask token."""
+    def masked(self) -> Tensor:
+        """(batch, seqlen) bool: the positions that hold the mask token."""
         return self.decoded_step == MASKED
 
     @property
-    def decoded(self):
+    def decoded(self) -> Tensor:
+        """(batch, seqlen) bool: all other positions, padding included."""
         return self.decoded_step != MASKED
 
-    def decoded_before(self, steps):
-        """(batch, seqlen) bool: decoded after the step that is `steps` before this one; 1 is the present state."""
+    def decoded_before(self, steps: int) -> Tensor:
+        """(batch, seqlen) bool: the positions decoded at least `steps` steps ago; 1 includes the previous step's."""
         return self.decoded_step <= self.step - steps
 
     @property
-    def prompt(self):
-        """(batch, seqlen) bool: decoded before the first step (padding included)."""
+    def prompt(self) -> Tensor:
+        """(batch, seqlen) bool: the positions decoded before the first step, padding included."""
         return self.decoded_step == PROMPT
 
     @property
-    def running(self):
+    def running(self) -> Tensor:
         """(batch, 1) bool: whether the row has masks left."""
         return self.masks > 0
 
     @property
-    def in_block(self):
-        """(batch, seqlen) bool: the masks of the current block; those inside the prompt belong to the first one."""
+    def in_block(self) -> Tensor:
+        """(batch, seqlen) bool: the masks of the current block; masks inside the prompt belong to the first block."""
         return self.masked & (self.columns < self.block_end)
 
     @property
-    def to_decode(self):
-        """(batch, seqlen) bool: what this step will decode, where the order is known beforehand; else None."""
+    def to_decode(self) -> Tensor | None:
+        """(batch, seqlen) bool: the masks that this step decodes; None if no order is known beforehand."""
         return None if self.due is None else self.candidates
 
-    def recomputed(self, rule):
-        """(batch, seqlen) bool: a policy's choice by its `dkv.kernels.rows.Rule`, without what a step needs besides."""
+    def recomputed(self, rule: Rule) -> Tensor:
+        """(batch, seqlen) bool: the choice of a policy by its rule, without the positions that a step needs anyway."""
         return reference.recomputed(
             self.decoded_step,
             self.counters,

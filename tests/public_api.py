@@ -6,7 +6,7 @@ from typing_extensions import assert_type
 import dkv
 from dkv import kernels
 from dkv.models import LLaDA, NativeModel
-from dkv.policy import Forecast
+from dkv.schedule import Forecast
 from dkv.state import State
 
 

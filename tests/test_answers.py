@@ -6,12 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import EOS_ID, MASK_ID, tiny_model
+from tiny import EOS_ID, FAMILIES, MASK_ID, IdentityHead, tiny_model
 from triton.runtime import interpreter
 from utils import cumulative
 
 import dkv
-from dkv import run
 from dkv.generation import prepare
 from dkv.kernels import commit, lm_head_confidence, reference
 from dkv.kernels.configs import CommitConfig
@@ -23,7 +22,6 @@ from dkv.kernels.rows import Counter
 from dkv.sampling import Sampler
 
 NAN, INF = math.nan, math.inf
-FAMILIES = ["llada", "dream"]
 IMPLS = ["triton", "reference"]
 
 # NumPy's maximum in the interpreter
@@ -151,7 +149,7 @@ EXAMPLES = [  # logits, excluded ids, the token or None
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("maximum, apart", [("keeps NaN", 1), ("drops NaN", 60)], indirect=["maximum"])
-def test_examples(device, maximum, impl, apart):
+def test_examples_by_hand(device, maximum, impl, apart):
     """In one tile of the vocabulary, and in several."""
     for logits, excluded, token in EXAMPLES:
         weight = torch.full((len(logits) * apart, 1), -INF, device=device)
@@ -195,18 +193,6 @@ def test_many_rows_without_an_answer(device, maximum):
     check_many(range(6, 300), device)
 
 
-class Identity:
-    """A head whose logits are the hidden states, and which is no plain matrix."""
-
-    head_weight = None
-
-    def __init__(self, vocab_size):
-        self.vocab_size = vocab_size
-
-    def logits(self, hidden):
-        return hidden.clone()
-
-
 OPTIONS = [
     {},
     {"temperature": 0.7},
@@ -234,7 +220,7 @@ def test_logits_in_memory(device, remasking, options, dtype):
     config = dkv.GenerateConfig(remasking=remasking, **options)
     sampler = Sampler(config, excluded_ids=excluded, **of_sampler)
     keys = torch.arange(200, device=device) if config.noisy else None
-    token, score = sampler.predict(Identity(9), logits, keys, reference)
+    token, score = sampler.predict(IdentityHead(9), logits, keys, reference)
     z = logits.float()
     z[:, excluded] = -INF
     largest = z.amax(1)
@@ -355,19 +341,19 @@ def test_generate_says_which_step_of_which_rows(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("options", [{}, {"policy": dkv.Decode(3, shift="un")}, {"threshold": 0.9}], ids=str)
-def test_without_a_read_at_each_step(family, options, monkeypatch):
+def test_without_a_read_at_each_step(family, options, sized_as_on_a_gpu):
     """Where the host reads late or only what is left in the end, it hears of the same step."""
     if family == "llada" and "policy" in options:
         options = {"policy": dkv.Greedy(2, 1), "remasking": "random"}
-    monkeypatch.setattr(run, "reads_sizes", lambda device: False)
+    sized_as_on_a_gpu()
     model = shallow(family)
     want = generate(model, **options)
     assert_raises_where_a_token_is_nan(model, want, **options)
     assert torch.equal(generate(model, **options).history, want.history)
 
 
-def test_sizes_that_are_read_late_end_a_run_early(monkeypatch):
-    monkeypatch.setattr(run, "reads_sizes", lambda device: False)
+def test_sizes_that_are_read_late_end_a_run_early(sized_as_on_a_gpu):
+    sized_as_on_a_gpu()
     model = shallow("dream")
     current = prepare(model, prompts()[0], gen_length=5)
     with nan_embedding(model, MASK_ID), pytest.raises(RuntimeError, match="step 0: "):
@@ -390,7 +376,7 @@ def test_the_end_of_a_run_is_one_read(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="these models are the CPU's")
-def test_in_the_kernels():
+def test_the_kernels_say_it_too():
     model = shallow("llada")
     options = {"gen_length": 2, "threshold": 1.0}
     assert_raises_where_a_token_is_nan(model, generate(model, **options), impl="triton", **options)

@@ -168,7 +168,7 @@ def test_what_needs_a_gpu_is_in_a_stage():
     """But for the test of a benchmark, which the stages run."""
     by_file = {path.stem.removeprefix("test_"): path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
     marked = {name for name, text in by_file.items() if "\n@pytest.mark.gpu\n" in text}
-    assert "graphs" in marked and marked - {*gpu_report.KERNEL_TESTS, *gpu_report.ENGINE_TESTS} == {
+    assert "cuda_graphs" in marked and marked - {*gpu_report.KERNEL_TESTS, *gpu_report.ENGINE_TESTS} == {
         "bench_attn_speed",
         "models",
     }

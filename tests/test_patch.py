@@ -133,8 +133,13 @@ def test_llada_padding_as_the_wrapped_file_has_it(model, cfg_scale):
     expected = llada_loop(model, ids, right.long(), **run)
     dkv.replace_attention(model, dkv.Decode(1))
     assert torch.equal(llada_loop(model, ids, right.long(), **run), expected)
-    cached_run = llada_loop(dkv.replace_attention(model, dkv.Decode(4), block_length=8), ids, real.long(), **run)
+    dkv.replace_attention(model, dkv.Decode(4), block_length=8)
+    cached_run = llada_loop(model, ids, real.long(), **run)
     assert not (cached_run[-1] == MASK).any()
+    dkv.restore_attention(model)
+    if honoured and not cfg_scale:
+        ours = dkv.generate(model, ids, real, policy=dkv.Decode(4), output_history=True, **run)
+        assert torch.equal(cached_run, ours.history)
 
 
 def is_full(logits):
@@ -201,7 +206,7 @@ def test_undo_is_complete(model):
     class_attributes = dict(type(model).__dict__)
     assert dkv.replace_attention(model, dkv.Decode(8), block_length=4) is model
     assert "dkv=Decode(refresh_interval=8" in repr(model) and "block_length=4" in repr(model)
-    dkv.replace_attention(model, dkv.NoCache())
+    dkv.replace_attention(model, "NoCache")
     assert repr(model).count("dkv=") == 1 and "dkv=NoCache()" in repr(model)
     assert [name for name, _ in model.named_modules()] == names and dict(type(model).__dict__) == class_attributes
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == tensors
@@ -383,9 +388,10 @@ def test_adapted_linears_work():
 @pytest.mark.parametrize(
     "options, error, message",
     [
-        (dict(policy="decode"), TypeError, "policy must be a dkv.Policy"),
-        (dict(policy=dkv.Greedy()), ValueError, "a foreign loop does not say; use generate"),
-        (dict(policy=dkv.DualCache()), ValueError, r"DualCache\(\) is about blocks: pass the block_length"),
+        (dict(policy="decode"), ValueError, "policy must be one of .*'Decode'.* got 'decode'"),
+        (dict(policy=dkv.Decode), TypeError, "policy must be a dkv.Policy"),
+        (dict(policy=dkv.Greedy()), ValueError, "a foreign loop does not say; use dkv.generate"),
+        (dict(policy=dkv.DualCache()), ValueError, r"DualCache\(\) depends on blocks: pass the block_length"),
         (dict(policy=dkv.PrefixCache()), ValueError, "pass the block_length"),
         (dict(policy=dkv.Decode(8, scope="block")), ValueError, "pass the block_length"),
         (dict(policy=dkv.Decode(8, shift="un")), ValueError, "shift is about Dream's"),

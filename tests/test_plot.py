@@ -5,8 +5,8 @@ import torch
 from tiny import generate, model, prompts
 
 import dkv
+from dkv.generation import GenerateOutput, GenerateStats
 from dkv.plot import KINDS, step_map
-from dkv.run import GenerateOutput, GenerateStats
 
 PADDING, CACHED, REFRESHED, RECOMPUTED, MASK_CACHED, MASK, COMMITTED = range(len(KINDS))
 
@@ -40,7 +40,7 @@ def test_map_of_a_run(family, device):
     assert torch.equal(~read, output.active[:, 1].cpu() | (kinds == COMMITTED))
 
 
-def test_drawing(device, tmp_path):
+def test_the_legend_names_the_kinds_in_the_map(device, tmp_path):
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
     output = generate("llada", prompts(9, device=device)[0], gen_length=8, policy=dkv.Decode(4), device=device)

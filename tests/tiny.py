@@ -14,8 +14,6 @@ from benchmarks.harness import models
 from dkv.models import from_config, view_of
 
 MASK_ID, EOS_ID = 255, 254
-
-
 FAMILIES = ["llada", "dream"]
 SIZES = {"hidden": 64, "mlp": 128, "layers": 3, "heads": 4, "vocabulary": 256, "mask": MASK_ID, "eos": EOS_ID}
 
@@ -104,18 +102,30 @@ def model(family, device="cpu"):
     return dkv.from_pretrained(oracle.weights_path(name), dtype=torch.float32, device=device)
 
 
-def prompts(*lengths, seed=0, device="cpu"):
-    """Left-padded random prompts and their attention mask."""
+def prompts(*lengths, masks=(), seed=0, device="cpu"):
+    """Left-padded random prompts and their attention mask; masks: (row, column from the right) of those inside."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 200, (len(lengths), max(lengths)), generator=generator)
+    for row, column in masks:
+        ids[row, -column] = MASK_ID
     real = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
     return torch.where(real, ids, EOS_ID).to(device), real.to(device)
 
 
 def generate(family, ids, real=None, device="cpu", **options):
     """`dkv.generate` of `model(family)`, with its history; the same noise every time unless a generator is given."""
-    options = {"generator": torch.Generator().manual_seed(0)} | options
-    return dkv.generate(model(family, device), ids, real, output_history=True, **options)
+    options = {"generator": torch.Generator().manual_seed(0), "output_history": True} | options
+    return dkv.generate(model(family, device), ids, real, **options)
+
+
+class IdentityHead:
+    """Stands for a `ModelView` whose logits are the hidden states; `fused`: by the operator that keeps none in memory."""
+
+    def __init__(self, vocab_size, fused=False):
+        self.vocab_size, self.head_weight = vocab_size, torch.eye(vocab_size) if fused else None
+
+    def logits(self, hidden):
+        return hidden.clone()
 
 
 POLICIES = {

@@ -128,7 +128,7 @@ class Ours:
                     sizes.append(run.sizes.clone())
                     stopwatch.step(0)
                     run.step()
-                return run.finish().sequences
+                return run.finish()[0]
 
         outcome = measured(generate, self.model, self.device, with_peak)
         needs = [needed(step.tolist()) for step in sizes]

@@ -1,39 +1,25 @@
-"""`dkv.generate` beyond the recorded trajectories: batches, schedules, sampling, guidance, ends of text, bad input."""
+"""`dkv.generate` beyond the recorded trajectories: batches, schedules, guidance, ends of text, dtypes, bad input."""
 
 import copy
+import warnings
 
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny import EOS_ID as EOS
-from tiny import FAMILIES, POLICIES, EveryOther, generate, model, prompts
+from tiny import FAMILIES, POLICIES, generate, model, prompts
 from tiny import MASK_ID as MASK
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from utils import pairwise
 
 import dkv
+from dkv.config import RULES
 from dkv.generation import prepare
-from dkv.kernels import cpu, reference
+from dkv.kernels import cpu
 from dkv.models import view_of
-
-
-class Identity:
-    """A head whose logits are the hidden states; `fused`: by the operator that keeps none in memory."""
-
-    def __init__(self, vocab_size, fused):
-        self.vocab_size, self.head_weight = vocab_size, torch.eye(vocab_size) if fused else None
-
-    def logits(self, hidden):
-        return hidden.clone()
-
-
-def predict(logits, keys=None, *, fused=False, divides_logits=False, excluded_ids=(), unconfident_ids=(), **options):
-    """Tokens and scores of a `Sampler` for logits (rows, vocab)."""
-    from dkv.sampling import Sampler
-
-    config = dkv.GenerateConfig(**{"remasking": "low_confidence"} | options)
-    sampler = Sampler(config, divides_logits, excluded_ids, unconfident_ids)
-    return sampler.predict(Identity(logits.shape[1], fused), logits, keys, reference)
+from dkv.schedule import Schedule
 
 
 @pairwise(
@@ -228,21 +214,6 @@ def test_masks_inside_the_prompt_are_filled_with_the_first_block(family, policy,
         assert not ((x[:, :13] == MASK).any(1) & second_block_begun).any()
 
 
-class OwnDecode(dkv.Decode):
-    """LLaDA's Decode(4) by what a policy of the user's is shown."""
-
-    def active(self, state):
-        refresh = (state.block_step < 2) | (state.block_step % 4 == 0)
-        return refresh | ~state.decoded_before(2)
-
-
-def test_a_policy_of_the_users_is_as_good_as_ours(device):
-    ids, real = prompts(9, 6, device=device)
-    options = {"gen_length": 16, "block_length": 8, "device": device}
-    ours, own = (generate("llada", ids, real, policy=policy, **options) for policy in (dkv.Decode(4), OwnDecode(4)))
-    assert torch.equal(own.history, ours.history) and torch.equal(own.active, ours.active)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_threshold_and_factor(family, device):
     ids, _ = prompts(8, device=device)
@@ -255,7 +226,7 @@ def test_threshold_and_factor(family, device):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_early_stop(family, device):
+def test_a_row_ends_at_its_first_end_of_text(family, device):
     ids, _ = prompts(6, 6, device=device)
     plain = generate(family, ids, gen_length=12, block_length=4, device=device)
     end = int(plain.sequences[0, 8])
@@ -268,7 +239,7 @@ def test_early_stop(family, device):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("policy", [dkv.NoCache(), dkv.Decode(4)], ids=repr)
-def test_guidance(family, policy, device):
+def test_guidance_changes_the_tokens_of_each_row_alone(family, policy, device):
     """Scale 0 is no guidance; a scale changes tokens; each row of a ragged batch is its own."""
     ids, real = prompts(9, 5, device=device)
     options = {"gen_length": 12, "block_length": 6, "policy": policy, "device": device}
@@ -296,12 +267,10 @@ def test_guidance_by_the_formula(device):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_end_of_text_switches(family, device):
+def test_excluded_ends_are_never_generated(family, device):
     ids, _ = prompts(6, device=device)
     run = generate(family, ids, gen_length=24, logits_eos_inf=True, device=device)
     assert not (run.sequences[:, 6:] == EOS).any()
-    run = generate(family, ids, gen_length=6, confidence_eos_eot_inf=True, device=device)
-    assert not (run.sequences == MASK).any()
     # and of ends that the caller names
     common = int(generate(family, ids, gen_length=24, device=device).sequences[0, 6:].mode().values)
     options = {"gen_length": 24, "logits_eos_inf": True, "confidence_eos_eot_inf": True, "eos_token_id": [common, 7]}
@@ -312,6 +281,27 @@ def test_end_of_text_switches(family, device):
     assert sampler.unconfident_ids == (common, 7) and set(sampler.excluded_ids) == {MASK, common, 7}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_unconfident_ends_are_committed_last(family, device):
+    """With half the vocabulary as ends: only after all masks that predict something else, by the model's own forward."""
+    llm, (ids, _), ends = model(family, device), prompts(6, device=device), torch.arange(0, 250, 2, device=device)
+    options = {"gen_length": 12, "policy": dkv.NoCache(), "device": device}
+    run = generate(family, ids, confidence_eos_eot_inf=True, eos_token_id=ends.tolist(), **options)
+    assert not torch.equal(run.history, generate(family, ids, **options).history)
+    x, steps_with_ends = F.pad(ids, (0, 12), value=MASK), 0
+    for after in run.history:
+        logits = llm(x).logits
+        logits = torch.cat((logits[:, :1], logits[:, :-1]), dim=1) if view_of(llm).family.shifted else logits
+        logits[..., MASK] = float("-inf")
+        predicted, committed = logits.argmax(-1)[x == MASK], after[x != after]
+        if torch.isin(committed, ends).any():
+            assert (~torch.isin(committed, ends)).sum() == (~torch.isin(predicted, ends)).sum()
+            steps_with_ends += 1
+        x = after
+    assert 0 < steps_with_ends < len(run.history)
+
+
 def test_only_noise_draws_from_the_generator(device):
     ids, _ = prompts(6, device=device)
     generator = torch.Generator()
@@ -319,69 +309,6 @@ def test_only_noise_draws_from_the_generator(device):
     for options, draws in (({}, False), ({"remasking": "random"}, True), ({"temperature": 0.5}, True)):
         dkv.generate(model("llada", device), ids, gen_length=4, generator=generator, **options)
         assert torch.equal(generator.get_state(), before) != draws
-
-
-def test_unconfident_ids_are_committed_last():
-    logits = torch.tensor([[0.0, 1.0, 2.0, 9.0], [3.0, 1.0, 2.0, 2.0]])
-    token, score = predict(logits, unconfident_ids=(3,))
-    assert token.tolist() == [3, 0] and score[0] == float("-inf")
-    torch.testing.assert_close(score[1], logits[1, :3].log_softmax(-1)[0])
-
-
-@pytest.mark.parametrize("rule", ["low_confidence", "entropy", "topk_margin", "maskgit_plus"])
-def test_unconfident_ids_are_last_under_every_rule(rule):
-    """Also where nothing else is left: the score is -inf, never NaN."""
-    logits = torch.tensor([[0.0, 1.0, 2.0, 9.0], [3.0, 1.0, 2.0, 2.0]])
-    token, score = predict(logits, remasking=rule, top_k=1, unconfident_ids=(3,))
-    assert token.tolist() == [3, 0] and score[0] == float("-inf") and score[1].isfinite()
-
-
-@pytest.mark.parametrize("options", [{}, {"top_p": 0.9, "temperature": 0.7}, {"unconfident_ids": (3,)}], ids=str)
-def test_a_step_without_candidates(options):
-    token, score = predict(torch.zeros(0, 8), torch.zeros(0, dtype=torch.int64), **options)
-    assert token.shape == score.shape == (0,) and token.dtype == torch.int64 and score.dtype == torch.float32
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_confident_rows_keep_their_order(fused):
-    """Where a float32 softmax ties at 1, the scores still rank."""
-    logits = torch.zeros(3, 50)
-    logits[:, 7] = torch.tensor([40.0, 60.0, 50.0])
-    _, score = predict(logits, fused=fused)
-    assert (logits.softmax(-1)[:, 7] == 1).all() and score.argsort(descending=True).tolist() == [1, 2, 0]
-
-
-@pytest.mark.parametrize("divides_logits", [False, True], ids=FAMILIES)
-@pytest.mark.parametrize("fused", [False, True])
-def test_sampled_tokens_follow_the_distribution(divides_logits, fused):
-    """40,000 draws at temperature 0.7 against softmax(z / 0.7), within 5 standard errors."""
-    logits = torch.tensor([1.0, 5.0, 0.5, -1.0, 0.0])
-    draws, top_k = 40_000, None if fused else 3
-    token, _ = predict(
-        logits.repeat(draws, 1),
-        torch.arange(draws) * 7919,
-        fused=fused,
-        remasking="maskgit_plus",
-        temperature=0.7,
-        top_k=top_k,
-        divides_logits=divides_logits,
-        excluded_ids=(1,),
-    )
-    kept = torch.tensor([1.0, float("-inf"), 0.5, -1.0 if fused else float("-inf"), 0.0])
-    expected = (kept / 0.7).softmax(-1)
-    frequency = torch.bincount(token, minlength=5) / draws
-    assert ((frequency - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt() + 1e-12).all()
-
-
-def test_top_p_keeps_the_token_that_passes_it():
-    from dkv.sampling import filter_top_k, filter_top_p
-
-    z = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    assert filter_top_p(z, 0.6).isfinite().tolist() == [[True, True, False, False]]
-    assert filter_top_p(z, 0.01).isfinite().tolist() == [[True, False, False, False]]
-    assert filter_top_p(z, 1.0).isfinite().all()
-    assert filter_top_k(z, 3).isfinite().tolist() == [[True, True, True, False]]
-    assert filter_top_k(z, 9).isfinite().all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -415,7 +342,7 @@ def test_noise_depends_on_the_generator_alone(family, options, device):
     assert torch.equal(first[:, 0], both.history[: len(first), 0])
 
 
-@pytest.mark.parametrize("remasking", ["low_confidence", "random", "entropy", "topk_margin", "maskgit_plus", "origin"])
+@pytest.mark.parametrize("remasking", RULES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_rule_fills_every_mask(family, remasking, device):
     ids, real = prompts(9, 5, device=device)
@@ -423,12 +350,12 @@ def test_every_rule_fills_every_mask(family, remasking, device):
         family, ids, real, gen_length=16, block_length=8, steps=6, remasking=remasking, top_p=0.9, device=device
     )
     assert not (run.sequences == MASK).any()
-    if remasking in ("random", "origin"):
+    if RULES[remasking].ordered:
         greedy = generate(family, ids, real, gen_length=16, remasking=remasking, policy=dkv.Greedy(2, 2), device=device)
         assert not (greedy.sequences == MASK).any() and greedy.stats.cache_ratio > 0
 
 
-def test_statistics(device):
+def test_stats_count_what_the_history_shows(device):
     ids, real = prompts(9, 5, device=device)
     run = generate("llada", ids, real, gen_length=8, policy=dkv.Decode(4), device=device)
     assert run.stats.steps == run.stats.forward_passes == len(run.history) == 8
@@ -437,24 +364,6 @@ def test_statistics(device):
     # 17 columns are rounded up to 256
     assert run.stats.peak_cache_bytes == 2 * 3 * 2 * 256 * 4 * 16 * 4
     assert generate("llada", ids, real, gen_length=8, policy=dkv.NoCache(), device=device).stats.cache_ratio == 0
-
-
-def test_a_policy_of_ones_own(device):
-    ids, _ = prompts(9, device=device)
-    run = generate("dream", ids, gen_length=8, policy=EveryOther(), device=device)
-    assert run.active[::2].all() and not run.active[1::2].all(-1).any()
-
-
-@pytest.mark.parametrize(
-    "result, error", [(torch.ones(3, dtype=torch.bool), ValueError), (torch.ones(1, 17), TypeError), (True, TypeError)]
-)
-def test_a_policy_that_returns_something_else(result, error, device):
-    class Broken(dkv.Policy):
-        def active(self, state):
-            return result
-
-    with pytest.raises(error, match="Broken.active must return"):
-        generate("llada", prompts(9)[0], gen_length=8, policy=Broken())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -515,10 +424,11 @@ BAD_INPUT = [
     ("block_length 0", dict(block_length=0), ValueError, "block_length must be at least 1, got 0"),
     (
         "policy type",
-        dict(policy="decode"),
+        dict(policy=8),
         TypeError,
-        r"policy must be a dkv.Policy such as dkv.Decode\(8\), got 'decode'",
+        r"policy must be a dkv.Policy such as dkv.Decode\(8\), or the name of one, got 8",
     ),
+    ("policy name", dict(policy="decode"), ValueError, "policy must be one of .*'NoCache', 'Decode',.* got 'decode'"),
     ("policy class", dict(policy=dkv.Decode), TypeError, "policy must be a dkv.Policy"),
     ("shift for LLaDA", dict(policy=dkv.Decode(4, shift="un")), ValueError, "shift is about Dream's shifted outputs"),
     ("pd shift for LLaDA", dict(policy=dkv.PrefillDecode(4, shift="un")), ValueError, "shift is about Dream's"),
@@ -526,7 +436,7 @@ BAD_INPUT = [
         "greedy by confidence",
         dict(policy=dkv.Greedy()),
         ValueError,
-        "must know what a step will decode.*'low_confidence'",
+        "must know which masks a step will decode.*'low_confidence'",
     ),
     ("rule", dict(remasking="lowest"), ValueError, "remasking must be one of .*got 'lowest'"),
     ("temperature", dict(temperature=-0.1), ValueError, "temperature must be at least 0, got -0.1"),
@@ -576,34 +486,12 @@ BAD_INPUT = [
     ),
     ("impl", dict(impl="cuda"), ValueError, "impl must be one of .*got 'cuda'"),
 ]
-BAD_POLICIES = [
-    (lambda: dkv.Decode(0), ValueError, "refresh_interval must be at least 1, got 0"),
-    (lambda: dkv.Decode(-3), ValueError, "refresh_interval must be at least 1, got -3"),
-    (lambda: dkv.Decode(2.5), TypeError, "refresh_interval must be an int, got 2.5"),
-    (lambda: dkv.Decode(True), TypeError, "refresh_interval must be an int, got True"),
-    (lambda: dkv.Decode(4, delay=-1), ValueError, "delay must be at least 0, got -1"),
-    (lambda: dkv.Decode(4, warmup_steps=0), ValueError, "warmup_steps must be at least 1, got 0"),
-    (lambda: dkv.Decode(4, shift="left"), ValueError, "shift must be one of .*got 'left'"),
-    (lambda: dkv.Decode(4, scope="row"), ValueError, "scope must be one of .*got 'row'"),
-    (lambda: dkv.Greedy(None), TypeError, "refresh_interval must be an int, got None"),
-    (lambda: dkv.Greedy(2, -1), ValueError, "window must be at least 0, got -1"),
-    (lambda: dkv.Greedy(2, 2**31), ValueError, "window must be at most 1073741824, got 2147483648"),
-    (lambda: dkv.Decode(2**70), ValueError, "refresh_interval must be at most"),
-    (lambda: dkv.Greedy(2, 4, window_kind="nearest"), ValueError, "window_kind must be one of .*got 'nearest'"),
-    (lambda: dkv.PrefillDecode(0), ValueError, "refresh_interval must be at least 1, got 0"),
-]
 
 
 @pytest.mark.parametrize("changes, error, message", [pytest.param(*case[1:], id=case[0]) for case in BAD_INPUT])
-def test_bad_input(changes, error, message):
+def test_bad_input_is_refused(changes, error, message):
     with pytest.raises(error, match=message):
         dkv.generate(model("llada"), **(dict(input_ids=IDS, gen_length=8) | changes))
-
-
-@pytest.mark.parametrize("make, error, message", BAD_POLICIES)
-def test_bad_policy(make, error, message):
-    with pytest.raises(error, match=message):
-        make()
 
 
 def test_training_mode_and_other_models():
@@ -614,22 +502,98 @@ def test_training_mode_and_other_models():
         dkv.generate(torch.nn.Linear(2, 2), IDS)
 
 
-@pytest.mark.parametrize("scale", [0.1, 3.0, 60.0])
-@pytest.mark.parametrize("fused", [False, True])
-def test_scores_by_their_formulas(scale, fused):
-    """Each rule's score in float32 against float64 formulas; -inf logits count nothing."""
-    z = torch.randn(40, 300, generator=torch.Generator().manual_seed(0)) * scale
-    kept = z.double()
-    kept[:, 7] = float("-inf")
-    probs = kept.softmax(-1)
-    top = probs.topk(2).values
-    expected = {
-        "entropy": (probs * (probs + 1e-300).log()).sum(-1),
-        "low_confidence": top[:, 0].log(),
-        "maskgit_plus": top[:, 0].log(),
-        "topk_margin": top[:, 0] - top[:, 1],
-    }
-    for rule, want in expected.items():
-        token, score = predict(z, fused=fused, remasking=rule, excluded_ids=(7,))
-        assert torch.equal(token, kept.argmax(-1))
-        torch.testing.assert_close(score.double(), want, atol=2e-6, rtol=2e-6)
+class NoTensorOf(TorchDispatchMode):
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype, self.made = dtype, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        assert self.dtype not in {t.dtype for t in tensors}, f"{func} made a tensor of the default dtype"
+        self.made += len(tensors)
+        return result
+
+
+@pytest.fixture
+def default_dtype():
+    before = torch.get_default_dtype()
+    yield torch.set_default_dtype
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 3, "policy": dkv.Decode(3)},
+        {"steps": 3, "remasking": "origin", "policy": dkv.Greedy(3, 2), "cfg_scale": 1.0},
+        {"threshold": 0.3, "temperature": 0.7, "top_p": 0.9, "top_k": 40},
+        {"steps": 2, "temperature": 0.7, "alg_temp": 0.5, "confidence_eos_eot_inf": True, "eos_early_stop": True},
+    ],
+    ids=["Decode", "Greedy and guidance", "threshold", "noise"],
+)
+def test_the_default_dtype_changes_nothing(family, options, default_dtype):
+    ids, real = prompts(5, 4)
+    want = generate(family, ids, real, gen_length=4, block_length=2, **options)
+    dkv.reset(model(family))
+    # a kind of its own, which nothing of a float32 model has
+    default_dtype(torch.bfloat16)
+    with NoTensorOf(torch.bfloat16) as mode:
+        found = generate(family, ids, real, gen_length=4, block_length=2, **options)
+    assert torch.equal(found.history, want.history) and torch.equal(found.active, want.active) and mode.made > 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_the_default_dtype_and_schedules(dtype, default_dtype):
+    def commits():
+        options = {"gen_length": 256, "block_length": 128, "eps": 1e-3}
+        return [
+            Schedule(steps=256, time_steps=time_steps, **options).commits([0, 3]) for time_steps in (True, False)
+        ] + [
+            Schedule(steps=None, time_steps=True, gen_length=0, block_length=1, eps=1e-3).commits([40, 100])
+        ]  # fmt: skip
+
+    want = commits()
+    default_dtype(dtype)
+    assert all(map(torch.equal, commits(), want))
+
+
+@pytest.mark.parametrize(
+    "row, masked, warns",
+    [
+        ([EOS, EOS, 1, 2], False, True),
+        ([1, 2, 3, EOS], False, True),
+        ([EOS], False, True),
+        ([1, EOS, EOS, 2], False, False),
+        ([EOS, EOS, 1, 2], True, False),
+        ([], False, False),
+    ],
+    ids=["left", "right", "only", "inside", "with a mask", "empty"],
+)
+def test_pad_tokens_without_an_attention_mask(row, masked, warns):
+    ids = torch.tensor([[1] * len(row), row], dtype=torch.int64)
+    mask = ids != EOS if masked else None
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        dkv.generate(model("llada"), ids, mask, gen_length=1)
+    assert [w.category for w in found] == [UserWarning] * warns
+    message = f"begins or ends with the pad token, {EOS}, in some row and there is no attention_mask"
+    assert all(message in str(w.message) and w.filename == __file__ for w in found)
+
+
+def test_what_a_call_is_given_stays_as_it_is():
+    """Also where a policy raises in the middle of it."""
+
+    class Failing(dkv.Policy):
+        def active(self, state):
+            if int(state.step[0]) == 2:
+                raise KeyError("mine")
+            return torch.ones_like(state.masked)
+
+    ids, real = prompts(9, 5, masks=[(0, 1), (0, 5), (0, 9), (1, 3)])
+    before = ids.clone(), real.clone()
+    for gen_length in (0, 4):
+        with pytest.raises(KeyError, match="mine"):
+            dkv.generate(model("llada"), ids, real, gen_length=gen_length, policy=Failing())
+    assert torch.equal(ids, before[0]) and torch.equal(real, before[1])
