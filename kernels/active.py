@@ -252,6 +252,6 @@ def _launch(
             UNTIL_BLOCK_END=rule.until_block_end,
             CONTIGUOUS=rule.contiguous,
             FORESEE=foresee,
-            COLUMNS=config.columns,
+            COLUMNS=config.block,
             num_warps=config.num_warps,
         )

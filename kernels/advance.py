@@ -145,6 +145,6 @@ def _launch(
             mask_id=mask_id,
             pad_id=pad_id,
             PROMPT_MASKS_WAIT=prompt_masks_wait,
-            COLUMNS=config.columns,
+            COLUMNS=config.block,
             num_warps=config.num_warps,
         )

@@ -445,7 +445,7 @@ def _launch(
         )
         if num_splits > 1:
             merge = merge_config(q.device)
-            _merge_splits_kernel[(-(-total * nheads // merge.block_m),)](
+            _merge_splits_kernel[(-(-total * nheads // merge.block),)](
                 partial_out_ptr=partial_out,
                 partial_lse_ptr=partial_lse,
                 out_ptr=out,
@@ -456,7 +456,7 @@ def _launch(
                 splits=num_splits,
                 NHEADS=nheads,
                 HEADDIM=headdim,
-                BLOCK_M=merge.block_m,
+                BLOCK_M=merge.block,
                 SPLITS=MAX_SPLITS,
                 PDL=pdl,
                 launch_pdl=pdl,

@@ -29,10 +29,10 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True)
-class MergeConfig:
-    """(query, head) rows per program and warps of the merge of key splits."""
+class BlockConfig:
+    """Elements that a program takes at a time, and its warps: columns of a row, or rows where attention is merged."""
 
-    block_m: int
+    block: int
     num_warps: int
 
 
@@ -46,43 +46,11 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
-class PackConfig:
-    """Columns at a time and warps of `pack_positions`."""
-
-    block: int
-    num_warps: int
-
-
-@dataclass(frozen=True)
-class RowConfig:
-    """Columns (a whole row) per program and warps of `active_positions` and `advance_rows`."""
-
-    columns: int
-    num_warps: int
-
-
-@dataclass(frozen=True)
 class CommitConfig:
     """Entries per program, entries compared with them at a time, and warps of `commit_tokens`."""
 
     block_m: int
     block_n: int
-    num_warps: int
-
-
-@dataclass(frozen=True)
-class NormConfig:
-    """Elements (a whole row) per program and warps of `add_rms_norm`."""
-
-    block: int
-    num_warps: int
-
-
-@dataclass(frozen=True)
-class SwigluConfig:
-    """Columns of one row per program and warps of `swiglu`."""
-
-    block: int
     num_warps: int
 
 
@@ -162,7 +130,7 @@ ATTENTION_FP32 = (
 # the interpreter takes its time per tile, not per element
 ATTENTION_INTERPRETER = (AttentionConfig(16, 64, 4, 1, full_tiles_first=True), AttentionConfig(64, 64, 4, 1))
 
-PACK = PackConfig(block=1024, num_warps=4)
+PACK = BlockConfig(block=1024, num_warps=4)  # of `pack_positions`
 
 
 def _table_arch(arch):
@@ -260,15 +228,15 @@ def rope_config(device: torch.device, headdim: int) -> RopeConfig:
     return RopeConfig(block_t=1, block_h=max(8, 512 // headdim), num_warps=max(1, headdim // 64))
 
 
-def row_config(seqlen: int) -> RowConfig:
-    """Up to 8 columns per thread, so that all loads of a row are in flight at once."""
+def row_config(seqlen: int) -> BlockConfig:
+    """`active_positions` and `advance_rows`: a row per program, up to 8 columns per thread, loaded all at once."""
     columns = triton.next_power_of_2(seqlen)
-    return RowConfig(columns, num_warps=min(32, max(4, columns // 256)))
+    return BlockConfig(columns, num_warps=min(32, max(4, columns // 256)))
 
 
-def merge_config(device: torch.device) -> MergeConfig:
+def merge_config(device: torch.device) -> BlockConfig:
     """One row per program, in one warp: all loads are in flight at once, and no warp waits for another."""
-    return MergeConfig(block_m=64 if architecture(device) is None else 1, num_warps=1)
+    return BlockConfig(block=64 if architecture(device) is None else 1, num_warps=1)
 
 
 def commit_config(device: torch.device) -> CommitConfig:
@@ -281,15 +249,15 @@ def commit_config(device: torch.device) -> CommitConfig:
     return CommitConfig(block_m=16, block_n=512, num_warps=8)
 
 
-def norm_config(dtype: torch.dtype, size: int) -> NormConfig:
+def norm_config(dtype: torch.dtype, size: int) -> BlockConfig:
     """Two loads of 16 bytes per thread and tensor, up to 16 warps: with few rows, latency counts."""
     block = triton.next_power_of_2(size)
-    return NormConfig(block, num_warps=min(16, max(1, block * dtype.itemsize // (2 * 16 * 32))))
+    return BlockConfig(block, num_warps=min(16, max(1, block * dtype.itemsize // (2 * 16 * 32))))
 
 
-def swiglu_config(dtype: torch.dtype) -> SwigluConfig:
+def swiglu_config(dtype: torch.dtype) -> BlockConfig:
     """One load of 16 bytes per thread from gate and from up, so that few rows fill the GPU."""
-    return SwigluConfig(block=4 * 32 * 16 // dtype.itemsize, num_warps=4)
+    return BlockConfig(block=4 * 32 * 16 // dtype.itemsize, num_warps=4)
 
 
 # the first entry with block_r >= rows is used, otherwise the last; up to 32 rows the ids are the long side of the tile

@@ -21,7 +21,7 @@ from triton.runtime import interpreter
 
 import dkv.kernels
 from dkv.kernels import DeferredNorm, commit, gate_up, packing, qkv, reference, residual
-from dkv.kernels.configs import CommitConfig, PackConfig, ProductConfig
+from dkv.kernels.configs import BlockConfig, CommitConfig, ProductConfig
 from dkv.kernels.direct import TRITON
 from dkv.kernels.reference import Packed
 from dkv.kernels.rows import MASKED, PROMPT, Counter, Rule, Size
@@ -123,7 +123,7 @@ def watch():
     """Small tiles besides, so that a few entries take several programs and turns of the loops."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(commit, "commit_config", lambda device: CommitConfig(block_m=16, block_n=16, num_warps=1))
-        patch.setattr(packing, "PACK", PackConfig(block=16, num_warps=1))
+        patch.setattr(packing, "PACK", BlockConfig(block=16, num_warps=1))
         for product in (gate_up, qkv, residual):
             patch.setattr(product, "product_config", small_product)
         yield Watch(patch)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dkv.kernels import pack_positions, packing
-from dkv.kernels.configs import PackConfig
+from dkv.kernels.configs import BlockConfig
 
 IMPLS = ["triton", "reference"]
 
@@ -37,7 +37,7 @@ def random_active(*shape, device, density=0.3):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Both loops of the kernel, over columns and over earlier rows, take several turns."""
-    monkeypatch.setattr(packing, "PACK", PackConfig(block=16, num_warps=1))
+    monkeypatch.setattr(packing, "PACK", BlockConfig(block=16, num_warps=1))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -92,7 +92,7 @@ def test_any_positions(device, data):
     active = torch.tensor(bits, dtype=torch.bool, device=device).view(batch, seqlen)
     capacity = data.draw(st.none() | st.integers(0, batch * seqlen + 3))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "PACK", PackConfig(block=16, num_warps=1))
+        patch.setattr(packing, "PACK", BlockConfig(block=16, num_warps=1))
         for impl in IMPLS:
             check(active, capacity, impl)
 
