@@ -2,10 +2,11 @@
 
     python examples/custom_layer.py
 
-The caches of a stack of layers hold all tokens of two rows. A few active tokens go through the stack, and the result is
-compared with the same layers in plain PyTorch over all tokens. On a GPU this runs the Triton kernels, on a CPU their
-PyTorch twins.
+A full step of three layers fills their caches. Then a few active tokens go through the layers, and the result is
+compared with plain PyTorch over all tokens. On a GPU this runs the Triton kernels, on a CPU their PyTorch twins.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,20 @@ from dkv.kernels import (
     linear_add_norm,
     linear_rope_cache_update,
     linear_swiglu,
+    pack_positions,
 )
 
 EPS = 1e-5
+
+
+class Tokens(NamedTuple):
+    """The active tokens of all rows, packed: RoPE tables and positions, cache slots, and where each row begins."""
+
+    cos: Tensor
+    sin: Tensor
+    positions: Tensor
+    slots: Tensor
+    cu_seqlens: Tensor
 
 
 class Layer(nn.Module):
@@ -36,22 +48,21 @@ class Layer(nn.Module):
         self.gate_up = nn.Linear(dim, 2 * mlp, bias=False)
         self.down = nn.Linear(mlp, dim, bias=False)
 
-    def cached(self, x: Tensor, normed: DeferredNorm, next_norm: Tensor, tokens: dict, caches: tuple) -> DeferredNorm:
-        """The layer for the active tokens alone; all other keys and values come from the caches.
+    def cached(self, x: Tensor, normed: DeferredNorm, next_norm: Tensor, tokens: Tokens, cache: tuple) -> DeferredNorm:
+        """The layer for the active tokens alone; all other keys and values come from the cache.
 
         Args:
             x: (total, dim), the residual stream, updated in place.
             normed: attn_norm of x.
             next_norm: (dim,), the weight of the norm that follows the layer.
-            tokens: RoPE tables, positions, slots and cu_seqlens_q of the active tokens.
-            caches: k_cache and v_cache, updated in place.
+            cache: k_cache and v_cache, updated in place.
 
         Returns:
             The next norm of x, for the next layer.
         """
-        rope = tokens["cos"], tokens["sin"], tokens["positions"]
-        q = linear_rope_cache_update(normed, EPS, self.qkv.weight, self.qkv.bias, *rope, tokens["slots"], *caches)
-        attended = delayed_attention(q, *caches, tokens["cu_seqlens_q"])
+        *rope_and_slots, cu_seqlens = tokens
+        q = linear_rope_cache_update(normed, EPS, self.qkv.weight, self.qkv.bias, *rope_and_slots, *cache)
+        attended = delayed_attention(q, *cache, cu_seqlens)
         normed = linear_add_norm(attended.flatten(1), self.out.weight, x, self.mlp_norm)
         h = linear_swiglu(normed, EPS, self.gate_up.weight)
         return linear_add_norm(h, self.down.weight, x, next_norm)
@@ -82,31 +93,26 @@ def main() -> float:
     headdim = dim // nheads
     angles = torch.outer(torch.arange(seqlen), 10000.0 ** (-torch.arange(0, headdim, 2) / headdim)).to(device)
     cos, sin = angles.cos(), angles.sin()
-    caches = [tuple(torch.zeros(batch, seqlen, nheads_k, headdim, device=device) for _ in "kv") for _ in layers]
+    caches = [tuple(torch.zeros(2, batch, seqlen, nheads_k, headdim, device=device)) for _ in layers]
 
-    def step(x, columns):
-        """Recomputes columns (batch, active) of each row from their embeddings x (batch, active, dim)."""
-        active = columns.shape[1]
-        tokens = {"cos": cos, "sin": sin, "positions": columns.flatten()}
-        tokens["slots"] = (torch.arange(batch, device=device)[:, None] * seqlen + columns).flatten()
-        tokens["cu_seqlens_q"] = torch.arange(0, batch * active + 1, active, dtype=torch.int32, device=device)
-        x = x.flatten(0, 1).clone()
+    def step(x, active):
+        """Recomputes the active tokens of x (batch, seqlen, dim); returns (total, dim), and their slots."""
+        slots, cu_seqlens = pack_positions(active)
+        tokens = Tokens(cos, sin, slots % seqlen, slots, cu_seqlens)
+        x = x.flatten(0, 1)[slots]
         normed = deferred_norm(x, layers[0].attn_norm)
         norms = [*(layer.attn_norm for layer in layers[1:]), final_norm]
         for layer, next_norm, cache in zip(layers, norms, caches, strict=True):
             normed = layer.cached(x, normed, next_norm, tokens, cache)
-        return add_rms_norm(x, None, final_norm, EPS).unflatten(0, (batch, active))
+        return add_rms_norm(x, None, final_norm, EPS), slots
 
     x = torch.randn(batch, seqlen, dim, device=device)
-    everything = torch.arange(seqlen, device=device).expand(batch, seqlen)
-    step(x, everything)  # a full step fills the caches
-    # a cached step recomputes five columns of each row
-    columns = torch.stack([torch.randperm(seqlen, device=device)[:5] for _ in range(batch)])
-    got = step(x.gather(1, columns[..., None].expand(-1, -1, dim)), columns)
+    step(x, torch.ones(batch, seqlen, dtype=torch.bool, device=device))  # a full step fills the caches
+    got, slots = step(x, torch.rand(batch, seqlen, device=device) < 0.1)  # a cached step recomputes a tenth
 
     for layer in layers:
         x = layer.plain(x, cos, sin)
-    expected = F.rms_norm(x, (dim,), final_norm, EPS).gather(1, columns[..., None].expand(-1, -1, dim))
+    expected = F.rms_norm(x, (dim,), final_norm, EPS).flatten(0, 1)[slots]
     return (got - expected).abs().max().item()
 
 

@@ -2,63 +2,65 @@
 
     python examples/minimal.py
 
-Nothing else of dkv is used: no policies, no model classes, no CUDA graphs. The model computes the active positions of a
-step and reads the keys and values of all others from caches that are indexed by position; the two loops are the
-families' own, with the rule of dKV-Cache-Decode (arXiv 2505.15781) for what is active. `tests/test_minimal.py` compares
-both, token for token, with the paper's code. Run as a script, it decodes with small random models.
+Nothing else of dkv is used: no policies, no model classes, no CUDA graphs. A step computes the active positions and
+reads the keys and values of all others from caches that are indexed by position. The two loops are the families' own,
+with the rule of dKV-Cache-Decode (arXiv 2505.15781) for what is active. `tests/test_minimal.py` compares them, token
+for token, with the paper's code. Run as a script, it solves running sums with the two small models of the benchmarks.
 """
 
+import json
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dkv.kernels import delayed_attention, pack_positions, rope_cache_update
 
-# tensor names of the official checkpoints: of the parts of a layer, and of embedding, final norm and head
-LLADA = {
-    "layer": "model.transformer.blocks.{}.",
-    "parts": "attn_norm q_proj k_proj v_proj attn_out ff_norm ff_proj up_proj ff_out",
-    "ends": "model.transformer.wte model.transformer.ln_f model.transformer.ff_out",
-}
-DREAM = {
-    "layer": "model.layers.{}.",
-    "parts": "input_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
-    "post_attention_layernorm mlp.gate_proj mlp.up_proj mlp.down_proj",
-    "ends": "model.embed_tokens model.norm lm_head",
+# the names of the official checkpoints: fields of the config, a layer, its parts, and embedding, final norm and head
+NAMES = {
+    "llada": {
+        "sizes": "n_layers n_heads",
+        "layer": "model.transformer.blocks.{}.",
+        "parts": "attn_norm q_proj k_proj v_proj attn_out ff_norm ff_proj up_proj ff_out",
+        "ends": "model.transformer.wte model.transformer.ln_f model.transformer.ff_out",
+    },
+    "dream": {
+        "sizes": "num_hidden_layers num_attention_heads",
+        "layer": "model.layers.{}.",
+        "parts": "input_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
+        "post_attention_layernorm mlp.gate_proj mlp.up_proj mlp.down_proj",
+        "ends": "model.embed_tokens model.norm lm_head",
+    },
 }
 
 
 class CachedModel:
-    """A transformer that computes only the active positions.
+    """The model of a checkpoint's folder; it computes only the active positions.
 
     `first_column` (batch,) is the first column of each row that is not padding.
     """
 
-    def __init__(
-        self,
-        names: dict[str, str],
-        weights: dict[str, Tensor],
-        first_column: Tensor,
-        seqlen: int,
-        *,
-        layers: int,
-        headdim: int,
-        rope_theta: float,
-        eps: float,
-        impl: str = "auto",
-    ):
-        self.names, self.weights, self.headdim, self.eps, self.impl = names, weights, headdim, eps, impl
-        self.first_column, self.seqlen = first_column, seqlen
-        device = first_column.device
-        frequency = rope_theta ** (-torch.arange(0, headdim, 2) / headdim)
-        angles = torch.outer(torch.arange(seqlen), frequency)
+    def __init__(self, folder: Path, first_column: Tensor, seqlen: int, *, impl: str = "auto"):
+        self.first_column, self.seqlen, self.impl, device = first_column, seqlen, impl, first_column.device
+        config = json.loads((folder / "config.json").read_text())
+        self.names = NAMES[config["model_type"].lower()]
+        self.mask_id, self.eps = config["mask_token_id"], config["rms_norm_eps"]
+        self.weights = {}
+        for file in folder.glob("*.safetensors"):
+            self.weights |= load_file(file, device=str(device))
+        layers, nheads = (config[name] for name in self.names["sizes"].split())
+        prefix, (_, q, k, *_) = self.names["layer"].format(0), self.names["parts"].split()
+        q, k = (self.weights[f"{prefix}{part}.weight"] for part in (q, k))
+        self.headdim = headdim = len(q) // nheads
+        angles = torch.outer(torch.arange(seqlen), config["rope_theta"] ** (-torch.arange(0, headdim, 2) / headdim))
         self.cos, self.sin = angles.cos().to(device), angles.sin().to(device)
-        nheads_k = len(weights[names["layer"].format(0) + names["parts"].split()[2] + ".weight"]) // headdim
         # NaN, so that a slot that is read before it is written shows
-        cache = torch.full((layers, 2, len(first_column), seqlen, nheads_k, headdim), float("nan"), device=device)
-        self.caches = [tuple(layer) for layer in cache]
+        shape = layers, 2, len(first_column), seqlen, len(k) // headdim, headdim
+        self.caches = [(k, v) for k, v in k.new_full(shape, float("nan"))]
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         return F.linear(x, self.weights[name + ".weight"], self.weights.get(name + ".bias"))
@@ -98,54 +100,42 @@ def commit(x: Tensor, logits: Tensor, candidates: Tensor, confidence: Tensor, co
 
 
 def decode_llada(
-    model: CachedModel,
-    x: Tensor,
-    *,
-    mask_id: int,
-    gen_length: int,
-    block_length: int,
-    steps: int,
-    refresh_interval: int,
+    model: CachedModel, x: Tensor, *, gen_length: int, block_length: int, steps: int, refresh_interval: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """LLaDA's blocks from left to right; yields x and the active positions after each step.
 
     A step of a block is full if it is one of the first two or `refresh_interval` divides it. Otherwise the active
     positions are the masks and the tokens of the step before: a token is computed once more after its commit, so that
-    its cached keys and values are those of the token and not of the mask. refresh_interval=1 is decoding without a
-    cache.
+    its cached keys and values are those of the token and not of the mask. refresh_interval=1: no cache.
     """
     x, steps = x.clone(), steps * block_length // gen_length
-    for start in range(x.shape[1] - gen_length, x.shape[1], block_length):
-        decoded = [x != mask_id]
+    for end in range(x.shape[1] - gen_length + block_length, x.shape[1] + 1, block_length):
+        decoded = [x != model.mask_id]
         for step in range(steps):
             full = step < 2 or step % refresh_interval == 0
             active = torch.ones_like(decoded[0]) if full else ~decoded[step - 1]
             logits = model(x, active)
-            candidates = x == mask_id
-            candidates[:, :start], candidates[:, start + block_length :] = False, False
+            candidates = x == model.mask_id
+            candidates[:, end:] = False
             count = block_length // steps + (step < block_length % steps)
             commit(x, logits, candidates, logits.double().softmax(-1).amax(-1), [count] * len(x))
-            decoded.append(x != mask_id)
+            decoded.append(x != model.mask_id)
             yield x.clone(), active
 
 
 def decode_dream(
     model: CachedModel,
     x: Tensor,
-    valid: Tensor,
     *,
-    mask_id: int,
     steps: int,
     refresh_interval: int,
     remasking: str = "entropy",
     shift: str = "un_right",
     eps: float = 1e-3,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Dream's loop: one block, its schedule of time steps, and the output at column j - 1 predicts column j.
-
-    valid (batch, seqlen) is False for padding. Yields as `decode_llada` does.
-    """
-    x, decoded = x.clone(), [x != mask_id]
+    """Dream's loop: one block, its schedule of times, and the output at column j - 1 predicts column j; as above."""
+    x, decoded = x.clone(), [x != model.mask_id]
+    valid = torch.arange(x.shape[1], device=x.device) >= model.first_column[:, None]
     times = torch.linspace(1, eps, steps + 1)
     for step in range(steps):
         if step % refresh_interval == 0:
@@ -157,17 +147,14 @@ def decode_dream(
         outputs = model(x, active)
         logits = torch.cat((outputs[:, :1], outputs[:, :-1]), dim=1)
         probs = logits.softmax(-1)
-        best = probs.topk(2).values
-        confidence = {
-            "maskgit_plus": best[..., 0],
-            "topk_margin": best[..., 0] - best[..., 1],
-            "entropy": (probs * (probs + 1e-10).log()).sum(-1),
-        }[remasking]
-        candidates = x == mask_id
+        first, second = probs.topk(2).values.unbind(-1)
+        entropy = -(probs * (probs + 1e-10).log()).sum(-1)
+        confidence = {"maskgit_plus": first, "topk_margin": first - second, "entropy": -entropy}[remasking]
+        candidates = x == model.mask_id
         masks = candidates.sum(1)
         counts = masks if step == steps - 1 else masks * (1 - times[step + 1] / times[step])
         commit(x, logits, candidates, confidence, counts.int().tolist())
-        decoded.append(x != mask_id)
+        decoded.append(x != model.mask_id)
         yield x.clone(), active
 
 
@@ -175,59 +162,31 @@ def stable(decoded: Tensor, shift: str) -> Tensor:
     """Which columns Dream reads from the cache: "right": decoded; "un": the next one is; "un_right": both are."""
     if shift == "right":
         return decoded
-    following = torch.cat((decoded[:, 1:], decoded[:, :1]), dim=1)
+    following = decoded.roll(-1, dims=1)
     if shift == "un":
         return following
     both = decoded & following
-    return torch.cat((both[:, :-1], both[:, -2:-1]), dim=1)
-
-
-def random_weights(names: dict[str, str], *, layers: int, dim: int, mlp: int, vocab: int) -> dict[str, Tensor]:
-    """Weights of a model of `layers` layers, by the names of the family's checkpoints."""
-    sizes = [(dim,), (dim, dim), (dim, dim), (dim, dim), (dim, dim), (dim,), (mlp, dim), (mlp, dim), (dim, mlp)]
-    embed, final_norm, head = names["ends"].split()
-    shapes = {embed: (vocab, dim), final_norm: (dim,), head: (vocab, dim)}
-    for layer in range(layers):
-        prefix = names["layer"].format(layer)
-        shapes |= {prefix + part: size for part, size in zip(names["parts"].split(), sizes, strict=True)}
-    return {
-        f"{name}.weight": torch.ones(shape) if len(shape) == 1 else 0.1 * torch.randn(shape)
-        for name, shape in shapes.items()
-    }
+    return torch.cat((both[:, :-1], both[:, -2:-1]), dim=1)  # the last column has no next one
 
 
 @torch.no_grad()
 def main() -> None:
-    """Decodes with and without a cache, and prints how much was computed and how many tokens are the same."""
-    torch.manual_seed(0)
+    """Decodes eight prompts with each model, and prints how many answers are right and how much was computed."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    layers, vocab, mask_id, gen_length, block_length = 3, 1000, 999, 64, 32
-    prompt = torch.randint(0, mask_id, (2, 48))
-    x = F.pad(prompt, (0, gen_length), value=mask_id).to(device)
-    valid, first_column = torch.ones_like(x, dtype=torch.bool), torch.zeros(len(x), dtype=torch.long, device=device)
-
-    for family, names in (("LLaDA", LLADA), ("Dream", DREAM)):
-        weights = random_weights(names, layers=layers, dim=64, mlp=128, vocab=vocab)
-        weights = {name: weight.to(device) for name, weight in weights.items()}
-        weights[names["ends"].split()[2] + ".weight"][mask_id] = 0  # the mask is never predicted
-        answers = []
-        for refresh_interval in (1, 8):
-            model = CachedModel(
-                names, weights, first_column, x.shape[1], layers=layers, headdim=16, rope_theta=10000.0, eps=1e-5
-            )
-            options = {"mask_id": mask_id, "steps": gen_length, "refresh_interval": refresh_interval}
-            if family == "LLaDA":
-                run = decode_llada(model, x, gen_length=gen_length, block_length=block_length, **options)
-            else:
-                run = decode_dream(model, x, valid, **options)
-            xs, actives = zip(*run, strict=True)
-            answers.append(xs[-1][:, -gen_length:])
-        share = torch.stack(actives).float().mean().item()
-        same = (answers[0] == answers[1]).sum().item()
-        print(
-            f"{family}: {share:.0%} of the positions computed, {same} of {answers[0].numel()} tokens "
-            "as without a cache (random weights)"
-        )
+    lag, gen_length = 32, 64  # x[i] = (x[i - 1] + x[i - 32]) mod 10; one wrong digit makes all later ones wrong
+    prompt = torch.randint(10, (8, lag), generator=torch.Generator().manual_seed(1)).to(device)
+    for family, decode in (
+        ("llada", partial(decode_llada, gen_length=gen_length, block_length=32)),
+        ("dream", decode_dream),
+    ):
+        folder = Path(__file__).parent.parent / "benchmarks" / "small" / family
+        model = CachedModel(folder, torch.zeros(len(prompt), dtype=torch.long, device=device), lag + gen_length)
+        x = F.pad(prompt, (0, gen_length), value=model.mask_id)
+        steps = list(decode(model, x, steps=gen_length, refresh_interval=8))
+        x = steps[-1][0]
+        right = (x[:, lag:] == (x[:, lag - 1 : -1] + x[:, :-lag]) % 10).all(1).sum()
+        share = torch.stack([active for _, active in steps]).float().mean()
+        print(f"{family}: {right} of {len(x)} answers are right, {share:.0%} of the positions were computed")
 
 
 if __name__ == "__main__":

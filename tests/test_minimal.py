@@ -4,47 +4,32 @@ It uses the kernels and nothing else of dkv, so this tests their contract by use
 """
 
 import itertools
-import json
 
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from utils import example, thinned
 
 minimal = example("minimal")
-MODELS = {"llada": ("llada_mha_s0", minimal.LLADA), "dream": ("dream_gqa_s0", minimal.DREAM)}
+FOLDERS = {"llada": "llada_mha_s0", "dream": "dream_gqa_s0"}
 
 
 def steps_of(family, name, impl, device):
     """Iterates over (x, active) of the steps of a recorded case."""
     case, prompt = oracle.cases(family)[name], oracle.recorded(family, name, "prompt").to(device)
-    folder, names = MODELS[family]
-    config = json.loads((oracle.weights_path(folder) / "config.json").read_text())
-    weights = load_file(oracle.weights_path(folder) / "model.safetensors", device=device)
     gen_length = case["gen_length"] if family == "llada" else case["max_new_tokens"]
     x = F.pad(prompt, (0, gen_length), value=oracle.MASK_ID)
     valid = torch.ones_like(x, dtype=torch.bool)
     attention_mask = oracle.recorded(family, name, "attention_mask")
     if attention_mask is not None:
         valid[:, : prompt.shape[1]] = attention_mask
-    model = minimal.CachedModel(
-        names,
-        weights,
-        valid.int().argmax(1),
-        x.shape[1],
-        layers=3,
-        headdim=16,
-        rope_theta=config["rope_theta"],
-        eps=config["rms_norm_eps"],
-        impl=impl,
-    )
-    options = {"mask_id": oracle.MASK_ID, "steps": case["steps"], "refresh_interval": case.get("interval") or 1}
+    model = minimal.CachedModel(oracle.weights_path(FOLDERS[family]), valid.int().argmax(1), x.shape[1], impl=impl)
+    options = {"steps": case["steps"], "refresh_interval": case.get("interval") or 1}
     if family == "llada":
         return minimal.decode_llada(model, x, gen_length=gen_length, block_length=case["block_length"], **options)
     shift = case.get("shift_type") or "un_right"  # none was recorded without a cache
-    return minimal.decode_dream(model, x, valid, remasking=case["alg"], shift=shift, eps=case["eps"], **options)
+    return minimal.decode_dream(model, x, remasking=case["alg"], shift=shift, eps=case["eps"], **options)
 
 
 @torch.no_grad()
@@ -80,3 +65,8 @@ def test_dream(name, device):
 )
 def test_on_the_kernels(family, name, device):
     check(family, name, "triton", device, first_steps=None if device == "cuda" else 5)
+
+
+def test_the_script_solves_its_sums(capsys):
+    minimal.main()
+    assert capsys.readouterr().out.count("8 of 8 answers are right") == 2

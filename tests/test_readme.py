@@ -117,12 +117,16 @@ def paths(text):
             yield folder + match[2] if match[1] else folder
 
 
-@pytest.mark.parametrize("document", ["README.md"])
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/TUNING.md"])
 def test_paths_exist(document):
     """Named from the top of the repository, or from where the document is; NAME stands for any."""
     document = ROOT / document
     found = [path.replace("NAME", "*") for path in paths(document.read_text())]
     assert found and not [path for path in found if not any(list(top.glob(path)) for top in (ROOT, document.parent))]
+
+
+def test_every_policy_is_in_the_table():
+    assert not [name for name in dkv.policy.POLICIES if not re.search(rf"^\| [^|]*`{name}\(", README, re.M)]
 
 
 def test_policy_of_contributing_runs():
@@ -263,16 +267,24 @@ def test_sentences_with_figures_are_true():
 
 
 def test_cache_ratios_are_what_generate_reports():
-    """The columns of few steps."""
+    """The columns of few steps, and the README's sentence about them."""
     model, (ids, _) = tiny.tiny_model("llada"), tiny.prompts(256)
     for policy in ("Decode(8)", "Decode(8, warmup_steps=1)", "DualCache()"):
-        (*_, at_32, at_16) = re.search(rf"^\| `{re.escape(policy)}` \|(( 0\.\d\d \|)+)$", README, re.M)[1].split("|")[
-            :-1
-        ]
+        row = re.search(rf"^\| `{re.escape(policy)}` \|((?: 0\.\d\d \|){{5}})$", BENCHMARKS, re.M)
+        *_, at_32, at_16 = row[1].rstrip("|").split("|")
         for steps, printed in ((32, at_32), (16, at_16)):
             settings = {"gen_length": 256, "block_length": 32, "steps": steps}
             output = dkv.generate(model, ids, policy=eval(f"dkv.{policy}"), **settings)
             assert f"{output.stats.cache_ratio:.2f}" == printed.strip()
+    decode, dual = (
+        re.search(rf"`{name}` \|([\d. |]+)\|$", BENCHMARKS, re.M)[1] for name in (r"Decode\(8\)", r"DualCache\(\)")
+    )
+    decode, dual = ([round(100 * float(ratio)) for ratio in row.split("|")] for row in (decode, dual))
+    sentence = (
+        f"`Decode(8)` reads {decode[0]} % of the positions from the cache and `DualCache()` {dual[0]} %; "
+        f"with 8 tokens, {decode[3]} % and {dual[3]} %; with 16, none and {dual[4]} %"
+    )
+    assert sentence in " ".join(README.split()) and decode[4] == 0
     model, (ids, _) = tiny.tiny_model("dream"), tiny.prompts(256)
     ratio = dkv.generate(model, ids, gen_length=256, steps=32, policy=dkv.Decode(8)).stats.cache_ratio
-    assert 0.59 <= round(ratio, 2) <= 0.60 and "0.59 to 0.60 with `Decode(8)`" in README
+    assert 0.59 <= round(ratio, 2) <= 0.60 and "stays at 59 to 60 %" in " ".join(README.split())
