@@ -9,7 +9,7 @@ STAMP   := .venv/.installed
 .PHONY: test test-full test-transformers test-eval bench lint lint-kernels wheel rehearse gpu-report clean
 
 # every behaviour, large grids by a sample in which every pair of values meets; the kernels' tests run in Triton's
-# interpreter, which is plain Python: two processes of one thread each
+# interpreter, which is plain Python: WORKERS processes of one thread each
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
@@ -45,16 +45,17 @@ wheel: $(STAMP)
 	rm -rf build dist
 	$(PY) -m pip wheel -q . --no-deps --no-build-isolation -w dist
 
-# the stages of gpu-report on a CPU, with little to do
+# the stages of gpu-report on a CPU, with little to do, and what carries compiled kernels from one to the next
 rehearse: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m rehearsal tests/test_bench_gpu_report.py tests/test_bench_warm.py
 
-# in the environment at hand: installs nothing; STAGE=first, second, third or sweep; ARGS="--commit ..." without a repository
+# in the environment at hand: installs nothing; STAGE=first, second, third or sweep; OUT=DIR; without a repository
+# ARGS="--commit ..."
 gpu-report:
 	$(PYTHON) benchmarks/gpu_report.py --stage $(STAGE) $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 clean:
-	rm -rf .venv .triton build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .triton build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(STAMP): pyproject.toml Makefile
 	$(PYTHON) -m venv .venv

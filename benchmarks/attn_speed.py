@@ -37,7 +37,7 @@ Rows = list[dict]
 
 @dataclass(frozen=True)
 class Grid:
-    """What a run measures.
+    """The measurements of a run.
 
     Attributes:
         groups: (batch, length, actives), the most important first.

@@ -42,7 +42,7 @@ from benchmarks.harness.common import Clock, say
 from benchmarks.harness.generation import LABELS, GenerationPoint, Study, parse_labels, parse_points
 from benchmarks.harness.models import FAMILIES, SCALED_DOWN, TRUE_SIZE, make_model
 from benchmarks.harness.peer import PEERS
-from benchmarks.harness.systems import Failed, Ours, PeerProcess, PlainLoop, add_peers, parse_peers
+from benchmarks.harness.systems import Failed, Ours, PeerProcess, PlainLoop, add_peers, peers_of
 from dkv.models.layout import ModelConfig
 
 SEED = 0
@@ -50,7 +50,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Agenda:
-    """What is measured of each family, the most important first.
+    """The measurements of each family, the most important first.
 
     Attributes:
         points: whole runs, with every policy at the first one, with `few` at the others.
@@ -107,10 +107,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     add_peers(parser)
     common.add_folder(parser)
     arguments = parser.parse_args(argv)
-    try:
-        arguments.peers = parse_peers(arguments)
-    except ValueError as error:
-        parser.error(str(error))
+    arguments.peers = peers_of(arguments)
     return arguments
 
 

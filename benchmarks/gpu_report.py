@@ -16,8 +16,8 @@ Every step of a stage has a limit of seconds, and gets the unused time of the st
 report-STAGE.log as it comes, its record to report-STAGE.json when it ends. A step that did not finish "timed out", and
 what it wrote until then is kept. A stage writes at most eight files to DIR (by default benchmarks/results/<device>).
 
-Compiled kernels are in .triton in the checkout. The first stage packs them into triton.tgz; the others begin with
-.warm/triton.tgz, if there is one. Where there is no git repository, --commit names the commit.
+Compiled kernels are in .triton in the checkout. The first stage packs them into triton.tgz. Every stage but the third
+begins with .warm/triton.tgz, if there is one. Where there is no git repository, --commit names the commit.
 """
 
 import importlib.util
@@ -37,7 +37,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.harness import common
-from benchmarks.harness.systems import add_peers, parse_peers
+from benchmarks.harness.systems import add_peers
 
 STAGES = ("first", "second", "third", "sweep")
 KERNEL_TESTS = ("attention", "lm_head", "rope_cache", "norm_activation", "products", "commit", "packing", "bookkeeping")
@@ -254,10 +254,6 @@ def main(argv: list[str] | None = None) -> int:
     add_peers(parser)
     common.add_folder(parser)
     arguments = parser.parse_args(argv)
-    try:
-        parse_peers(arguments)
-    except ValueError as error:
-        parser.error(str(error))
     if arguments.commit:
         os.environ["GIT_COMMIT"] = arguments.commit
     if arguments.environment:
@@ -281,7 +277,8 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     report = {"stage": arguments.stage, "rehearsal": arguments.rehearse, **common.environment()}
     report |= {"seconds": 0.0, "steps": []}
-    peers = [f"--peer={peer}" for peer in arguments.peer] + [f"--peer-python={path}" for path in arguments.peer_python]
+    peers = [f"--peer={name}={folder}" for name, folder in arguments.peer]
+    peers += [f"--peer-python={path}" for path in arguments.peer_python]
     run_steps(steps(arguments.stage, out, peers, rehearse=arguments.rehearse), report, out)
     print(f"report: {out / f'report-{arguments.stage}.json'}")
     return 1 if any(step["status"].startswith("failed") for step in report["steps"]) else 0

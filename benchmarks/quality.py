@@ -184,11 +184,7 @@ INTERVAL = "{:+.2f} [{:+.2f}, {:+.2f}]"
 COLUMNS = (
     ("problems", 9, lambda r: str(r["problems"])),
     ("exact", 8, lambda r: f"{100 * r['exact_match']:.1f} %"),
-    (
-        "against no cache",
-        27,
-        lambda r: INTERVAL.format(*(100 * v for v in (r["difference"], *r["ci95"]))),
-    ),
+    ("against no cache", 27, lambda r: INTERVAL.format(*(100 * v for v in (r["difference"], *r["ci95"])))),
     ("tokens", 8, lambda r: f"{100 * r['token_accuracy']:.1f} %"),
     ("slips", 7, lambda r: f"{r['slips']:.2f}"),
     ("agree", 8, lambda r: f"{100 * r['agreement']:.1f} %"),

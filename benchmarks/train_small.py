@@ -27,7 +27,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -138,26 +137,23 @@ def train(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         losses, seconds = state["losses"], state["seconds"]
-        say(f"goes on from {path}, after {len(losses)} of {recipe.steps} steps")
+        say(f"continues from {path}, after {len(losses)} of {recipe.steps} steps")
     begin = time.monotonic() - seconds
-    with tqdm(total=recipe.steps, initial=len(losses), unit="step", disable=None) as bar:
-        for step in range(len(losses), recipe.steps):
-            x, masked = (tensor.to(device) for tensor in batch_of(recipe, step))
-            loss = loss_of(model, x, masked)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            optimizer.param_groups[0]["lr"] = learning_rate(recipe, step)
-            optimizer.step()
-            losses.append(loss.item())
-            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-            bar.update()
-            if len(losses) % save_every == 0 or len(losses) == recipe.steps:
-                seconds = time.monotonic() - begin
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "made_with": made_with}
-                save(state | {"losses": losses, "seconds": seconds}, path)
-                mean = statistics.fmean(losses[-save_every:])
-                say(f"{len(losses)} steps, {seconds:.0f} s: mean loss of the last {save_every}: {mean:.4f}")
+    for step in common.progress(range(len(losses), recipe.steps), "steps"):
+        x, masked = (tensor.to(device) for tensor in batch_of(recipe, step))
+        loss = loss_of(model, x, masked)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        optimizer.param_groups[0]["lr"] = learning_rate(recipe, step)
+        optimizer.step()
+        losses.append(loss.item())
+        if len(losses) % save_every == 0 or len(losses) == recipe.steps:
+            seconds = time.monotonic() - begin
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "made_with": made_with}
+            save(state | {"losses": losses, "seconds": seconds}, path)
+            mean = statistics.fmean(losses[-save_every:])
+            say(f"{len(losses)} steps, {seconds:.0f} s: mean loss of the last {save_every}: {mean:.4f}")
     return model.eval(), losses, seconds
 
 
@@ -168,11 +164,11 @@ def save(state: dict[str, Any], path: Path) -> None:
     os.replace(path.with_suffix(".part"), path)
 
 
-def accuracy(model: nn.Module, prompts: Tensor, *, batch: int = 100, **decoding: Any) -> dict[str, float]:
+def accuracy(model: nn.Module, prompts: Tensor, **decoding: Any) -> dict[str, float]:
     """Shares of right answers and of right tokens without a cache, one token a step."""
     order = decoding.pop("order", None)
     found = []
-    for part in tqdm(prompts.split(batch), unit="batch", disable=None, leave=False):
+    for part in common.progress(prompts.split(100), "batches"):
         part_order = None if order is None else order.to(model.device).expand(len(part), -1)
         output = dkv.generate(
             model, part.to(model.device), gen_length=ANSWER, policy=dkv.NoCache(), order=part_order, **decoding

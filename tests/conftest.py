@@ -1,4 +1,4 @@
-"""What every test relies on: the kernels run without a GPU, `dkv` is found, unwritten memory shows, runs repeat."""
+"""The set-up of every test: the kernels run without a GPU, `dkv` is found, unwritten memory shows, runs repeat."""
 
 import contextlib
 import os

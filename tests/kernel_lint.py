@@ -32,7 +32,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -693,7 +693,6 @@ def main(argv: list[str] | None = None) -> int:
         "--arch", type=int, nargs="+", choices=sorted(ARCHITECTURES), help="default: 80 90, with --all every one"
     )
     parser.add_argument("--baseline", action="store_true", help="keep the figures as the new baseline")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the rows there")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(argv)
 
@@ -707,8 +706,6 @@ def main(argv: list[str] | None = None) -> int:
         rows.append(row)
     failed = sum(bool(row.failures) for row in rows)
     print(f"{len(rows)} compiled, {failed} failed")
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     if options.baseline:
         save_baseline(rows, complete=options.all and not options.arch)
     return 1 if failed else 0

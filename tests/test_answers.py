@@ -121,7 +121,7 @@ def check_many(seeds, device):
 
 @pytest.fixture(params=["keeps NaN", "drops NaN"])
 def maximum(request, monkeypatch):
-    """What a maximum makes of NaN is the device's business; only one that is told to keeps it for certain."""
+    """The maximum of NaN depends on the device; only one that is told to keep NaN does so for certain."""
     if request.param == "keeps NaN":
         monkeypatch.setattr(np, "nanmax", np.max)
     else:
@@ -244,7 +244,7 @@ def committed(ops, rows, before, padding):
     slots, tokens = torch.tensor(slots + [-1] * padding), torch.ones(len(scores), dtype=torch.int64)
     counts = torch.full((len(rows),), 1)
     ops.commit_tokens(x, tokens, scores, slots, cumulative(map(len, rows)), counts, counters=counters)
-    # what is counted as -inf is still committed where nothing is better
+    # a score that counts as -inf is still committed where nothing is better
     assert x.sum(1).tolist() == [min(len(row), 1) for row in rows]
     return counters
 

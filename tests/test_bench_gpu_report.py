@@ -136,7 +136,7 @@ def test_other_peoples_code_in_the_report(tmp_path, monkeypatch, capsys):
     assert found.peers == [("official", folder, "python3"), ("dkv-cache", folder, sys.executable)]
     with pytest.raises(SystemExit):
         gpu_report.main(["--rehearse", "--peer", "official=/nowhere"])
-    assert "--peer must be NAME=FOLDER" in capsys.readouterr().err
+    assert "--peer: must be NAME=FOLDER" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", gpu_report.STAGES)

@@ -18,7 +18,7 @@ from dkv.kernels import configs, reference
 CUDA = torch.device("cuda", 0)
 SIZES = {"hidden": 128, "mlp": 384, "layers": 1, "heads": 2, "vocabulary": 256, "mask": 255, "eos": 254}
 MODELS = {"LLaDA": ("LLaDA", llada(**SIZES)), "Dream": ("Dream", dream(**SIZES, kv_heads=1))}
-# of that LLaDA
+# the products of that LLaDA
 LAYER = [("qkv", (384, 128)), ("residual", (128, 128)), ("gate_up", (768, 128)), ("residual", (128, 384))]
 
 
@@ -208,7 +208,7 @@ def test_the_check_sees_everything_that_a_kernel_leaves(name, operator, fault, s
 
 
 def test_a_budget_may_end_anywhere(table, as_h100, measured, monkeypatch, capsys):
-    """Of a model's layer there is all or nothing."""
+    """The table has the whole layer of a model, or nothing of it."""
     measured(lambda case, launch: 50.0)
     looks = iter(range(1000))
     # the clock is looked at before each product: it stops in the second model's, at 32 rows

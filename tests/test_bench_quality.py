@@ -173,7 +173,7 @@ def test_claims_are_confirmed_and_have_figures(family):
     found = claims.claims(rows_that_confirm(family))
     assert len(found) == (5 if family == "dream" else 4)
     for claim, outcome, figures in found:
-        assert claim.startswith(family) and outcome == "confirmed" and "%" in figures or "points" in figures, claim
+        assert claim.startswith(family) and outcome == "confirmed" and ("%" in figures or "points" in figures), claim
 
 
 def changed(family, condition, difference):

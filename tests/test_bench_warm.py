@@ -1,4 +1,4 @@
-"""What is compiled before a benchmark is what it launches, and nothing compiles in the middle of a run."""
+"""warm.py compiles every kernel that the benchmarks launch, and nothing compiles in the middle of a run."""
 
 import json
 import os

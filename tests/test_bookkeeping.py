@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import FAMILIES, POLICIES, EveryOther
+from tiny import FAMILIES, POLICIES, Alternating
 from tiny import MASK_ID as MASK
 from utils import pairwise
 
@@ -105,7 +105,7 @@ def assert_same(one, other, step):
     [*((policy, 0) for policy in [*POLICIES, "one of the user's"]), ("Decode", 2), ("DualCache", 2), ("Greedy", 2)],
 )
 def test_kernels_keep_the_books_as_their_twins(family, policy, masks, device):
-    policy = POLICIES[policy](family) if policy in POLICIES else EveryOther()
+    policy = POLICIES[policy](family) if policy in POLICIES else Alternating()
     ordered = ("random" if masks else "origin") if policy.needs_order else None
     options = {"gen_length": 7, "block_length": 4, "device": device, "ordered": ordered}
     prompt = prompts([4, 1], device, masks=masks)

@@ -211,7 +211,7 @@ class Random:
     def __init__(self, seed, device):
         self.rng, self.device = random.Random(seed), device
         self.generator = torch.Generator().manual_seed(seed)
-        # of the indices of a call: none, some or all are out of range
+        # the share of the indices of a call that are out of range
         self.odd_share = self.rng.choice((0.0, 0.2, 0.5, 1.0))
 
     def size(self, low, high):

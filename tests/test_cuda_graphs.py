@@ -48,14 +48,14 @@ def test_a_stream_is_free_only_when_its_graphs_are_gone(streams):
     alive = [RecordingStream(DEVICE) for _ in range(64)]
     refused = []
 
-    class Graph:
+    class DyingGraph:
         def __del__(self):
             try:
                 RecordingStream(DEVICE)
             except RuntimeError:
                 refused.append(True)
 
-    alive[0].graphs["key"] = Graph()
+    alive[0].graphs["key"] = DyingGraph()
     del alive[0]
     assert refused == [True] and RecordingStream(DEVICE)
 
@@ -64,7 +64,7 @@ def test_too_many_graphs_are_dropped_together(streams, monkeypatch):
     """From PyTorch 2.12 on the end of one graph frees the workspace of all that were recorded on its stream."""
     graphs, pools, new_pools = [], [], itertools.count()
 
-    class Graph:
+    class StubGraph:
         def __init__(self):
             graphs.append(weakref.ref(self))
             self.replay = mock.Mock()
@@ -77,7 +77,7 @@ def test_too_many_graphs_are_dropped_together(streams, monkeypatch):
     monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 3)
     monkeypatch.setattr(cuda_graphs, "recording", recording)
     monkeypatch.setattr(RecordingStream, "taking_turns_with", nothing)
-    for name, stub in {"CUDAGraph": Graph, "graph_pool_handle": lambda: next(new_pools)}.items():
+    for name, stub in {"CUDAGraph": StubGraph, "graph_pool_handle": lambda: next(new_pools)}.items():
         monkeypatch.setattr(torch.cuda, name, stub)
     for name in ("current_stream", "device"):
         monkeypatch.setattr(torch.cuda, name, nothing)

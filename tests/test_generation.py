@@ -585,7 +585,7 @@ def test_pad_tokens_without_an_attention_mask(row, masked, warns):
 def test_what_a_call_is_given_stays_as_it_is():
     """Also where a policy raises in the middle of it."""
 
-    class Failing(dkv.Policy):
+    class FailingInTheMiddle(dkv.Policy):
         def active(self, state):
             if int(state.step[0]) == 2:
                 raise KeyError("mine")
@@ -595,5 +595,5 @@ def test_what_a_call_is_given_stays_as_it_is():
     before = ids.clone(), real.clone()
     for gen_length in (0, 4):
         with pytest.raises(KeyError, match="mine"):
-            dkv.generate(model("llada"), ids, real, gen_length=gen_length, policy=Failing())
+            dkv.generate(model("llada"), ids, real, gen_length=gen_length, policy=FailingInTheMiddle())
     assert torch.equal(ids, before[0]) and torch.equal(real, before[1])

@@ -118,7 +118,9 @@ def hub_kernels(tmp_path_factory):
 
 
 @pytest.mark.parametrize("installed, start, where, hub, with_transformers", STARTS)
-def test_imports(installed, start, where, hub, with_transformers, pythons, checkout, hub_kernels, tmp_path):
+def test_ours_and_hugging_faces_kernels_both_import(
+    installed, start, where, hub, with_transformers, pythons, checkout, hub_kernels, tmp_path
+):
     python = pythons[installed]
     probe = f"WITH_TRANSFORMERS = {with_transformers}\n{PROBE}"
     test = checkout / "tests" / f"test_probe_{with_transformers}.py"

@@ -13,7 +13,7 @@ from dkv.generation import prepare
 
 @torch.no_grad()
 def by_a_plain_loop(family, x, ends, steps_of_blocks, order=None):
-    """What an uncached run makes of one sequence, from logits of the model's own forward.
+    """An uncached run of one sequence, from logits of the model's own forward.
 
     ends: the columns behind the blocks; order: columns, the first that are masked are decoded. None: the surest.
     """

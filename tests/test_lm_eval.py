@@ -92,7 +92,7 @@ def decode(ids):
 
 
 def generated(model, text, until=(), **settings):
-    """What `dkv.generate` gives for one prompt alone, as a text up to its end of text or stop string."""
+    """The output of `dkv.generate` for one prompt alone, as a text up to its end of text or stop string."""
     ids = encode(text) or [BOS_ID]
     settings = {"gen_length": 12} | settings
     ids = dkv.generate(model, torch.tensor([ids]), **settings).sequences[0, len(ids) :].tolist()

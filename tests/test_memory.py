@@ -197,7 +197,7 @@ def test_a_part_that_is_replaced_is_merged_anew(llm):
 
 @pytest.mark.parametrize("swap", ["parameter", "data"])
 def test_a_new_weight_at_the_address_of_the_old_one_is_seen(llm, swap):
-    """What was cached with the old one is invalid."""
+    """Whatever was cached with the old one is invalid."""
     weight = view_of(llm).layers[0].o
     memory = weight.weight.detach().numpy().copy()
     weight.weight = torch.nn.Parameter(torch.from_numpy(memory))

@@ -299,7 +299,7 @@ def test_calls_for_more_than_logits_run_the_original(model):
         torch.testing.assert_close(model(x).logits, expected)
         model.eval()
         assert memory_of(model).session is None
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="use_cache"):
             model(x, use_cache=True)
 
 
@@ -362,7 +362,7 @@ def test_weights_that_change_between_sessions_are_seen():
 def test_adapted_linears_work():
     """A LoRA-like wrapper around a projection is called as it is, in generate and under the user's loop."""
 
-    class Adapted(torch.nn.Module):
+    class LowRank(torch.nn.Module):
         def __init__(self, base):
             super().__init__()
             self.base, self.weight = base, base.weight
@@ -376,7 +376,7 @@ def test_adapted_linears_work():
     ids, _ = prompts(9, 9)
     plain = llada_loop(model, ids, **LLADA_RUN)
     for block in model.get_submodule("model.transformer.blocks"):
-        block.q_proj, block.ff_out = Adapted(block.q_proj), Adapted(block.ff_out)
+        block.q_proj, block.ff_out = LowRank(block.q_proj), LowRank(block.ff_out)
     adapted = llada_loop(model, ids, **LLADA_RUN)
     assert not torch.equal(adapted, plain)
     generated = dkv.generate(model, ids, policy=dkv.NoCache(), **LLADA_RUN)

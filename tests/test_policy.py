@@ -4,7 +4,7 @@ import typing
 
 import pytest
 import torch
-from tiny import EveryOther, generate, prompts, tiny_model
+from tiny import Alternating, generate, prompts, tiny_model
 
 import dkv
 from dkv.policy import POLICIES, PolicyName
@@ -64,7 +64,7 @@ def test_a_policy_of_the_users_is_as_good_as_ours(device):
 
 def test_a_policy_without_a_rule(device):
     ids, _ = prompts(9, device=device)
-    run = generate("dream", ids, gen_length=8, policy=EveryOther(), device=device)
+    run = generate("dream", ids, gen_length=8, policy=Alternating(), device=device)
     assert run.active[::2].all() and not run.active[1::2].all(-1).any()
 
 

@@ -142,7 +142,7 @@ def check_residual(arguments, impl="triton", **options):
     residual, norm_weight = arguments[2:]
     found = run("linear_add_norm", *arguments, impl=impl, **options)
     assert_within_error_budget(residual, oracle, same_dtype)
-    # of the rounded sum
+    # the norm is that of the rounded sum
     check_deferred(found, residual, norm_weight)
     return residual, *found
 

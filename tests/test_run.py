@@ -1,4 +1,4 @@
-"""What a run promises a GPU: no step waits for the host, and steps can be recorded once and replayed.
+"""The promises of a run to a GPU: no step waits for the host, and steps can be recorded once and replayed.
 
 Without a GPU, sizes are bounded on the CPU as they are there; the steps run on fake CUDA tensors, which have no values
 to read; and a tape of the operations of a step stands for its CUDA graph.
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import EOS_ID as EOS
-from tiny import FAMILIES, POLICIES, EveryOther, generate, model, prompts
+from tiny import FAMILIES, POLICIES, Alternating, generate, model, prompts
 from tiny import MASK_ID as MASK
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
@@ -127,7 +127,7 @@ def test_forecasts_commit_everything_once(gen_length, block_length, steps, time_
 
 def test_a_policy_without_a_promise(device, sized_as_on_a_gpu):
     """The host reads the sizes at each step, whatever is known beforehand."""
-    options = {"gen_length": 12, "block_length": 6, "policy": EveryOther(), "device": device}
+    options = {"gen_length": 12, "block_length": 6, "policy": Alternating(), "device": device}
     ids, real = prompts(11, 4, 7, device=device)
     want = generate("dream", ids, real, **options)
     dkv.reset(model("dream", device))
@@ -138,7 +138,7 @@ def test_a_policy_without_a_promise(device, sized_as_on_a_gpu):
 
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.full) for seed in (2, 3))])
 def test_in_a_known_order_no_step_lacks_room(seed, device, monkeypatch, sized_as_on_a_gpu):
-    """What the next step decodes is predicted by positions that this one need not recompute."""
+    """The tokens of the next step are predicted by positions that this one need not recompute."""
     options = {"gen_length": 24, "block_length": 12, "policy": dkv.Decode(None, shift="right"), "remasking": "random"}
     options["order"] = torch.rand(3, 24, generator=torch.Generator().manual_seed(seed)).argsort(1).to(device)
     ids, real = prompts(11, 4, 7, device=device)

@@ -146,7 +146,7 @@ POLICIES = {
 }
 
 
-class EveryOther(dkv.Policy):
+class Alternating(dkv.Policy):
     """A policy of the user's."""
 
     def active(self, state):

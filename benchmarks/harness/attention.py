@@ -36,21 +36,6 @@ class AttentionPoint:
     active: int
     ragged: bool = False
 
-    @classmethod
-    def parse(cls, text: str) -> "AttentionPoint":
-        """The point of MODEL:BATCH:LENGTH:ACTIVE[:ragged]."""
-        ragged = text.endswith(":ragged")
-        model, *numbers = text.removesuffix(":ragged").split(":")
-        batch, seqlen, active = numbers if len(numbers) == 3 else ("", "", "")
-        active = seqlen if active == "all" else active
-        decimal = all(number.isdecimal() for number in (batch, seqlen, active))
-        if model not in MODELS or not decimal or (ragged and int(batch) < 2):
-            raise argparse.ArgumentTypeError(
-                f"a point must be MODEL:BATCH:LENGTH:ACTIVE[:ragged] with MODEL one of {', '.join(MODELS)}, and a "
-                f"batch of at least 2 if ragged; got {text!r}"
-            )
-        return cls(model, int(batch), int(seqlen), int(active), ragged)
-
     @property
     def sizes(self) -> ModelConfig:
         return MODELS[self.model]
@@ -82,7 +67,21 @@ class AttentionPoint:
 
 def parse_points(text: str) -> list[AttentionPoint]:
     """The points of "LLaDA-8B:8:2048:32,..."."""
-    return [AttentionPoint.parse(part) for part in text.split(",")]
+    points = []
+    for part in text.split(","):
+        ragged = part.endswith(":ragged")
+        model, *numbers = part.removesuffix(":ragged").split(":")
+        if len(numbers) == 3 and numbers[2] == "all":
+            numbers[2] = numbers[1]
+        known = model in MODELS and len(numbers) == 3 and all(number.isdecimal() for number in numbers)
+        batch, seqlen, active = map(int, numbers) if known else (0, 0, 0)
+        if batch < 1 + ragged or not 1 <= active <= seqlen:
+            raise argparse.ArgumentTypeError(
+                f"{part!r} is not MODEL:BATCH:LENGTH:ACTIVE[:ragged] with MODEL one of {', '.join(MODELS)}, ACTIVE "
+                '"all" or at most LENGTH, and a batch of at least 2 if ragged'
+            )
+        points.append(AttentionPoint(model, batch, seqlen, active, ragged))
+    return points
 
 
 def necessary_bytes(point: AttentionPoint, element_size: int, *, attention_alone: bool = False) -> int:
@@ -211,9 +210,9 @@ class LayerCase:
         # a rectangle of (batch, max_active) entries, for code that cannot take packed ones; -1 where a row has fewer
         entry = torch.arange(self.max_active)
         starts = torch.tensor([0, *counts]).cumsum(0)[:-1, None]
-        self.rectangle = torch.where(entry < torch.tensor(counts)[:, None], starts + entry, -1).to(device)
-        self.present = self.rectangle >= 0
-        source = self.rectangle.clamp(0)
+        rectangle = torch.where(entry < torch.tensor(counts)[:, None], starts + entry, -1).to(device)
+        self.present = rectangle >= 0
+        source = rectangle.clamp(0)
         if point.ragged:
             padded = [[x[source.flatten()] for x in xs] for xs in (self.q, self.k, self.v)]
         else:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from dkv.cuda_graphs import RecordingStream, recording
 
@@ -322,19 +323,13 @@ def described(error: Exception) -> str:
 
 
 def progress(items: Iterable, label: str) -> Iterable:
-    """A progress bar around `items` on a terminal, if tqdm is installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        print("no progress bar: tqdm is not installed (it comes with `pip install 'dkv[bench]'`)", file=sys.stderr)
-        return items
+    """A progress bar around `items` on a terminal."""
     return tqdm(items, desc=label, disable=None, leave=False)
 
 
 def say(line: str = "") -> None:
     """Prints a line without breaking a progress bar."""
-    tqdm = sys.modules.get("tqdm")
-    (tqdm.tqdm.write if tqdm else print)(line)
+    tqdm.write(line)
     sys.stdout.flush()
 
 
@@ -374,7 +369,10 @@ def finish(record: dict[str, Any], rows: list[dict[str, Any]], stem: Path | None
     record = record | {"rows": rows}
     if stem:
         write_json(stem.with_suffix(".json"), record)
-        write_csv(stem.with_suffix(".csv"), rows)
+        with stem.with_suffix(".csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
+            writer.writeheader()
+            writer.writerows(rounded(rows))
         say(f"\nwritten: {stem}.json, .csv")
     print(json.dumps(rounded(record)), flush=True)
 
@@ -390,11 +388,3 @@ def write_line(path: Path | None, record: dict[str, Any], mode: Literal["a", "w"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open(mode) as file:
             file.write(json.dumps(rounded(record)) + "\n")
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
-        writer.writeheader()
-        writer.writerows(rounded(rows))

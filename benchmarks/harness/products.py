@@ -29,7 +29,7 @@ MAX_CANDIDATES = 8
 # an SM with so many bytes of weights in flight has its share of the memory's bandwidth
 BYTES_IN_FLIGHT = 64 * 1024
 SEQLEN = 1024
-# of the largest value: they may differ by one rounding
+# a kernel may be off its twin by so many roundings of the largest value
 ROUNDINGS = 2
 
 
@@ -181,7 +181,7 @@ def promise(device: torch.device, kind: str, rows: int, shape: tuple[int, int], 
     limits = ARCHITECTURES.get(configs.architecture(device), ARCHITECTURES[86])
     parallel, (out_features, in_features) = configs.WEIGHT_TILES[kind], shape
     weight_rows, threads = parallel * config.block_n, 32 * config.num_warps
-    # of 16-bit elements
+    # bytes of a row of a tile, whose elements have 16 bits
     stage = 2 * config.block_k
     shared = config.num_stages * stage * (weight_rows + config.block_r)
     # float32 registers of a thread

@@ -8,7 +8,7 @@ import select
 import subprocess
 import sys
 import tempfile
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,21 +252,22 @@ class PeerProcess:
 
 def add_peers(parser: ArgumentParser) -> None:
     """Adds --peer and --peer-python."""
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME=FOLDER", help=", ".join(PEERS))
+    names = ", ".join(PEERS)
+    parser.add_argument("--peer", type=parse_peer, action="append", default=[], metavar="NAME=FOLDER", help=names)
     parser.add_argument("--peer-python", action="append", default=[], metavar="[NAME=]PYTHON")
 
 
-def parse_peers(arguments: Namespace) -> list[tuple[str, str, str]]:
-    """[(name, folder, python)] of --peer and --peer-python.
+def parse_peer(text: str) -> tuple[str, str]:
+    """(name, folder) of "NAME=FOLDER"."""
+    name, _, folder = text.partition("=")
+    if name not in PEERS or not Path(folder).is_dir():
+        names = ", ".join(PEERS)
+        raise ArgumentTypeError(f"must be NAME=FOLDER, with one of {names} and a folder that exists, got {text!r}")
+    return name, str(Path(folder).resolve())
 
-    Raises:
-        ValueError: a name or a folder that does not exist.
-    """
+
+def peers_of(arguments: Namespace) -> list[tuple[str, str, str]]:
+    """[(name, folder, python)] of --peer and --peer-python."""
     pythons = dict(text.split("=", 1) if text.split("=")[0] in PEERS else ("", text) for text in arguments.peer_python)
-    peers = []
-    for text in arguments.peer:
-        name, _, folder = text.partition("=")
-        if name not in PEERS or not Path(folder).is_dir():
-            raise ValueError(f"--peer must be NAME=FOLDER with a name of {', '.join(PEERS)}, got {text!r}.")
-        peers.append((name, folder, pythons.get(name) or pythons.get("") or sys.executable))
-    return peers
+    fallback = pythons.get("", sys.executable)
+    return [(name, folder, pythons.get(name, fallback)) for name, folder in arguments.peer]
