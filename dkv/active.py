@@ -48,7 +48,7 @@ def write_active(
 
 def _chosen(policy, state):
     active = policy.active(state)
-    if not isinstance(active, torch.Tensor) or active.dtype != torch.bool:
+    if not isinstance(active, Tensor) or active.dtype != torch.bool:
         raise TypeError(f"{type(policy).__name__}.active must return a bool tensor, got {active!r}.")
     try:
         return active.expand_as(state.valid).contiguous()

@@ -1,4 +1,4 @@
-"""`KVCache`: K and V of a batch by position; slot j of row b holds column j of row b, with K rotated."""
+"""`KVCache`: K and V of a batch by position: index [b, j] is for column j of row b. K is rotated."""
 
 import torch
 from torch import Tensor

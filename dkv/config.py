@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from dkv.inputs import fraction, one_of, scale, switch, token_id, token_ids, whole
-from dkv.kernels import Confidence
-from dkv.kernels.checks import IMPLS, Impl
+from dkv.kernels import Confidence, checks
 from dkv.policy import Decode, Policy, PolicyName, checked_policy
 
 Remasking = Literal["low_confidence", "maskgit_plus", "topk_margin", "entropy", "random", "origin"]
@@ -82,7 +81,7 @@ class GenerateConfig:
     eos_early_stop: bool = _option(False, switch)
     eos_token_id: int | Sequence[int] | None = _option(None, token_ids)
     mask_id: int | None = _option(None, token_id)
-    impl: Impl = _option("auto", one_of, allowed=IMPLS)
+    impl: checks.Impl = _option("auto", one_of, allowed=checks.IMPLS)
     cuda_graphs: bool = _option(True, switch)
     fused_products: bool | None = _option(None, switch)
 

@@ -131,7 +131,8 @@ def generate(
     Raises:
         ValueError, TypeError: unsuitable arguments, or an unsupported model.
         RuntimeError: the logits of a token to predict hold NaN, +inf, or nothing above -inf. The host notices when it
-            next reads from the device, which on a GPU with known counts is at the end.
+            next reads from the device, which on a GPU with known counts is at the end. Or a policy of your own breaks
+            its contract.
 
     Warns:
         UserWarning: rows begin or end with the pad token, but there is no attention_mask.
@@ -243,6 +244,7 @@ def prepare(
     if config.noisy or (config.ordered and order is None):
         seed = int(torch.randint(2**31, (), generator=generator, device=generator.device if generator else "cpu"))
     with contextlib.ExitStack() as stack:
+        # if `start` fails the memory goes back to the model; otherwise the caller's `with` returns it
         run = stack.enter_context(take_run(model, key, view))
         run.start(
             x,

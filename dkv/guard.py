@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dkv.memory import storages_of
 
 _SHAPE_AND_DTYPE = operator.attrgetter("shape", "dtype")
-_SIMPLE = (nn.Parameter, Tensor)  # no other subclasses
+_SIMPLE = (nn.Parameter, Tensor)  # have one storage; other subclasses may consist of several tensors
 
 
 class Fingerprint:

@@ -16,7 +16,7 @@ LARGE = 1e20  # times any logit it stays far below 1e30, which stands for infini
 
 def left_padded(input_ids: Tensor, attention_mask: Tensor | None, view: ModelView) -> tuple[Tensor, Tensor]:
     """The prompts with their padding on the left, and (batch, prompt_length) bool, False for padding."""
-    if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
         got = getattr(input_ids, "dtype", type(input_ids).__name__)
         raise TypeError(f"input_ids must be an int64 tensor, got {got}.")
     if input_ids.dim() != 2 or input_ids.shape[0] == 0:
@@ -39,7 +39,7 @@ def left_padded(input_ids: Tensor, attention_mask: Tensor | None, view: ModelVie
             )
     if attention_mask is None:
         return input_ids, torch.ones_like(input_ids, dtype=torch.bool)
-    if not isinstance(attention_mask, torch.Tensor):
+    if not isinstance(attention_mask, Tensor):
         raise TypeError(f"attention_mask must be a tensor or None, got {type(attention_mask).__name__}.")
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
@@ -81,8 +81,8 @@ def checked_order(
         return None
     if remasking != "random":
         raise ValueError(f"order is for remasking='random', got remasking={remasking!r}.")
-    if not isinstance(order, torch.Tensor) or order.shape != (input_ids.shape[0], gen_length):
-        got = tuple(order.shape) if isinstance(order, torch.Tensor) else type(order).__name__
+    if not isinstance(order, Tensor) or order.shape != (input_ids.shape[0], gen_length):
+        got = tuple(order.shape) if isinstance(order, Tensor) else type(order).__name__
         raise ValueError(
             f"order must be a tensor of shape (batch, gen_length) = ({input_ids.shape[0]}, {gen_length}), got {got}."
         )

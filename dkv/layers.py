@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dkv.kernels import checks, configs
-from dkv.kernels.cpu import feature_major
+from dkv.kernels import checks, configs, cpu
 from dkv.kernels.reference import DeferredNorm, Packed
 from dkv.linear import MergedLinear, is_plain, linear
 from dkv.models.view import ModelView
@@ -49,7 +48,7 @@ class Library:
 
     def first_norm(self, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream, made from x (rows, hidden_size), and its norm."""
-        x = feature_major(x)
+        x = cpu.feature_major(x)
         return x, self._norm(norm, None, x)
 
     def qkv(self, layer: MergedLayer, normed: Tensor, tokens: Packed, caches: tuple[Tensor, Tensor]) -> Tensor:
@@ -73,7 +72,7 @@ class Library:
         self._rope(k[:, :0], k, v, tokens, *caches)
         (q,) = self._heads(layer.qkv(normed[wanted.logits_indices], last=1), self.view.nheads)
         q = self._rope(q, q[:, :0], q[:, :0], wanted, *(cache[:, :, :0] for cache in caches))
-        return q, feature_major(x[wanted.logits_indices])
+        return q, cpu.feature_major(x[wanted.logits_indices])
 
     def add_norm(self, module: nn.Module, h: Tensor, x: Tensor, norm: nn.Module) -> Tensor:
         """Adds module(h) to x in place; returns the norm of the sum."""
@@ -105,9 +104,9 @@ class Library:
 
 
 class Fused:
-    """Our own matrix products, for up to `dkv.kernels.configs.MAX_PRODUCT_ROWS` rows and the layers of `can_run`.
+    """Our own matrix products, for up to `dkv.kernels.configs.MAX_PRODUCT_ROWS` rows and layers that `can_run` accepts.
 
-    Its arguments are those of `Library`.
+    The arguments are those of `Library`.
     """
 
     def __init__(self, view: ModelView, ops: Any, angles: tuple[Tensor, Tensor]):
@@ -133,10 +132,9 @@ class Fused:
     @staticmethod
     def pays(layer: MergedLayer, device: torch.device, dtype: torch.dtype, rows: int) -> bool:
         """Whether this way has been measured to be faster on such a GPU, for layers of these shapes and `rows` rows."""
-        kinds = {"qkv": layer.qkv, "gate_up": layer.gate_up}
-        products = [(kind, tuple(projection.weight.shape)) for kind, projection in kinds.items()]
-        products += [("residual", tuple(module.weight.shape)) for module in (layer.o, layer.down)]
-        return configs.fused_products_pay(device, dtype, rows, products)
+        products = (("qkv", layer.qkv), ("gate_up", layer.gate_up), ("residual", layer.o), ("residual", layer.down))
+        shapes = [(kind, tuple(module.weight.shape)) for kind, module in products]
+        return configs.fused_products_pay(device, dtype, rows, shapes)
 
     def first_norm(self, norm: nn.Module, x: Tensor) -> tuple[Tensor, DeferredNorm]:
         """The residual stream, made from x (rows, hidden_size), and its norm."""
@@ -190,7 +188,7 @@ def norm_eps(norm: nn.Module) -> float | None:
 
 
 def is_plain_norm(norm: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether it is such an RMSNorm in this dtype, and plain as in `dkv.linear.is_plain`."""
+    """Whether it is an RMSNorm of a class in `NORM_EPS`, in this dtype, and plain as in `dkv.linear.is_plain`."""
     return (
         isinstance(norm_eps(norm), float)
         and not isinstance(norm, nn.RMSNorm)

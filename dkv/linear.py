@@ -17,9 +17,9 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def is_plain(module: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> bool:
-    """Whether it does exactly what its kind does: it is no subclass and has no hook, replaced forward or odd weight.
+    """Whether a module is of one of these kinds, not a subclass, without hooks, replaced forward or special weight.
 
-    A weight must also be contiguous, as the kernels read it.
+    Its weight must also be contiguous, because the kernels read it.
     """
     return (
         type(module) in kinds

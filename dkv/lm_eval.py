@@ -114,7 +114,7 @@ class DiffusionLM(TemplateLM):
         self.mc_num = whole("mc_num", mc_num, minimum=1)
         self.add_bos_token, self.check_greedy = add_bos_token, check_greedy
 
-        if isinstance(pretrained, torch.nn.Module):
+        if isinstance(pretrained, nn.Module):
             self.model = pretrained
             if tokenizer is None:
                 raise ValueError(
@@ -192,8 +192,8 @@ class DiffusionLM(TemplateLM):
                 progress.update(len(batch))
         progress.close()
         seconds = time.perf_counter() - start
-        speed = tokens / seconds
-        logger.info(f"{self.policy!r}: {tokens} tokens before ends of text, {seconds:.1f} s, {speed:.2f} tokens/s")
+        speed = f"{seconds:.1f} s, {tokens / seconds:.2f} tokens/s"
+        logger.info(f"{self.policy!r}: {tokens} tokens before ends of text, {speed}")
         return texts
 
     def _generate(self, prompts, kwargs):

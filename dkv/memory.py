@@ -81,18 +81,14 @@ def merge(parameters: list[nn.Parameter]) -> weakref.ref:
                 wait_for(merged)
                 parts = merged.split([parameter.shape[0] for parameter in parameters])
                 for parameter, part in zip(parameters, parts, strict=True):
-                    parameter.data = with_own_storage(part)
+                    # the same memory in a storage of the part's size, which keeps the whole tensor alive
+                    parameter.data = from_dlpack(to_dlpack(part))
                     _MERGED[parameter.untyped_storage()] = weakref.ref(merged)
             if merged.is_cuda:
                 # free the old pieces, which are too small to be reused; otherwise all layers exist twice
                 with nobody_records():
                     torch.cuda.empty_cache()
         return weakref.ref(merged)
-
-
-def with_own_storage(part: Tensor) -> Tensor:
-    """The same memory in a storage of exactly its size, which keeps the memory of the whole tensor alive."""
-    return from_dlpack(to_dlpack(part))
 
 
 def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:

@@ -7,10 +7,8 @@ from torch import Tensor, nn
 
 from dkv.cache import KVCache
 from dkv.guard import Fingerprint
-from dkv.kernels.checks import Impl
-from dkv.kernels.configs import MAX_PRODUCT_ROWS
+from dkv.kernels import checks, configs, reference
 from dkv.kernels.direct import direct
-from dkv.kernels.reference import Packed
 from dkv.layers import Fused, Library, MergedLayer, is_plain_norm, norm_eps
 from dkv.linear import MergedLinear, is_plain
 from dkv.memory import setting_up, storages_of
@@ -30,7 +28,7 @@ class ModelRunner:
         ValueError: fused_products=True for layers that they cannot run.
     """
 
-    def __init__(self, view: ModelView, length: int, impl: Impl, fused_products: bool | None = None):
+    def __init__(self, view: ModelView, length: int, impl: checks.Impl, fused_products: bool | None = None):
         self.view, self.impl, self.ops = view, impl, direct(impl, view.weight)
         angles = view.rope_tables(length, view.weight.device)
         with setting_up():
@@ -47,7 +45,9 @@ class ModelRunner:
                 f"32, 64 or 128 (got {view.headdim}); pass fused_products=None for this model."
             )
 
-    def __call__(self, active: Packed, cache: KVCache, max_seqlen: int, wanted: Packed | None = None) -> Tensor:
+    def __call__(
+        self, active: reference.Packed, cache: KVCache, max_seqlen: int, wanted: reference.Packed | None = None
+    ) -> Tensor:
         """Recomputes the active positions and replaces their K/V in the cache.
 
         Args:
@@ -78,7 +78,7 @@ class ModelRunner:
 
     def way_for(self, rows: int) -> Library | Fused:
         """The way in which a pass of `rows` rows goes through the layers."""
-        if self.fused is None or rows > MAX_PRODUCT_ROWS:
+        if self.fused is None or rows > configs.MAX_PRODUCT_ROWS:
             return self.library
         weight = self.view.weight
         pays = self.fused_products or self.fused.pays(self.layers[0], weight.device, weight.dtype, rows)
@@ -119,7 +119,11 @@ class ModelRunner:
 
 
 def _merged_layers(view):
-    shared = _shared(view)
+    modules = [module for layer in view.layers for module in (layer.q, layer.k, layer.v, layer.gate, layer.up)]
+    storages = [s for module in modules for p in module.parameters(recurse=False) for s in storages_of(p)]
+    times = Counter(map(id, storages))
+    # storages that several parameters, or several processes, share must not move
+    shared = {id(s) for s in storages if times[id(s)] > 1 or (s.device.type == "cpu" and s.is_shared())}
     norms = [layer.attn_norm for layer in view.layers] + [view.final_norm]
     return [
         MergedLayer(
@@ -133,14 +137,6 @@ def _merged_layers(view):
         )
         for layer, next_norm in zip(view.layers, norms[1:], strict=True)
     ]
-
-
-def _shared(view):
-    """Ids of the storages that several parameters of the merged layers, or several processes, share."""
-    modules = [module for layer in view.layers for module in (layer.q, layer.k, layer.v, layer.gate, layer.up)]
-    storages = [s for module in modules for p in module.parameters(recurse=False) for s in storages_of(p)]
-    times = Counter(map(id, storages))
-    return {id(s) for s in storages if times[id(s)] > 1 or (s.device.type == "cpu" and s.is_shared())}
 
 
 def _kinds(view):

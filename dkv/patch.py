@@ -11,8 +11,7 @@ import types
 import warnings
 from collections import Counter as Tally
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +20,7 @@ from dkv.active import write_active
 from dkv.cuda_graphs import StepGraphs
 from dkv.guard import Fingerprint, check_containers
 from dkv.inputs import one_of, whole
-from dkv.kernels.checks import IMPLS, Impl
-from dkv.kernels.cpu import padded_rows
-from dkv.kernels.reference import predictors
+from dkv.kernels import checks, cpu, reference
 from dkv.kernels.rows import Size
 from dkv.memory import memory_of, separate
 from dkv.model_runner import ModelRunner
@@ -51,7 +48,11 @@ class Uncached(Exception):
 
 
 def replace_attention(
-    model: AnyModel, policy: Policy | PolicyName | None = None, *, block_length: int | None = None, impl: Impl = "auto"
+    model: AnyModel,
+    policy: Policy | PolicyName | None = None,
+    *,
+    block_length: int | None = None,
+    impl: checks.Impl = "auto",
 ) -> AnyModel:
     """Replaces `model.forward` on this instance by one with a delayed K/V cache; the default policy is almost lossless.
 
@@ -99,7 +100,7 @@ def replace_attention(
     if policy.needs_blocks and block_length is None:
         raise ValueError(f"{policy!r} depends on blocks: pass the block_length of your loop.")
     block_length = None if block_length is None else whole("block_length", block_length, minimum=1)
-    one_of("impl", impl, IMPLS)
+    one_of("impl", impl, checks.IMPLS)
     restore_attention(model)
     before = {name: model.__dict__[name] for name in ("forward", "extra_repr") if name in model.__dict__}
     model._dkv = Patch(view, policy, block_length, impl, before, inspect.signature(model.forward))
@@ -164,9 +165,9 @@ def _patch_of(model):
 
 @torch._disable_dynamo
 def _forward(model, *args, **kwargs):
-    """Takes the place of `model.forward`: logits over the cache or, where none can serve the call, the original."""
+    """Takes the place of `model.forward`: serves a call from the cache or, where none can, by the original forward."""
     patch = model._dkv
-    original = patch.original_forward(model)
+    original = patch.before.get("forward") or types.MethodType(type(model).forward, model)
     if model.training or type(patch.policy) is NoCache:
         _take_session(model)
         return original(*args, **kwargs)
@@ -212,7 +213,7 @@ class Patch:
         view: ModelView,
         policy: Policy,
         block_length: int | None,
-        impl: Impl,
+        impl: checks.Impl,
         before: dict[str, Callable],
         signature: inspect.Signature,
     ) -> None:
@@ -221,10 +222,6 @@ class Patch:
         self.make_output, self.honours_mask = view.make_output, view.honours_attention_mask
         self.shifted = view.family.shifted
         self.uncached = Tally()
-
-    def original_forward(self, model: nn.Module) -> Callable:
-        """The forward that was replaced."""
-        return self.before.get("forward") or types.MethodType(type(model).forward, model)
 
     def check(self, model: nn.Module, arguments: dict[str, Any]) -> None:
         """Raises `Uncached` for a call whose arguments or shapes no session serves; reads nothing from the device."""
@@ -299,8 +296,7 @@ def _is_off(value, default):
     return value is default or (isinstance(value, bool | int | float | str) and value == (default or 0))
 
 
-@dataclass
-class FirstCall:
+class FirstCall(NamedTuple):
     """The first call of a session.
 
     Attributes:
@@ -370,7 +366,17 @@ def _read_mask(mask, shape, *, added):
 
 
 class Session:
-    """The cache and the state of one generation by a foreign loop; the next one of the same shape reuses the memory."""
+    """The cache and the state of one generation by a foreign loop; the next one of the same shape reuses the memory.
+
+    Attributes:
+        longest, masking: as in `FirstCall`; the next session needs no more positions, and the same kind of mask.
+        mask, given_positions, fingerprint: the first call's arguments and the model then; later steps must have the
+            same.
+        active, positions, sizes: as in `dkv.run.Run`.
+        count, longest_row: ints, the active positions of all rows, and an upper bound for one row.
+        home: the CUDA stream that allocated the memory; None on a CPU.
+        stream, done: the CUDA stream of the last call, and an event behind it; None on a CPU.
+    """
 
     # inference tensors cannot be updated later outside inference mode, so allocate normal ones
     @torch.inference_mode(False)
@@ -401,10 +407,9 @@ class Session:
 
     def settle(self) -> None:
         """Waits for the last call if several streams take part, so that the memory may be used here, or freed."""
-        if self.stream is not None:
-            current = torch.cuda.current_stream(self.stream.device)
-            if not self.home == self.stream == current:
-                self.done.synchronize()
+        last = self.stream
+        if last is not None and not self.home == last == torch.cuda.current_stream(last.device):
+            self.done.synchronize()
 
     def can_serve(self, view: ModelView, first_call: FirstCall) -> bool:
         """Whether a new session can use this one's memory and recorded graphs."""
@@ -415,7 +420,10 @@ class Session:
         """Begins anew with a full step: everything valid is active."""
         self.fingerprint = Fingerprint(list(model.modules()), values=True)
         self.mask, self.given_positions = first_call.mask, first_call.given_positions
-        first_generated = _first_generated(self.view, first_call)
+        # the latest of the rows' first masks: other rows may have masks inside their prompts or, like the unconditional
+        # rows of guidance, in place of them
+        masked = (first_call.x == self.view.mask_id) & first_call.valid
+        first_generated = masked.int().argmax(1).amax()
         self.state.start(
             first_call.x,
             first_call.valid,
@@ -447,7 +455,7 @@ class Session:
             return False
         # argmax of NaN logits gives token 0; other tokens may come from elsewhere, such as padding after an end of text
         zeros = state.masked & (x == 0) & (x != state.mask_id)
-        unseen = predictors(zeros, state.first_column, shifted=state.shifted) & ~self.active
+        unseen = reference.predictors(zeros, state.first_column, shifted=state.shifted) & ~self.active
         # if the call is not the next step this state is not used again, so it may be overwritten
         state.x.copy_(x)
         self._decide()
@@ -469,7 +477,7 @@ class Session:
     def logits(self) -> Tensor:
         """(batch, seqlen, vocab): logits of the recomputed positions, NaN elsewhere."""
         state, view = self.state, self.view
-        room = Room(padded_rows(self.count) if state.x.device.type == "cpu" else self.count, self.longest_row, 0)
+        room = Room(cpu.padded_rows(self.count) if state.x.device.type == "cpu" else self.count, self.longest_row, 0)
         if self.graphs is not None and self.rooms.records(room):
             room = self.rooms.of(room)
             hidden, slots = self.graphs.run(room, lambda: self._hidden(room))
@@ -499,15 +507,6 @@ class Session:
             shifted=state.shifted,
         )
         return self.runner(packed, self.cache, room.per_row), packed.slots
-
-
-def _first_generated(view, first_call):
-    """(): the maximum over the rows of the column of the first mask.
-
-    Other rows may have masks inside their prompts or, like the unconditional rows of guidance, in place of them.
-    """
-    masked = (first_call.x == view.mask_id) & first_call.valid
-    return masked.int().argmax(1).amax()
 
 
 def _and_equal(flag, new, old):

@@ -1,7 +1,7 @@
 """Policies: the positions that a step recomputes. All others are read from the cache as they were last computed.
 
-A policy is a function of the `State` before the step. The engine adds the positions whose outputs the step needs, and
-removes padding and finished rows. The policies of this module are rules that one kernel carries out; your own policy
+A policy is a function of the `State` before the step. dkv adds the positions whose outputs the step needs, and removes
+padding and finished rows. The policies of this module are rules that one kernel carries out; your own policy
 subclasses `Policy`:
 
     class EveryOther(dkv.Policy):

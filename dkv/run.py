@@ -1,15 +1,15 @@
 """A denoising run: steps on static memory, which a GPU executes without waiting for the host, or as CUDA graphs.
 
-A run is a loop turned by half a step: a step ends by deciding what the next one recomputes, because the host must know
-the size of a step before it launches it.
+The host must know the size of a step before it launches it. Each step therefore ends by deciding which positions the
+next one recomputes, and `start` decides for the first one.
 
     start -> _decide -+-> next_room -> [ _hidden -> predict -> commit_tokens -> _decide ] -+-> finish
                       |    (host)         compute: on the device, as one CUDA graph        |
                       +-------------------------------- step ------------------------------+
 
-`_hidden` packs the active positions (`pack_step`) and takes them through the layers (`ModelRunner`). `predict` is the
-head and the scores. `_decide` updates the `State` (`advance`) and writes the positions that the next step recomputes
-(`write_active`).
+`_hidden` packs the active positions (`pack_step`) and takes them through the layers (`ModelRunner`). `predict`
+(`Sampler`) applies the LM head, chooses tokens and scores them. `_decide` updates the `State` (`advance`) and writes
+the positions that the next step recomputes (`write_active`).
 """
 
 import weakref
@@ -20,10 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dkv.active import rule_of, write_active
-from dkv.config import GenerateConfig
 from dkv.cuda_graphs import StepGraphs
-from dkv.kernels.cpu import padded_rows
-from dkv.kernels.reference import Packed
+from dkv.kernels import cpu
 from dkv.kernels.rows import Counter, Size
 from dkv.memory import memory_of
 from dkv.model_runner import ModelRunner
@@ -80,10 +78,6 @@ class RunKey:
     eos_ids: tuple[int, ...]
     has_forecasts: bool
 
-    @property
-    def config(self) -> GenerateConfig:
-        return self.sampler.config
-
 
 def take_run(model: nn.Module, key: RunKey, view: ModelView) -> "Run":
     """The `Run` kept for the model, if it has this key and the weights have not moved; otherwise a new one."""
@@ -119,29 +113,30 @@ class Run:
         runner, ops: `ModelRunner`, and the operators of its `impl`.
         cache: `KVCache`.
         graphs: `StepGraphs`; None if steps are not recorded.
-        late: `LateSizes`, which tighten the bounds; None if they cannot.
+        late: `LateSizes`, which tighten the bounds; None if they would not.
 
     Attributes that are static tensors on the device:
         state: `State`.
         positions: (batch * rows_per_sequence, capacity) int64, for RoPE.
         active: (batch, capacity) bool, the positions that the next step recomputes.
-        sizes: (batch, len(Size)) int32, how many they are.
-        totals: (batch, 2) int64, recomputed and computable positions, over all steps.
-        excess: () int64, active positions beyond the policy's `max_active`, over all steps.
+        sizes: (batch, len(Size)) int32, their number and other sizes of the next step.
+        totals: (batch, 2) int64, the sums over all steps of recomputed and of computable positions.
+        excess: () int64, the maximum over the steps of the positions that did not fit the step's `Room`.
         commits: (batch, blocks, steps of a block) int64, the schedule's; None if no schedule counts commits.
         eos_ids: (n,) int64, as in the key; None if no row ends early.
         options: `RowOptions`.
 
     Attributes of the current batch, set by `start`:
-        forecasts: a list with the `Forecast` of each step; None without forecasts.
+        forecasts: a list with the `Forecast` of each step; None if the key has none.
         bounds: a list with the `Room` that each step needs at most, None where the policy has no bound; None without
             forecasts.
         rooms: `Rooms`, the sizes that steps are padded to.
         longest, valid_positions: ints, the positions of the longest row and of all rows, without padding.
         unused: int, columns of the memory in front of the batch.
-        steps, max_steps: ints, steps done, and the last step of a schedule.
-        sizes_read: the `Room` and the masks of the next step, or None if the host has not read them.
-        masks_left: a list of ints, the masks of each row when the host last read them.
+        steps, max_steps: ints, the steps done, and the maximum number that a schedule takes.
+        sizes_read: the `Room` that the next step needs and the masks that are left, or None if the host has not read
+            them.
+        masks_left: for threshold and factor, a list with the masks of each row when the host last read them.
         began: the number of graphs, and the seconds spent on them, before the run.
         weights: the storages that recorded steps read, kept alive until the run ends, whatever happens to the model.
     """
@@ -150,7 +145,7 @@ class Run:
     @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(self, view: ModelView, key: RunKey) -> None:
-        device, batch, config = view.weight.device, key.batch, key.config
+        device, batch, config = view.weight.device, key.batch, key.sampler.config
         self.view, self.key, self.config, self.sampler = view, key, config, key.sampler
         self.policy: Policy = config.policy
         self.shifted = view.family.shifted
@@ -259,7 +254,7 @@ class Run:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Predicts, commits, and decides what the next step recomputes; in the model's dtype, even under autocast."""
+        """Predicts, commits, and decides for the next step; computes in the model's dtype, even under autocast."""
         room = self.next_room()
         with torch.autocast(self.sizes.device.type, enabled=False):
             if self.graphs is not None and self.rooms.records(room):
@@ -271,7 +266,11 @@ class Run:
         self.steps += 1
 
     def finish(self) -> tuple[Tensor, GenerateStats]:
-        """The sequences, (batch, seqlen) int64, which share no memory with the run, and the work that it did."""
+        """The sequences (batch, seqlen) int64, in memory of their own, and the `GenerateStats` of the run.
+
+        Raises:
+            RuntimeError: a candidate had no answer, or the policy's `max_active` was too small.
+        """
         sequences = self.trimmed(self.state.x)
         nan_steps = self.state.counters[:, Counter.NAN_STEP]
         numbers = torch.cat((self.totals.sum(0), self.excess[None], nan_steps))
@@ -344,7 +343,7 @@ class Run:
         """The `Room` of the next step."""
         if reads_sizes(self.sizes.device):
             need, _ = self._read()
-            return Room(padded_rows(need.positions), need.per_row + self.shifted, padded_rows(need.candidates))
+            return Room(cpu.padded_rows(need.positions), need.per_row + self.shifted, cpu.padded_rows(need.candidates))
         if self.bounds is None or self.bounds[self.steps] is None:
             need, _ = self._read()
             # the first two masks of a row can have the same predictor
@@ -388,7 +387,8 @@ class Run:
         scales = None
         if self.config.temperature:
             # slots after the candidates are padding or of unconditional rows: their scales are not used
-            scales = options.scales(wanted.slots.clamp(min=0) // self.key.capacity % self.key.batch)
+            rows = wanted.slots.clamp(min=0) // self.key.capacity % self.key.batch
+            scales = options.logit_scale[rows], options.noise_scale[rows]
         tokens, scores = self.sampler.predict(
             self.view, hidden, wanted.keys, self.ops, scales, cu_seqlens=wanted.cu_seqlens
         )
@@ -405,7 +405,7 @@ class Run:
         )
         self._decide()
 
-    def _hidden(self, room: Room) -> tuple[Tensor, Packed]:
+    def _hidden(self, room):
         """The hidden states (candidates, hidden_size) that predict the candidates, and the candidates as `Packed`."""
         state, key = self.state, self.key
         ids = state.x
@@ -439,7 +439,7 @@ class Run:
         return guided.to(cond.dtype), wanted._replace(slots=slots, cu_seqlens=cu_seqlens, keys=keys)
 
     def _decide(self):
-        """Takes the commits into the state, and writes what the next step recomputes and may commit."""
+        """Updates the state after the commits, and writes the positions that the next step recomputes."""
         self.state.advance(commits=self.commits, end_ids=self.eos_ids, pad_id=self.key.pad_id)
         write_active(self.policy, self.state, self.active, self.sizes, self.totals, foresee=self.late is not None)
 

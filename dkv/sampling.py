@@ -1,7 +1,7 @@
 """From hidden states to scored tokens: the remasking rules of LLaDA and Dream, and confidence-parallel decoding."""
 
 from dataclasses import dataclass
-from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +9,6 @@ from torch import Tensor
 from dkv.config import GenerateConfig
 from dkv.kernels import reference
 from dkv.kernels.noise import gumbel, noise_key, uniform
-from dkv.kernels.reference import LOGITS_AT_A_TIME
 from dkv.kernels.rows import Counter
 from dkv.models.view import ModelView
 from dkv.schedule import Schedule
@@ -45,19 +44,17 @@ class Sampler:
         dtype = torch.promote_types(weight.dtype, torch.float32)
 
         def of_rows(value):
-            return torch.full((batch,), value, dtype=dtype, device=weight.device)
+            return None if value is None else torch.full((batch,), value, dtype=dtype, device=weight.device)
 
-        config = self.config
-        threshold, factor = (None if value is None else of_rows(value) for value in (config.threshold, config.factor))
-        scales = map(of_rows, self.scales) if config.temperature else (None, None)
-        return RowOptions(threshold, factor, *scales)
+        scales = self.scales if self.config.temperature else (None, None)
+        return RowOptions(*map(of_rows, (self.config.threshold, self.config.factor, *scales)))
 
     def predict(
         self,
         view: ModelView,
         hidden: Tensor,
         keys: Tensor | None,
-        ops: SimpleNamespace | ModuleType,
+        ops: Any,
         scales: tuple[Tensor | float, Tensor | float] | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -90,7 +87,7 @@ class Sampler:
                 cu_seqlens=cu_seqlens,
             )
             return found.token, self.config.rule.score(found)
-        rows = max(1, LOGITS_AT_A_TIME // view.vocab_size)
+        rows = max(1, reference.LOGITS_AT_A_TIME // view.vocab_size)
         parts = []
         for start in range(0, max(len(hidden), 1), rows):
             own = [v[start : start + rows] if isinstance(v, Tensor) else v for v in (keys, logit_scale, noise_scale)]
@@ -122,8 +119,7 @@ class Sampler:
         return token, score.masked_fill(unanswered, float("nan"))
 
     def ranking(self, score: Tensor, keys: Tensor | None) -> Tensor:
-        """The numbers that decide the commits: probabilities for threshold and factor, otherwise the scores, with noise
-        for alg_temp."""
+        """The scores that decide the commits: as probabilities for threshold and factor, with noise for alg_temp."""
         config = self.config
         if config.by_probability:
             return config.rule.probability(score)
@@ -156,10 +152,6 @@ class RowOptions:
     factor: Tensor | None
     logit_scale: Tensor | None
     noise_scale: Tensor | None
-
-    def scales(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """logit_scale and noise_scale of the given rows, (n,) int64; only if noise is drawn."""
-        return self.logit_scale[rows], self.noise_scale[rows]
 
 
 def write_order(

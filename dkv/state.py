@@ -1,6 +1,5 @@
 """The state of a denoising run before each step: the sequence, when each position was decoded, block and step."""
 
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -53,7 +52,7 @@ class State:
         *,
         mask_id: int,
         shifted: bool,
-        ops: SimpleNamespace | ModuleType,
+        ops: Any,
         device: torch.device,
         prompt_masks_wait: bool = True,
         ordered: bool = False,
@@ -90,7 +89,7 @@ class State:
         """Begins a run of the same shape in the same memory; `advance` then takes it to its first step.
 
         Args:
-            x, valid: as above; the masks in x that are not padding will be decoded.
+            x, valid: copied into the attributes; the masks in x that are not padding will be decoded.
             first_generated, block_length, gen_length, seed: ints, or integer tensors (batch,) with one for each row.
         """
         self.x.copy_(x)

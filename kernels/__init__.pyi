@@ -1,4 +1,4 @@
-"""What `dkv.kernels` exports, for type checkers and editors; `dkv/kernels.py` is what Python runs."""
+"""The exports of `dkv.kernels` for type checkers and editors; Python itself runs `dkv/kernels.py`."""
 
 from dkv.kernels import reference as reference
 from dkv.kernels.activation import swiglu as swiglu

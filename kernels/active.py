@@ -70,7 +70,7 @@ def _is_unstable(
 
 @triton.jit
 def _window_of_nearest(decoded_step, active, to_decode, rank, columns, window, COLUMNS: tl.constexpr):
-    """The nearest masks, left ones first, of each position about to be decoded that are not active yet."""
+    """For each position about to be decoded, the nearest masks that are not active yet, left ones first."""
     free = (decoded_step == MASKED) & ~active
     found = columns < 0
     first = tl.min(tl.where(to_decode, rank, COLUMNS), 0)

@@ -77,14 +77,12 @@ def check_device(reference_name: str, reference: Tensor, **tensors: Tensor | Non
 def check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...], meaning: str) -> None:
     """A None in `shape` matches any size; `meaning` names the dims in the error."""
     have = tuple(tensor.shape)
-    if have == shape or (len(have) == len(shape) and have == tuple(map(_either, shape, have))):
+    if have == shape or (
+        len(have) == len(shape) and all(want in (None, size) for want, size in zip(shape, have, strict=True))
+    ):
         return
     want = ", ".join("*" if s is None else str(s) for s in shape)
     raise ValueError(f"{name} must have shape {meaning} = ({want}), got {have}.")
-
-
-def _either(want, have):
-    return have if want is None else want
 
 
 def check_floating(name: str, tensor: Tensor) -> None:

@@ -45,7 +45,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def feature_major(x: Tensor) -> Tensor:
-    """x (rows, features) in the layout of a product of so many rows, so that adding the two needs no copy."""
+    """x (rows, features) in the layout of the results of `linear` for as many rows: adding the two needs no copy."""
     return x.t().contiguous().t() if _is_weight_first(x) else x
 
 

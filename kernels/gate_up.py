@@ -18,7 +18,6 @@ from dkv.kernels import checks, reference
 from dkv.kernels.configs import ProductConfig, product_config
 from dkv.kernels.language import gdc_launch_dependents, gdc_wait, tl, triton
 from dkv.kernels.operators import operator
-from dkv.kernels.reference import DeferredNorm
 from dkv.kernels.skinny import (
     is_last_to_arrive,
     keep_partial,
@@ -97,7 +96,7 @@ def _linear_swiglu_kernel(
 
 
 def _launch(
-    normed: DeferredNorm,
+    normed: reference.DeferredNorm,
     eps: float,
     weight: Tensor,
     *,
@@ -144,7 +143,7 @@ def _fake(normed, weight, **_):
 _operator = operator("linear_swiglu", _launch, reference.linear_swiglu, fake=_fake)
 
 
-def linear_swiglu(normed: DeferredNorm, eps: float, weight: Tensor, *, impl: checks.Impl = "auto") -> Tensor:
+def linear_swiglu(normed: reference.DeferredNorm, eps: float, weight: Tensor, *, impl: checks.Impl = "auto") -> Tensor:
     """Projects rows to gate and up, and computes silu(gate) * up.
 
     Mutates nothing. Made for up to 256 rows. If it splits the channels, a small launch clears semaphores first.

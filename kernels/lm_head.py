@@ -27,7 +27,6 @@ from dkv.kernels.configs import lm_head_config, lm_head_merge_config, num_sms
 from dkv.kernels.language import tl, triton
 from dkv.kernels.noise import draw, gumbel_of, log1p
 from dkv.kernels.operators import operator
-from dkv.kernels.reference import Confidence
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # in place of -inf: inf - inf would be NaN
@@ -391,13 +390,13 @@ def _launch(
     exclude_ids: Sequence[int] | None = None,
     round_logits: bool = False,
     cu_seqlens: Tensor | None = None,
-) -> Confidence:
+) -> reference.Confidence:
     rows, hidden_size = hidden.shape
     vocab = weight.shape[0]
     token = torch.empty(rows, dtype=torch.int64, device=hidden.device)
     log_prob, margin, entropy = (torch.empty(rows, dtype=torch.float32, device=hidden.device) for _ in range(3))
     if rows == 0:
-        return Confidence(token, log_prob, margin, entropy)
+        return reference.Confidence(token, log_prob, margin, entropy)
 
     logit_scale, logit_scales = checks.float_and_tensor(logit_scale)
     noise_scale, noise_scales = checks.float_and_tensor(noise_scale)
@@ -460,13 +459,13 @@ def _launch(
             BLOCK_M=merge.block_m,
             num_warps=merge.num_warps,
         )
-    return Confidence(token, log_prob, margin, entropy)
+    return reference.Confidence(token, log_prob, margin, entropy)
 
 
 def _fake(hidden, **_):
     rows, dtype = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
     token = hidden.new_empty(rows, dtype=torch.int64)
-    return Confidence(token, *(hidden.new_empty(rows, dtype=dtype) for _ in range(3)))
+    return reference.Confidence(token, *(hidden.new_empty(rows, dtype=dtype) for _ in range(3)))
 
 
 _operator = operator("lm_head_confidence", _launch, reference.lm_head_confidence, fake=_fake)
@@ -483,7 +482,7 @@ def lm_head_confidence(
     round_logits: bool = False,
     cu_seqlens: Tensor | None = None,
     impl: checks.Impl = "auto",
-) -> Confidence:
+) -> reference.Confidence:
     """Predicts a token for each row, and the model's confidence in it, without keeping the logits.
 
     Mutates nothing. With z = logit_scale * (hidden @ weight.T) in float32, -inf for the excluded ids, the token is
@@ -533,7 +532,7 @@ def lm_head_confidence(
     checks.check_last_dim_contiguous(hidden=hidden, weight=weight)
     _check_scale("logit_scale", logit_scale, hidden)
     _check_scale("noise_scale", noise_scale, hidden)
-    if noise_key is None and (isinstance(noise_scale, torch.Tensor) or noise_scale > 0):
+    if noise_key is None and (isinstance(noise_scale, Tensor) or noise_scale > 0):
         raise ValueError(
             "noise_scale > 0, or a tensor, needs noise_key; pass a key of dkv.kernels.noise.noise_key for each row."
         )
@@ -557,7 +556,7 @@ def lm_head_confidence(
 
 def _check_scale(name, scale, hidden):
     """Checks `logit_scale` or `noise_scale`; the values of a tensor are not read."""
-    if isinstance(scale, torch.Tensor):
+    if isinstance(scale, Tensor):
         checks.check_no_grad(**{name: scale})
         dtypes = (torch.float32,) if hidden.dtype != torch.float64 else (torch.float32, torch.float64)
         checks.check_tensor(name, scale, hidden, (hidden.shape[0],), "(rows,)", *dtypes)

@@ -136,17 +136,18 @@ def _launch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _launch(x, None, weight, eps)
 
 
-def _twin_of_rms_norm(x, weight, eps):
-    return reference.add_rms_norm(x, None, weight, eps)
-
-
 def _fake(x, **_):
     return x.new_empty(x.shape)
 
 
 _add_rms_norm = operator("add_rms_norm", _launch, reference.add_rms_norm, fake=_fake, mutates=("residual",))
 # an operator of its own, because torch.compile does not take one that writes to an optional tensor
-_rms_norm = operator("rms_norm", _launch_rms_norm, _twin_of_rms_norm, fake=_fake)
+_rms_norm = operator(
+    "rms_norm",
+    _launch_rms_norm,
+    lambda x, weight, eps: reference.add_rms_norm(x, None, weight, eps),
+    fake=_fake,
+)
 
 
 def add_rms_norm(

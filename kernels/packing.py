@@ -3,7 +3,7 @@
     slots = row * seqlen + column of every active position, in order;  cu_seqlens[b] = active positions of rows before b
 
 `pack_positions` does this for any flags. A step packs two lists in one launch: the active positions with their tokens
-and RoPE positions, and the candidates for tokens with the places of their predictors in the first list. Layouts: flags
+and RoPE positions, and the candidates for tokens with the indices of their predictors in the first list. Layouts: flags
 (batch, seqlen) bool, with any strides for `pack_positions`; lists (capacity,), so that no shape depends on the values.
 Each program packs one row, in order, by a prefix sum over its columns (compaction by scan: Blelloch, "Prefix sums and
 their applications", 1990); it is bound by latency.
@@ -17,7 +17,6 @@ from dkv.kernels.configs import PACK
 from dkv.kernels.language import tl, triton
 from dkv.kernels.noise import key_of
 from dkv.kernels.operators import operator
-from dkv.kernels.reference import Packed
 from dkv.kernels.rows import COUNTERS, FIRST_COLUMN, REQUEST, SEED, SIZE_CANDIDATES, STEP
 
 
@@ -31,7 +30,7 @@ def load_bound(cu_seqlens_ptr, row, total):
 def _rows_before(counts_ptr, stride, row, flag_rows, BLOCK: tl.constexpr):
     """The sum of the counts of all rows before this one, and [BLOCK] maxima of them.
 
-    Every row sums again, but many rows are also many programs.
+    Every program sums for itself, because none waits for another.
     """
     offs = tl.arange(0, BLOCK)
     before, largest = tl.zeros([BLOCK], dtype=tl.int32), tl.zeros([BLOCK], dtype=tl.int32)
@@ -114,7 +113,7 @@ def _pack_positions_kernel(
                 tl.store(excess_ptr, tl.maximum(tl.load(excess_ptr), excess))
         return
 
-    # wrong counts must not write before the lists; all places beyond them are masked alike
+    # with wrong counts nothing may be written before the lists; places behind them are masked anyway
     place = tl.minimum(tl.maximum(place, 0), capacity)
     candidate_place = tl.minimum(tl.maximum(candidate_place, 0), candidate_capacity)
     row64, flag_row = row.to(tl.int64), (row % flag_rows).to(tl.int64)
@@ -180,12 +179,12 @@ def _launch_pack_step(
     per_row: int,
     shifted: bool,
     noisy: bool = False,
-) -> tuple[Packed, Packed]:
+) -> tuple[reference.Packed, reference.Packed]:
     slots, packed_ids, packed_positions = (_list(active, capacity) for _ in range(3))
-    packed = Packed(slots, _ends(active, ids.shape[0]), packed_positions, ids=packed_ids)
+    packed = reference.Packed(slots, _ends(active, ids.shape[0]), packed_positions, ids=packed_ids)
     candidate_slots, candidate_positions, logits_indices = (_list(active, candidate_capacity) for _ in range(3))
     keys = _list(active, candidate_capacity) if noisy else None
-    wanted = Packed(
+    wanted = reference.Packed(
         candidate_slots, _ends(active, ids.shape[0]), candidate_positions, logits_indices=logits_indices, keys=keys
     )
     _pack(

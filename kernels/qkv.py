@@ -18,7 +18,6 @@ from dkv.kernels import checks, reference
 from dkv.kernels.configs import ProductConfig, product_config
 from dkv.kernels.language import gdc_launch_dependents, gdc_wait, tl, triton
 from dkv.kernels.operators import operator
-from dkv.kernels.reference import DeferredNorm
 from dkv.kernels.skinny import (
     is_last_to_arrive,
     keep_partial,
@@ -151,7 +150,7 @@ def _linear_rope_cache_kernel(
 
 
 def _launch(
-    normed: DeferredNorm,
+    normed: reference.DeferredNorm,
     eps: float,
     weight: Tensor,
     bias: Tensor | None,
@@ -233,7 +232,7 @@ _operator = operator(
 
 
 def linear_rope_cache_update(
-    normed: DeferredNorm,
+    normed: reference.DeferredNorm,
     eps: float,
     weight: Tensor,
     bias: Tensor | None,

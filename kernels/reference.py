@@ -1,7 +1,8 @@
-"""The PyTorch twins: what the kernels must compute, and what a CPU runs, so a few of them have fast paths for it.
+"""The PyTorch twins of the kernels: their specification, and the implementation for CPUs, with a few fast paths.
 
-Each function has the signature of its Triton twin (without `impl`) and accepts float64, which the tests use as the
-oracle. Some read small index tensors on the host, so they synchronise on a GPU; the Triton kernels never do.
+Each function has the signature of its kernel's operator (without `impl`) and accepts float64, in which the tests
+compute the results to expect. Some read small index tensors on the host, so they synchronise on a GPU; the Triton
+kernels never do.
 """
 
 import itertools
@@ -49,7 +50,7 @@ def rope_cache_update(
     k_cache: Tensor,
     v_cache: Tensor,
 ) -> Tensor:
-    """Twin of `dkv.kernels.rope_cache_update`; of float32 q, k, v it writes and returns the dtype of the caches."""
+    """Twin of `dkv.kernels.rope_cache_update`; q, k, v may be float32: all results have the dtype of the caches."""
     num_slots = k_cache.shape[0] * k_cache.shape[1]
     min_slot, max_slot = _extremes(slots)
     written = slice(None)
@@ -210,8 +211,9 @@ def pack_step(
             batch, the unconditional ones of guidance, repeat the flags of the first ones.
         positions: (rows, seqlen) int64, for RoPE.
         counters: (batch, len(Counter)) int64.
-        excess: () int64, raised to the number of positions that did not fit; None: not counted.
-        capacity, candidate_capacity: lengths of the two lists; per_row: the largest number that fits from one row.
+        excess: () int64, raised to the number of entries that did not fit, if that is larger; None: not counted.
+        capacity, candidate_capacity: lengths of the two lists.
+        per_row: the maximum number of entries that fit from one row.
         shifted: whether the output at column j - 1 predicts column j.
         noisy: whether noise keys are needed.
 
@@ -227,8 +229,8 @@ def pack_step(
     packed = Packed(slots, cu_seqlens, positions.flatten()[at], ids=ids.flatten()[at])
     slots, cu_seqlens = pack_positions(candidates, candidate_capacity)
     if excess is not None:
-        for ends, places in ((packed.cu_seqlens, capacity), (cu_seqlens, candidate_capacity)):
-            found = torch.maximum(ends[-1] - places, ends.diff().max() - per_row)
+        for ends, length in ((packed.cu_seqlens, capacity), (cu_seqlens, candidate_capacity)):
+            found = torch.maximum(ends[-1] - length, ends.diff().max() - per_row)
             torch.maximum(excess, found, out=excess)
     at = slots.clamp(min=0)
     keys = None
@@ -518,14 +520,9 @@ def commit_tokens(
         chosen[first:last] = lines.flatten()
     else:
         torch.masked_select(lines, in_row, out=chosen[first:last])
+    chosen &= (slots >= 0) & (slots < x.numel())
     entries = chosen.nonzero().squeeze(1)
-    places = slots.index_select(0, entries)
-    min_slot, max_slot = _extremes(places)
-    if min_slot < 0 or max_slot >= x.numel():
-        chosen &= (slots >= 0) & (slots < x.numel())
-        entries = chosen.nonzero().squeeze(1)
-        places = slots.index_select(0, entries)
-    x.view(-1).index_copy_(0, places, tokens.index_select(0, entries))
+    x.view(-1).index_copy_(0, slots.index_select(0, entries), tokens.index_select(0, entries))
     return chosen
 
 

@@ -15,7 +15,6 @@ from dkv.kernels import checks, reference
 from dkv.kernels.configs import ProductConfig, product_config
 from dkv.kernels.language import gdc_launch_dependents, gdc_wait, tl, triton
 from dkv.kernels.operators import operator
-from dkv.kernels.reference import DeferredNorm
 from dkv.kernels.skinny import (
     PART,
     empty_deferred,
@@ -107,7 +106,7 @@ def _launch(
     *,
     semaphores: Tensor | None = None,
     config: ProductConfig | None = None,
-) -> DeferredNorm:
+) -> reference.DeferredNorm:
     rows, in_features = x.shape
     size = weight.shape[0]
     weighted, square_sums = normed = empty_deferred(residual)
@@ -154,7 +153,7 @@ def linear_add_norm(
     norm_weight: Tensor,
     *,
     impl: checks.Impl = "auto",
-) -> DeferredNorm:
+) -> reference.DeferredNorm:
     """Adds a projection of rows to the residual stream, and begins the RMS norm of the sum.
 
     Mutates residual in place: residual += x weight^T, computed in float32 and rounded to its dtype. Made for up to 256

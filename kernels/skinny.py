@@ -32,8 +32,8 @@ LINE_BYTES, PREFETCHED_LINES = tl.constexpr(128), tl.constexpr(4)
 def share_of(tiles, row_blocks, in_features, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr):
     """The work of a program of the flat grid: (tile, row block, output, split, first, last).
 
-    `output` numbers the pairs of tile and row block, whose channels are split. The program has the steps of BLOCK_K
-    channels first .. last - 1. The row blocks of a tile are neighbours, so all but the first find it in the L2.
+    `output` numbers the pairs of a tile and a row block, whose channels are split. The program does the steps first ..
+    last - 1, each of BLOCK_K channels. The row blocks of a tile are neighbours, so all but the first find it in the L2.
     """
     program = tl.program_id(0)
     output = program % (tiles * row_blocks)

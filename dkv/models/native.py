@@ -61,7 +61,7 @@ class NativeModel(nn.Module):
         model_config: the `ModelConfig` that the model was built from.
     """
 
-    _kept = None  # (what the last view was read from, that view)
+    _kept = None  # (modules, parameters and config that the last view was read from; that view)
 
     def __init__(self, config: SimpleNamespace, owner: str = "config"):
         """Builds the modules without memory (on the meta device).
@@ -122,12 +122,12 @@ class NativeModel(nn.Module):
             )
 
     def _view(self) -> ModelView:
-        """`find(self)`, kept until a module, the identity, shape or device of a parameter, or the config changes."""
+        """`find(self)`, kept until the modules, the config, or anything that `find` reads of a parameter changes."""
         if torch.compiler.is_compiling():
             return self.find(self)
         modules = [*self.modules()][1:]  # without the model, or it would keep itself alive
         parameters = [p for module in modules for p in module._parameters.values() if p is not None]
-        tensors = [(id(p), p.shape, p.device) for p in parameters]  # equal ids: tied in the same way
+        tensors = [(id(p), p.shape, p.device) for p in parameters]  # tied weights have equal ids
         if self._kept is None or self._kept[0] != (modules, tensors, vars(self.config)):
             # a copy, because a value of the config may be changed in place
             self._kept = (modules, tensors, copy.deepcopy(vars(self.config))), self.find(self)

@@ -15,7 +15,7 @@ from dkv.memory import setting_up, wait_for
 
 @dataclass(frozen=True)
 class Layer:
-    """The modules of a decoder layer, whatever the model calls them."""
+    """The modules of a decoder layer by their roles, the same for every family."""
 
     attn_norm: nn.Module
     q: nn.Module
@@ -69,7 +69,8 @@ class ModelView:
         max_positions: the length that the model was made for.
         mask_id, eos_ids, pad_token_id: token ids below vocab_size.
         make_output: makes the output of the model's own forward from logits.
-        honours_attention_mask: whether the model's own forward does (the first revision of LLaDA's file ignores it).
+        honours_attention_mask: whether the model's own forward applies its attention_mask (the first revision of
+            LLaDA's file ignores it).
     """
 
     family: Family
