@@ -1,6 +1,6 @@
 """The options of `dkv.generate` as data: the one list of their types, defaults and checks, and the remasking rules."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Literal, NamedTuple
@@ -79,7 +79,7 @@ class GenerateConfig:
     logits_eos_inf: bool = _option(False, switch)
     confidence_eos_eot_inf: bool = _option(False, switch)
     eos_early_stop: bool = _option(False, switch)
-    eos_token_id: int | Sequence[int] | None = _option(None, token_ids)
+    eos_token_id: int | list[int] | tuple[int, ...] | None = _option(None, token_ids)
     mask_id: int | None = _option(None, token_id)
     impl: checks.Impl = _option("auto", one_of, allowed=checks.IMPLS)
     cuda_graphs: bool = _option(True, switch)

@@ -1,7 +1,6 @@
 """`dkv.generate`: the denoising loop of LLaDA and Dream over a delayed cache."""
 
 import contextlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,7 +62,7 @@ def generate(
     logits_eos_inf: bool = False,
     confidence_eos_eot_inf: bool = False,
     eos_early_stop: bool = False,
-    eos_token_id: int | Sequence[int] | None = None,
+    eos_token_id: int | list[int] | tuple[int, ...] | None = None,
     mask_id: int | None = None,
     order: Tensor | None = None,
     generator: torch.Generator | None = None,

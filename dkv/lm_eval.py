@@ -7,6 +7,7 @@ is the harness's own command line with this model added; in Python, importing th
 
 import inspect
 import logging
+import os
 import time
 from dataclasses import fields
 from itertools import groupby, islice
@@ -84,7 +85,7 @@ class DiffusionLM(TemplateLM):
 
     def __init__(
         self,
-        pretrained: str | nn.Module,
+        pretrained: str | os.PathLike[str] | nn.Module,
         *,
         policy: PolicyName | Policy = "Decode",
         gen_length: int | None = None,
@@ -92,7 +93,7 @@ class DiffusionLM(TemplateLM):
         block_length: int | None = None,
         batch_size: int | str = 1,
         dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
         tokenizer: Any = None,
         max_length: int | None = None,
         add_bos_token: bool = False,

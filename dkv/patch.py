@@ -144,6 +144,7 @@ def reset(model: nn.Module) -> None:
 def _forget(model):
     _take_session(model)
     memory_of(model).take("run")
+    model.__dict__.pop("_kept", None)  # a native model's view, which keeps modules alive
 
 
 def _take_session(model):

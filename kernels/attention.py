@@ -11,6 +11,8 @@ split, each split writes a normalised partial result, and a second kernel merges
 "Flash-Decoding for long-context inference", 2023).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -489,7 +491,7 @@ def delayed_attention(
     num_splits: int | None = None,
     return_softmax_lse: bool = False,
     impl: checks.Impl = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | Any:
     """Attends packed queries over all valid columns of their row of a position-indexed K/V cache, without causal mask.
 
     Mutates nothing. Write the K/V of the active tokens first, with `rope_cache_update`.

@@ -143,9 +143,9 @@ def check_headdim(headdim: int) -> None:
 
 
 def check_heads(nheads: int, nheads_k: int) -> None:
-    if nheads_k == 0 or nheads % nheads_k:
+    if nheads == 0 or nheads_k == 0 or nheads % nheads_k:
         raise ValueError(
-            f"nheads must be a multiple of nheads_k (grouped-query attention), got {nheads} and {nheads_k}."
+            f"nheads must be a positive multiple of nheads_k (grouped-query attention), got {nheads} and {nheads_k}."
         )
 
 

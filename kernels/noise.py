@@ -9,6 +9,8 @@ many ids, come from small u, where floating point is finest. The functions for t
 `triton.jit` functions compute the same hash in uint32, and the variate in float32 without losing either tail.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from dkv.kernels.language import tl, triton
@@ -36,7 +38,7 @@ def _mix(h):
     return h
 
 
-def noise_key(seed: int | Tensor, *counters: int | Tensor) -> int | Tensor:
+def noise_key(seed: int | Tensor, *counters: int | Tensor) -> Tensor | Any:
     """A 32-bit key from a seed or another key, and counters.
 
     Args:

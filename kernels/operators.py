@@ -74,10 +74,13 @@ def operator(
     registered = getattr(torch.ops.dkv, name)
 
     def call(*, impl, **arguments):
+        numbers = {parameter: float_and_tensor(arguments[parameter]) for parameter in either}
         if not torch.compiler.is_compiling():
+            for parameter, (number, tensor) in numbers.items():
+                arguments[parameter] = number if tensor is None else tensor
             return (launch if impl == "triton" else twin)(**arguments)
-        for parameter in either:
-            arguments[parameter], arguments[parameter + "s"] = float_and_tensor(arguments[parameter])
+        for parameter, pair in numbers.items():
+            arguments[parameter], arguments[parameter + "s"] = pair
         found = registered(**arguments, impl=impl)
         if is_list:
             return found[0] if len(found) == 1 else tuple(found)

@@ -1,6 +1,7 @@
 """`lm_head_confidence`: tokens and confidences against float64, for any tiles, ties, exclusions and noise."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -211,6 +212,12 @@ def test_logit_scale(device, impl):
     # the same softmax the other way round: dividing the logits is multiplying the noise
     other = lm_head_confidence(hidden, weight, noise_scale=1 / 2.5, noise_key=keys, impl=impl)
     assert torch.equal(found.token, other.token)
+
+
+def test_scales_may_be_any_number(device):
+    hidden, weight = torch.randn(2, 16, device=device), torch.randn(9, 16, device=device)
+    whole, part = (lm_head_confidence(hidden, weight, logit_scale=s, impl="reference") for s in (Fraction(1, 2), 0.5))
+    assert all(map(torch.equal, whole, part))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -7,6 +7,7 @@ import json
 import pickle
 import subprocess
 import sys
+import threading
 import weakref
 from types import SimpleNamespace
 
@@ -283,6 +284,21 @@ def test_a_config_that_is_no_longer_supported_is_refused():
     model.config.alibi = True
     with pytest.raises(ValueError, match="alibi"):
         model(ids)
+
+
+def test_a_config_may_hold_anything():
+    model, ids = tiny_model("llada"), random_ids()
+    model.config.extra = {"values": torch.arange(3.0), "lock": threading.Lock()}
+    assert torch.equal(logits(model, ids), logits(model, ids))
+
+
+def test_reset_frees_replaced_modules():
+    model = tiny_model("dream")
+    logits(model, random_ids())
+    replaced = weakref.ref(model.model.layers[0].mlp.gate_proj)
+    model.model.layers[0].mlp.gate_proj = nn.Linear(64, 128, bias=False)
+    dkv.reset(model)
+    assert replaced() is None
 
 
 @pytest.mark.parametrize(
@@ -795,6 +811,7 @@ def test_a_repository_is_downloaded_without_its_code(monkeypatch):
 def test_neither_transformers_nor_the_hub_is_imported():
     code = f"""
 import sys
+import threading
 from dkv.models import view_of, from_pretrained
 model = from_pretrained({str(WEIGHTS["dream"])!r})
 model(model.model.embed_tokens.weight.new_zeros(1, 3).long())

@@ -63,6 +63,7 @@ ATTENTION_ERRORS = [
     ("cache headdim", dict(k_cache=zeros(2, 20, 2, 64)), ValueError, r"k_cache must have shape.*got \(2, 20, 2, 64\)"),
     ("cache shapes", dict(v_cache=zeros(2, 21, 2, 32)), ValueError, r"v_cache must have shape.*got \(2, 21, 2, 32\)"),
     ("heads", dict(q=zeros(7, 5, 32)), ValueError, "multiple of nheads_k.*got 5 and 2"),
+    ("no heads", dict(q=zeros(7, 0, 32)), ValueError, "positive multiple of nheads_k.*got 0 and 2"),
     ("no heads", dict(k_cache=zeros(2, 20, 0, 32), v_cache=zeros(2, 20, 0, 32)), ValueError, "got 4 and 0"),
     (
         "cache dtype",

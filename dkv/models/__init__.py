@@ -56,10 +56,10 @@ def _check_not_offloaded(model, view):
 
 
 def from_pretrained(
-    path_or_repo: str | os.PathLike,
+    path_or_repo: str | os.PathLike[str],
     *,
     dtype: torch.dtype | str | None = None,
-    device: torch.device | str | None = None,
+    device: torch.device | str | int | None = None,
 ) -> NativeModel:
     """Loads a LLaDA or Dream of the official checkpoint layout, without remote code.
 
@@ -99,7 +99,7 @@ def from_config(
     *,
     seed: int = 0,
     dtype: torch.dtype | str | None = torch.float32,
-    device: torch.device | str | None = None,
+    device: torch.device | str | int | None = None,
 ) -> NativeModel:
     """A randomly initialised model, made on its device in its dtype: for tests, benchmarks and training from scratch.
 

@@ -1,7 +1,6 @@
 """Native models: their module tree, forward pass, loading and saving, all in the official checkpoint layout."""
 
 import contextlib
-import copy
 import json
 import os
 from pathlib import Path
@@ -128,10 +127,11 @@ class NativeModel(nn.Module):
         modules = [*self.modules()][1:]  # without the model, or it would keep itself alive
         parameters = [p for module in modules for p in module._parameters.values() if p is not None]
         tensors = [(id(p), p.shape, p.device) for p in parameters]  # tied weights have equal ids
-        if self._kept is None or self._kept[0] != (modules, tensors, vars(self.config)):
-            # a copy, because a value of the config may be changed in place
-            self._kept = (modules, tensors, copy.deepcopy(vars(self.config))), self.find(self)
-        return self._kept[1]
+        # the config as text: its values may be changed in place, and need not be comparable
+        read_from, kept = (modules, tensors, repr(vars(self.config))), self._kept
+        if kept is None or kept[0] != read_from:
+            kept = self._kept = read_from, self.find(self)
+        return kept[1]
 
     def _run(self, x, positions=None, attn_mask=None):
         """x (batch, seqlen, hidden_size); positions (batch or 1, seqlen), None: columns; attn_mask: as SDPA's."""
@@ -207,7 +207,7 @@ class NativeModel(nn.Module):
         module, _, name = name.rpartition(".")
         setattr(self.get_submodule(module), name, nn.Parameter(tensor))
 
-    def save_pretrained(self, folder: str | os.PathLike, *, max_shard_bytes: int = 5 * 2**30) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 2**30) -> None:
         """Writes config.json and the weights in the official layout.
 
         Weights that were in the folder are replaced. Tokenizer files, generation_config.json and the modeling files
