@@ -478,7 +478,7 @@ def lm_head_confidence(
     logit_scale: float | Tensor = 1.0,
     noise_scale: float | Tensor = 0.0,
     noise_key: Tensor | None = None,
-    exclude_ids: list[int] | tuple[int, ...] | None = None,
+    exclude_ids: Sequence[int] | None = None,
     round_logits: bool = False,
     cu_seqlens: Tensor | None = None,
     impl: checks.Impl = "auto",
@@ -570,8 +570,8 @@ def _checked_ids(exclude_ids, vocab):
     """The ids, checked, sorted and without repetition."""
     if exclude_ids is None:
         exclude_ids = ()
-    if not isinstance(exclude_ids, list | tuple) or not all(type(i) is int for i in exclude_ids):
-        raise TypeError(f"exclude_ids must be a list or tuple of ints, got {exclude_ids!r}; convert it once.")
+    if not isinstance(exclude_ids, Sequence) or not all(type(i) is int for i in exclude_ids):
+        raise TypeError(f"exclude_ids must be a sequence of ints, got {exclude_ids!r}; convert it once.")
     ids = sorted(set(exclude_ids))
     if ids and not 0 <= ids[0] <= ids[-1] < vocab:
         raise ValueError(f"exclude_ids must lie in 0 .. vocab - 1 = {vocab - 1}, got {exclude_ids}.")

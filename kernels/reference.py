@@ -660,7 +660,7 @@ def lm_head_confidence(
     logit_scale: float | Tensor = 1.0,
     noise_scale: float | Tensor = 0.0,
     noise_key: Tensor | None = None,
-    exclude_ids: list[int] | tuple[int, ...] | None = None,
+    exclude_ids: Sequence[int] | None = None,
     round_logits: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> Confidence:
