@@ -2,7 +2,7 @@
 
 from dkv.config import GenerateConfig
 from dkv.generation import GenerateOutput, GenerateStats, generate
-from dkv.models import from_pretrained
+from dkv.models import from_pretrained, register
 from dkv.patch import replace_attention, reset, restore_attention
 from dkv.plot import plot_history
 from dkv.policy import Decode, DualCache, Greedy, NoCache, Policy, Prefill, PrefillDecode, PrefixCache
@@ -22,6 +22,7 @@ __all__ = [
     "from_pretrained",
     "generate",
     "plot_history",
+    "register",
     "replace_attention",
     "reset",
     "restore_attention",

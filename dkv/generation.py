@@ -1,8 +1,9 @@
 """`dkv.generate`: the denoising loop of LLaDA and Dream over a delayed cache."""
 
 import contextlib
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from dkv.config import GenerateConfig, Remasking
 from dkv.guard import check_containers
-from dkv.inputs import checked_order, eos_ids_of, in_vocabulary, left_padded
+from dkv.inputs import check_names, checked_order, eos_ids_of, ids_and_mask, in_vocabulary, left_padded
 from dkv.kernels.checks import Impl
 from dkv.models import view_of
 from dkv.models.view import ModelView
@@ -43,7 +44,7 @@ class GenerateOutput:
 @torch.no_grad()
 def generate(
     model: nn.Module,
-    input_ids: Tensor,
+    input_ids: Tensor | Mapping[str, Tensor],
     attention_mask: Tensor | None = None,
     *,
     gen_length: int = 128,
@@ -71,6 +72,7 @@ def generate(
     fused_products: bool | None = None,
     output_history: bool = False,
     show_progress: bool = False,
+    **unknown: NoReturn,  # so that type checkers still refuse wrong names
 ) -> GenerateOutput:
     """Generates `gen_length` tokens after each prompt by iterative unmasking, over a delayed K/V cache.
 
@@ -85,8 +87,10 @@ def generate(
 
     Args:
         model: a model of `dkv.from_pretrained`, or Hugging Face's remote-code LLaDA or Dream, in eval mode.
-        input_ids: (batch, prompt_length) int64 on the model's device; prompt_length may be 0.
-        attention_mask: (batch, prompt_length) bool or 0/1, zeros on one side of a row only. None: no padding.
+        input_ids: (batch, prompt_length) int64 on the model's device; prompt_length may be 0. Or what a tokenizer
+            returns: a mapping with "input_ids", perhaps "attention_mask", and "token_type_ids", which is ignored.
+        attention_mask: (batch, prompt_length) bool or 0/1, zeros on one side of a row only. None: the mapping's, or no
+            padding.
         gen_length: the number of tokens to generate, `max_new_tokens` in transformers; 0 only fills in the masks of the
             prompts.
         steps: denoising steps, at most 2**24; None: gen_length or, if that is 0, one for each mask of a row. Every
@@ -123,6 +127,7 @@ def generate(
             ties may be decided differently.
         output_history: also return the sequences and the active positions of every step, see `dkv.plot_history`.
         show_progress: show a progress bar over the masks.
+        unknown: token_type_ids is ignored, any other name is a TypeError.
 
     Returns:
         `GenerateOutput`. All sequences are left-padded, even if the prompts were right-padded.
@@ -171,6 +176,7 @@ def generate(
         impl=impl,
         cuda_graphs=cuda_graphs,
         fused_products=fused_products,
+        **unknown,
     )
     history, actives = [], []
     with run:
@@ -195,7 +201,7 @@ def generate(
 @torch.no_grad()
 def prepare(
     model: nn.Module,
-    input_ids: Tensor,
+    input_ids: Tensor | Mapping[str, Tensor],
     attention_mask: Tensor | None = None,
     *,
     order: Tensor | None = None,
@@ -204,8 +210,10 @@ def prepare(
 ) -> Run:
     """The `dkv.run.Run` of a call of `generate`, before its first step, for loops that look at each step.
 
-    options: those of `GenerateConfig`.
+    options: those of `GenerateConfig`; token_type_ids is ignored.
     """
+    options.pop("token_type_ids", None)
+    check_names(options, [option.name for option in fields(GenerateConfig)])
     config = GenerateConfig(**options)
     if not (generator is None or isinstance(generator, torch.Generator)):
         raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}.")
@@ -213,7 +221,7 @@ def prepare(
     check_containers(model, view.called, runs_forward=False)
     if model.training:
         raise ValueError("generate needs the model in eval mode, got training mode; call model.eval() first.")
-    input_ids, valid = left_padded(input_ids, attention_mask, view)
+    input_ids, valid = left_padded(*ids_and_mask(input_ids, attention_mask), view)
     batch, prompt_length = input_ids.shape
     seqlen = prompt_length + config.gen_length
     if seqlen > view.max_positions:

@@ -3,7 +3,7 @@
 import math
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,15 +13,75 @@ from dkv.models.view import ModelView
 
 LARGE = 1e20  # times any logit it stays far below 1e30, which stands for infinity in the kernels
 
+HINTS = {  # keywords of other libraries, and what to do instead
+    "max_new_tokens": "pass gen_length",
+    "max_tokens": "pass gen_length",
+    "max_gen_toks": "pass gen_length",
+    "max_length": "pass gen_length, which counts the new tokens only",
+    "max_denoising_steps": "pass steps",
+    "diffusion_steps": "pass steps",
+    "num_steps": "pass steps",
+    "block_size": "pass block_length",
+    "alg": "pass remasking",
+    "cfg": "pass cfg_scale",
+    "guidance_scale": "pass cfg_scale=guidance_scale - 1; a cfg_scale of 0 is no guidance",
+    "do_sample": "pass a temperature above 0 to sample, or 0 for the most likely tokens",
+    "num_return_sequences": "repeat the rows of input_ids and attention_mask, and pass a temperature above 0",
+    "seed": "pass generator=torch.Generator().manual_seed(seed)",
+    "mask_token_id": "pass mask_id",
+    "pad_token_id": "leave it out; attention_mask says what is padding",
+    "use_cache": "pass policy='NoCache' for False; the default policy has a cache",
+    "dual_cache": "pass policy='DualCache' for True, policy='PrefixCache' for False",
+    "cache_type": "pass policy='Decode', 'Greedy', 'Prefill' or 'PrefillDecode'",
+    "cache_steps": "pass it as the refresh_interval of a policy: policy=dkv.Decode(cache_steps)",
+    "shift_type": "pass it as the shift of a policy: policy=dkv.Decode(shift=shift_type)",
+    "return_dict_in_generate": "leave it out; the result always is a GenerateOutput",
+}
+
+
+def check_names(names: Iterable[str], allowed: Collection[str]) -> None:
+    """Raises TypeError for the first of the keywords of `generate` that is not allowed."""
+    for name in names:
+        if name not in allowed:
+            hint = HINTS.get(name, "correct its name or leave it out")
+            raise TypeError(f"generate() got an unexpected keyword argument {name!r}; {hint}.")
+
+
+def ids_and_mask(
+    input_ids: Tensor | Mapping[str, Tensor], attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """`input_ids` and `attention_mask`, both of which may come in a mapping in place of input_ids."""
+    if not isinstance(input_ids, Mapping):
+        return input_ids, attention_mask
+    batch = input_ids
+    if "input_ids" not in batch:
+        raise ValueError(f"a mapping in place of input_ids must hold 'input_ids', got {list(batch)}.")
+    for name in batch:
+        if name not in ("input_ids", "attention_mask", "token_type_ids"):
+            raise ValueError(
+                "a mapping in place of input_ids must hold nothing but 'input_ids', 'attention_mask' and "
+                f"'token_type_ids', got {name!r}; leave it out."
+            )
+    mask = batch.get("attention_mask")
+    if mask is not None and attention_mask is not None:
+        raise ValueError("attention_mask must be given once, got it in the mapping and as an argument; pass one.")
+    return batch["input_ids"], attention_mask if mask is None else mask
+
 
 def left_padded(input_ids: Tensor, attention_mask: Tensor | None, view: ModelView) -> tuple[Tensor, Tensor]:
     """The prompts with their padding on the left, and (batch, prompt_length) bool, False for padding."""
-    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
-        got = getattr(input_ids, "dtype", type(input_ids).__name__)
-        raise TypeError(f"input_ids must be an int64 tensor, got {got}.")
+    if not isinstance(input_ids, Tensor):
+        hint = 'pass torch.tensor([...]) with a row for each prompt, or return_tensors="pt" to the tokenizer'
+        parts = input_ids if isinstance(input_ids, list | tuple) else [input_ids]
+        if any(isinstance(part, str) for part in parts):
+            hint = 'tokenize first: tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")'
+        raise TypeError(f"input_ids must be an int64 tensor, got {type(input_ids).__name__}; {hint}.")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"input_ids must be an int64 tensor, got {input_ids.dtype}.")
     if input_ids.dim() != 2 or input_ids.shape[0] == 0:
+        hint = "; pass input_ids[None]" if input_ids.dim() == 1 else ""
         raise ValueError(
-            f"input_ids must have shape (batch, prompt_length), batch not 0, got {tuple(input_ids.shape)}."
+            f"input_ids must have shape (batch, prompt_length), batch not 0, got {tuple(input_ids.shape)}{hint}."
         )
     if input_ids.device != view.weight.device:
         raise ValueError(f"input_ids must be on the model's device, {view.weight.device}, got {input_ids.device}.")

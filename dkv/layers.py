@@ -1,19 +1,21 @@
-"""A decoder layer without its attention, in two ways with the same methods: `Library` and `Fused`.
+"""A decoder layer in three ways with the same methods: `Library` and `Fused`, for a cache, and `Modules`, for training.
 
 `Library` calls PyTorch's matrix products, with kernels of our own around them. `Fused` has kernels for products of few
-rows that do the work around them too. The norms that `first_norm` and `add_norm` return, normed rows or a
+rows that do the work around them too. Both are for packed tokens; their attention is in `dkv.model_runner`. `Modules`
+calls the modules, for whole sequences. The norms that `first_norm` and `add_norm` return, normed rows or a
 `dkv.kernels.DeferredNorm`, are only for the other methods of the same way.
 """
 
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dkv.kernels import checks, configs, cpu
 from dkv.kernels.reference import DeferredNorm, Packed
 from dkv.linear import MergedLinear, is_plain, linear
-from dkv.models.view import ModelView
+from dkv.models.view import Layer, ModelView
 
 # class of a norm that computes weight * rounded(x / rms(x)) -> the attribute that holds its eps
 NORM_EPS = {"RMSNorm": "eps", "RMSLayerNorm": "eps", "DreamRMSNorm": "variance_epsilon"}
@@ -33,6 +35,19 @@ class MergedLayer(NamedTuple):
     gate_up: MergedLinear
     down: nn.Module
     next_norm: nn.Module
+
+
+def after_attention(way: Any, layer: Any, attended: Tensor, x: Tensor) -> tuple[Tensor, Any]:
+    """The rest of a layer: the output projection and the MLP, each added to x. Returns x and its next norm.
+
+    Args:
+        way: `Library` or `Fused`, or `Modules` with a `Layer`.
+        layer: `MergedLayer` or `Layer`.
+        attended: (rows, nheads * headdim).
+        x: (rows, hidden_size), the residual stream.
+    """
+    x, normed = way.add_norm(layer.o, attended, x, layer.mlp_norm)
+    return way.add_norm(layer.down, way.gate_up(layer, normed), x, layer.next_norm)
 
 
 class Library:
@@ -74,9 +89,9 @@ class Library:
         q = self._rope(q, q[:, :0], q[:, :0], wanted, *(cache[:, :, :0] for cache in caches))
         return q, cpu.feature_major(x[wanted.logits_indices])
 
-    def add_norm(self, module: nn.Module, h: Tensor, x: Tensor, norm: nn.Module) -> Tensor:
-        """Adds module(h) to x in place; returns the norm of the sum."""
-        return self._norm(norm, linear(module, h), x)
+    def add_norm(self, module: nn.Module, h: Tensor, x: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        """Adds module(h) to x in place; returns x and its norm."""
+        return x, self._norm(norm, linear(module, h), x)
 
     def gate_up(self, layer: MergedLayer, normed: Tensor) -> Tensor:
         """The gated activation (rows, mlp_size)."""
@@ -167,9 +182,9 @@ class Fused:
         # the queries of all tokens cost no more, because few rows read the weight once
         return self.qkv(layer, normed, tokens, caches)[wanted.logits_indices], x[wanted.logits_indices]
 
-    def add_norm(self, module: nn.Module, h: Tensor, x: Tensor, norm: nn.Module) -> DeferredNorm:
-        """Adds module(h) to x in place; returns the norm of the sum."""
-        return self.ops.linear_add_norm(h, module.weight, x, norm.weight, semaphores=self.semaphores)
+    def add_norm(self, module: nn.Module, h: Tensor, x: Tensor, norm: nn.Module) -> tuple[Tensor, DeferredNorm]:
+        """Adds module(h) to x in place; returns x and its norm."""
+        return x, self.ops.linear_add_norm(h, module.weight, x, norm.weight, semaphores=self.semaphores)
 
     def gate_up(self, layer: MergedLayer, normed: DeferredNorm) -> Tensor:
         """The gated activation (rows, mlp_size)."""
@@ -180,6 +195,57 @@ class Fused:
     def last_norm(self, norm: nn.Module, normed: DeferredNorm, x: Tensor) -> Tensor:
         """The norm of x (rows, hidden_size); `normed` is the last result of `add_norm`."""
         return self.ops.add_rms_norm(x, None, norm.weight, norm_eps(norm))
+
+
+class Modules:
+    """The modules as they are, for x (batch, seqlen, hidden_size): differentiable, for any mask, without a cache.
+
+    Args:
+        angles: cos and sin, (batch or 1, seqlen, headdim // 2) float32.
+        attn_mask: as that of `F.scaled_dot_product_attention`.
+    """
+
+    def __init__(self, view: ModelView, angles: tuple[Tensor, Tensor], attn_mask: Tensor | None = None):
+        self.view, self.angles, self.attn_mask = view, angles, attn_mask
+
+    def first_norm(self, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x and its norm."""
+        return x, norm(x)
+
+    def attend(self, layer: Layer, normed: Tensor) -> Tensor:
+        """(batch, seqlen, nheads * headdim): attention over the whole sequence."""
+        groups = self.view.nheads // self.view.nheads_k
+        cos, sin = (table[:, :, None].to(normed.device) for table in self.angles)
+        q, k, v = (project(normed).unflatten(-1, (-1, self.view.headdim)) for project in (layer.q, layer.k, layer.v))
+        # in float32 as LLaDA does; Dream's own code rotates in the model's dtype, where half precision rounds more
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+        mask = None if self.attn_mask is None else self.attn_mask.to(normed.device)
+        return _attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2).flatten(2)
+
+    def add_norm(self, module: nn.Module, h: Tensor, x: Tensor, norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:
+        """x + module(h) and its norm."""
+        x = x + module(h)
+        return x, None if norm is None else norm(x)
+
+    def gate_up(self, layer: Layer, normed: Tensor) -> Tensor:
+        """The gated activation (batch, seqlen, mlp_size)."""
+        return F.silu(layer.gate(normed)) * layer.up(normed)
+
+
+def _rotate(x, cos, sin):
+    """Half-split RoPE in float32 at least, rounded once; differentiable, unlike that of dkv.kernels."""
+    x1, x2 = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+
+
+def _attention(q, k, v, attn_mask):
+    """(batch, nheads, seqlen, headdim); zeros on every backend for a query to which a bool mask leaves no key."""
+    if attn_mask is None or attn_mask.dtype != torch.bool:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+    empty = ~attn_mask.any(-1, keepdim=True)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask | empty).masked_fill(empty, 0)
 
 
 def norm_eps(norm: nn.Module) -> float | None:

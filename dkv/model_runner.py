@@ -9,7 +9,7 @@ from dkv.cache import KVCache
 from dkv.guard import Fingerprint
 from dkv.kernels import checks, configs, reference
 from dkv.kernels.direct import direct
-from dkv.layers import Fused, Library, MergedLayer, is_plain_norm, norm_eps
+from dkv.layers import Fused, Library, MergedLayer, after_attention, is_plain_norm, norm_eps
 from dkv.linear import MergedLinear, is_plain
 from dkv.memory import setting_up, storages_of
 from dkv.models.view import ModelView
@@ -70,10 +70,7 @@ class ModelRunner:
                 # the last layer needs only the K and V of the other positions
                 q, x = way.last_qkv(layer, normed, x, tokens, wanted, caches)
                 tokens = wanted
-            attended = self._attend(q, caches, tokens, cache, max_seqlen)
-            normed = way.add_norm(layer.o, attended, x, layer.mlp_norm)
-            h = way.gate_up(layer, normed)
-            normed = way.add_norm(layer.down, h, x, layer.next_norm)
+            x, normed = after_attention(way, layer, self._attend(q, caches, tokens, cache, max_seqlen), x)
         return way.last_norm(self.view.final_norm, normed, x)
 
     def way_for(self, rows: int) -> Library | Fused:

@@ -34,6 +34,8 @@ def generation(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> N
     assert_type(config.steps, int | None)
     output = dkv.generate(model, input_ids, attention_mask, gen_length=64, policy="DualCache", block_length=32)
     assert_type(output, dkv.GenerateOutput)
+    dkv.generate(model, {"input_ids": input_ids, "attention_mask": attention_mask})
+    dkv.generate(model, input_ids, genlength=64)  # type: ignore[arg-type]
     assert_type(output.sequences, Tensor)
     assert_type(output.history, Tensor | None)
     stats: dkv.GenerateStats = output.stats

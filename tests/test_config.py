@@ -16,7 +16,7 @@ from tiny import MASK_ID as MASK
 import dkv
 from dkv.generation import prepare
 
-PER_CALL = {"model", "input_ids", "attention_mask", "order", "generator", "output_history", "show_progress"}
+PER_CALL = {"model", "input_ids", "attention_mask", "order", "generator", "output_history", "show_progress", "unknown"}
 NAN, INF, HUGE = math.nan, math.inf, 10**400
 
 

@@ -391,10 +391,19 @@ def test_the_model_is_left_as_it_was(device):
 IDS = prompts(6, 4)[0]
 ORDER = torch.arange(8).repeat(2, 1)
 BAD_INPUT = [
-    ("list", dict(input_ids=[[1, 2]]), TypeError, "input_ids must be an int64 tensor, got list"),
+    ("list", dict(input_ids=[1, 2]), TypeError, r"input_ids must be an int64 tensor, got list; pass torch.tensor\(\["),
+    ("lists", dict(input_ids=([1, 2],)), TypeError, 'tensor, got tuple; pass .* or return_tensors="pt" to the tokeni'),
+    ("array", dict(input_ids=IDS.numpy()), TypeError, "input_ids must be an int64 tensor, got ndarray; pass torch.ten"),
+    ("text", dict(input_ids="Hi"), TypeError, r"must be an int64 tensor, got str; tokenize first: tokenizer\("),
+    ("texts", dict(input_ids=["Hi"]), TypeError, 'got list; tokenize first: .*"pt", padding=True, padding_side="left"'),
     ("float ids", dict(input_ids=IDS.float()), TypeError, "input_ids must be an int64 tensor, got torch.float32"),
-    ("one dimension", dict(input_ids=IDS[0]), ValueError, r"shape \(batch, prompt_length\).*got \(6,\)"),
-    ("no row", dict(input_ids=IDS[:0]), ValueError, r"batch not 0, got \(0, 6\)"),
+    (
+        "one dimension",
+        dict(input_ids=IDS[0]),
+        ValueError,
+        r"shape \(batch, prompt_length\).*got \(6,\); pass input_ids\[",
+    ),
+    ("no row", dict(input_ids=IDS[:0]), ValueError, r"batch not 0, got \(0, 6\)\.$"),
     ("negative id", dict(input_ids=IDS - 300), ValueError, r"input_ids must be in 0 \.\. 255, got -"),
     ("large id", dict(input_ids=IDS + 200), ValueError, r"input_ids must be in 0 \.\. 255"),
     ("device", dict(input_ids=IDS.to("meta")), ValueError, "input_ids must be on the model's device, cpu, got meta"),

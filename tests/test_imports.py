@@ -29,8 +29,8 @@ def __getattr__(name):
 
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted((ROOT / "dkv").rglob("*.py"))]
-# the one of the evaluation harness needs it, and imports transformers with it
-MODULES = [name.removesuffix(".__init__") for name in MODULES if name != "dkv.lm_eval"] + [
+# these two are what transformers is needed for
+MODULES = [name.removesuffix(".__init__") for name in MODULES if name not in ("dkv.lm_eval", "dkv.models.native")] + [
     f"dkv.kernels.{path.stem}" for path in KERNELS
 ]
 

@@ -627,11 +627,11 @@ def move_when_called(model):
 
 
 OFFLOADS = {
-    "all": (offload, "offloaded: dkv needs all weights on the one device"),
-    "head": (lambda model: offload(view_of(model).head), "offloaded"),
-    "norm": (lambda model: offload(view_of(model).final_norm), "offloaded"),
-    "layer": (lambda model: offload(view_of(model).layers[1].q), "one device.* load it without offloading"),
-    "whole, when called": (move_when_called, "offloaded"),
+    "all": (offload, "on the one device that it computes on, but they are on meta; load the model without offloading"),
+    "head": (lambda model: offload(view_of(model).head), "on cpu and meta"),
+    "norm": (lambda model: offload(view_of(model).final_norm), "on cpu and meta"),
+    "layer": (lambda model: offload(view_of(model).layers[1].q), "on cpu and meta"),
+    "whole, when called": (move_when_called, "moved when the model is called"),
 }
 
 
@@ -649,5 +649,5 @@ def test_models_of_peft_and_accelerate(use, remote):
     lora = peft.get_peft_model(remote, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"pass model.get_base_model\(\)"):
         use(lora)
-    with pytest.raises(ValueError, match="offloaded"):
+    with pytest.raises(ValueError, match="without offloading"):
         use(accelerate.cpu_offload(copy.deepcopy(remote), torch.device("cpu")))

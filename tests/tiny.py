@@ -54,7 +54,7 @@ class Lookalike(nn.Module):
 
     def __init__(self, native):
         super().__init__()
-        self.config = SimpleNamespace(**vars(native.config))
+        self.config = SimpleNamespace(**native.config.to_dict())
         for name, child in copy.deepcopy(native).named_children():
             self.add_module(name, child)
         self.eval()

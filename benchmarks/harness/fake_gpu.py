@@ -4,7 +4,6 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -15,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dkv
 from benchmarks.harness.launches import Launch, devices_of, recorded_kernels
-from benchmarks.harness.models import Config, native_class
+from benchmarks.harness.models import Config, family_of
 from dkv import guard, linear, run
 from dkv.generation import resolved, run_key
 from dkv.kernels.rows import Size
@@ -126,7 +125,11 @@ class NothingLater:
 
 def fake_model(config: Config, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> nn.Module:
     """A native model of this config on the fake GPU, or on another device with unwritten weights."""
-    model = native_class(config)(SimpleNamespace(**config)).eval()
+    from dkv.models.native import NATIVE  # imports transformers
+
+    native = NATIVE[family_of(config)]
+    with torch.device("meta"):
+        model = native(native.config_class(**config)).eval()
     for name, parameter in list(model.named_parameters()):
         model._set_parameter(name, torch.empty(parameter.shape, dtype=dtype, device=device))
     return model

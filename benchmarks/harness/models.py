@@ -3,7 +3,7 @@
 Their sizes are written here and nowhere else.
 """
 
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -104,13 +104,14 @@ def with_layers(config: Config, layers: int) -> Config:
     return config | {"n_layers" if "n_layers" in config else "num_hidden_layers": layers}
 
 
-def native_class(config: Config) -> type[dkv.models.LLaDA | dkv.models.Dream]:
-    return dkv.models.LLaDA if config["model_type"] == "llada" else dkv.models.Dream
+def family_of(config: Config) -> ModuleType:
+    """The module of `dkv.models` about its family."""
+    return dkv.models.llada if config["model_type"] == "llada" else dkv.models.dream
 
 
 def model_config(config: Config) -> ModelConfig:
     """The same config in the terms that both families share."""
-    return native_class(config).read_model_config(SimpleNamespace(**config), "config")
+    return family_of(config).read_model_config(SimpleNamespace(**config), "config")
 
 
 # name -> ModelConfig

@@ -1,13 +1,12 @@
 """Dream: Dream-v0 Base and Instruct, Dream-Coder, DiffuCoder, and models of the same structure."""
 
 from reprlib import repr as shown
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dkv.models.layout import Fields, Layout, ModelConfig, module_at, read_view
-from dkv.models.native import NativeModel, Output
 from dkv.models.view import Family, ModelView
 
 FAMILY = Family(
@@ -46,6 +45,8 @@ SUPPORTED = {  # field of config.json -> (the only value that dkv runs, the offi
     "use_mrope": (False, False),
 }
 
+ATTRIBUTE_MAP: dict[str, str] = {}  # config.json has transformers' names
+
 
 def describes(config: Any) -> bool:
     """Whether a config is of this family; its modules do not tell, as Llama and Qwen2 have the same but are causal."""
@@ -59,8 +60,12 @@ def read_model_config(config: Any, owner: str, rows: int | None = None) -> Model
     """
     fields = Fields(config, owner)
     fields.must_be(SUPPORTED)
-    # transformers 5 keeps the parameters of the plain RoPE in a dict, under either name
-    name = "rope_scaling" if fields.get("rope_parameters", None) is None else "rope_parameters"
+    # transformers 5 keeps the parameters of the plain RoPE in a dict; its rope_scaling is an alias that warns
+    name = (
+        "rope_parameters"
+        if fields.get("rope_parameters", None) or "rope_scaling" not in vars(config)
+        else "rope_scaling"
+    )
     rope = fields.get(name, None)
     rope = {} if rope is None else rope
     is_plain = isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values())
@@ -93,61 +98,31 @@ def find(model: nn.Module) -> ModelView | None:
         LAYOUT,
         read_model_config(model.config, type(model).__name__, rows=len(embed.weight)),
         family=FAMILY,
-        make_output=Output if isinstance(model, Dream) else _hugging_face_output,
+        make_output=make_output,
     )
 
 
-def _hugging_face_output(logits, return_dict=True):
+def make_output(
+    logits: Tensor, return_dict: bool = True, *, loss: Tensor | None = None, hidden_states: tuple[Tensor] | None = None
+) -> Any:
+    """The output of the model's forward, as transformers' class or as a tuple."""
     from transformers.modeling_outputs import MaskedLMOutput
 
-    return MaskedLMOutput(logits=logits) if return_dict else (logits,)
+    output = MaskedLMOutput(loss=loss, logits=logits, hidden_states=hidden_states)
+    return output if return_dict else output.to_tuple()
 
 
-class Dream(NativeModel):
-    """A Dream of the official checkpoint layout; `dkv.from_pretrained` makes it."""
+def sdpa_mask(mask: Any, x: Tensor) -> Tensor | None:
+    """The mask of `F.scaled_dot_product_attention` for an attention_mask and embeddings x (batch, seqlen, hidden_size).
 
-    layout, describes = LAYOUT, staticmethod(describes)
-    read_model_config, find = staticmethod(read_model_config), staticmethod(find)
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | Literal["full"] | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        *,
-        past_key_values: None = None,
-        use_cache: Literal[False] | None = None,
-    ) -> Output:
-        """Logits of every position; those of column j predict the token of column j + 1.
-
-        Args:
-            input_ids: (batch, seqlen) int64; or inputs_embeds (batch, seqlen, hidden_size).
-            attention_mask: None or "full"; or (batch, seqlen), bool or integers, 0 where a key is padding, which no
-                query attends to; or (batch or 1, 1, seqlen or 1, seqlen), either bool, True where the query attends to
-                the key, or floats, which are added to the scores. A query without any key gets zeros.
-            position_ids: (batch or 1, seqlen), the RoPE positions, any numbers; None: the columns.
-            past_key_values, use_cache: must be None or False.
-
-        Returns:
-            `Output` with logits (batch, seqlen, vocab).
-        """
-        self._check_no_cache(past_key_values, use_cache)
-        x = self._embedded(input_ids, inputs_embeds)
-        batch, seqlen = x.shape[:2]
-        if isinstance(attention_mask, str) and attention_mask == "full":
-            attention_mask = None
-        if attention_mask is not None:
-            attention_mask = _sdpa_mask(attention_mask, batch, seqlen)
-        if position_ids is not None and position_ids.shape not in ((batch, seqlen), (1, seqlen)):
-            raise ValueError(
-                f"position_ids must have shape (batch, seqlen) = {(batch, seqlen)}, got {tuple(position_ids.shape)}."
-            )
-        return self._run(x, position_ids, attention_mask)
-
-
-def _sdpa_mask(mask, batch, seqlen):
+    It must be "full", which hides nothing; or (batch, seqlen), bool or integers, 0 where a key is padding, which no
+    query attends to; or (batch or 1, 1, seqlen or 1, seqlen), either bool, True where the query attends to the key, or
+    floats, which are added to the scores. A query without any key gets zeros.
+    """
+    if isinstance(mask, str) and mask == "full":
+        return None
     shape, dtype = getattr(mask, "shape", None), getattr(mask, "dtype", None)
+    batch, seqlen = x.shape[:2]
     if shape == (batch, seqlen) and not (mask.is_floating_point() or mask.is_complex()):
         return (mask != 0)[:, None, None]
     shapes = [(rows, 1, queries, seqlen) for rows in (1, batch) for queries in (1, seqlen)]

@@ -13,7 +13,7 @@ import os
 from pathlib import Path, PureWindowsPath
 from reprlib import repr as shown
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -33,21 +33,27 @@ def read_config(folder: Path) -> tuple[SimpleNamespace, str]:
 
     Token ids that it lacks are read from generation_config.json, if there is one.
     """
-    path, beside = folder / CONFIG, folder / GENERATION_CONFIG
+    path = folder / CONFIG
     if not os.path.isfile(path):
         raise ValueError(f"{folder} has no {CONFIG}; give the folder of a checkpoint.")
     config, owner = _read_object(path), str(path)
-    generation = _read_object(beside) if os.path.isfile(beside) else {}
+    generation = read_generation_config(folder)
     for name in ("eos_token_id", "pad_token_id", "mask_token_id"):
-        value = generation.get(name)
-        if value is None:
-            continue
-        ids = value if isinstance(value, list) else [value]
-        if not ids or not all(type(i) is int for i in ids):
-            raise ValueError(f"{beside}: {name} must be an int or a list of ints, got {shown(value)}.")
-        if config.get(name) is None:
-            config[name], owner = value, f"{path} with {GENERATION_CONFIG}"
+        if config.get(name) is None and generation.get(name) is not None:
+            config[name], owner = generation[name], f"{path} with {GENERATION_CONFIG}"
     return SimpleNamespace(**config), owner
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """The fields of generation_config.json; none if there is no such file."""
+    path = folder / GENERATION_CONFIG
+    config = _read_object(path) if os.path.isfile(path) else {}
+    for name in ("eos_token_id", "pad_token_id", "mask_token_id"):
+        value = config.get(name)
+        ids = value if isinstance(value, list) else [value]
+        if value is not None and not (ids and all(type(i) is int for i in ids)):
+            raise ValueError(f"{path}: {name} must be an int or a list of ints, got {shown(value)}.")
+    return config
 
 
 def read_tensors(folder: Path) -> dict[str, Stored]:

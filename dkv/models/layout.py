@@ -210,14 +210,6 @@ def read_view(model: nn.Module, layout: Layout, config: ModelConfig, **family_fi
         attention = prefix + layout.layer["q"].removesuffix("q_proj")
         if module_at(model, attention + "q_norm") is not None or module_at(model, attention + "k_norm") is not None:
             raise ValueError(f"{owner}: {attention}q_norm and k_norm (QK normalisation) are not supported by dkv.")
-        # quantised modules may define `weight` as a method
-        weights = [module.weight for module in roles.values() if isinstance(getattr(module, "weight", 0), Tensor)]
-        device = next((w.device for w in weights if w.device != embed.weight.device), None)
-        if device is not None:
-            raise ValueError(
-                f"{owner}: dkv runs a model on one device, but {layout.embed} is on {embed.weight.device} and "
-                f"{prefix}* on {device}; load it without offloading and without a device_map."
-            )
         layers.append(Layer(**roles))
     return ModelView(
         embed=embed,

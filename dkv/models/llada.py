@@ -1,12 +1,11 @@
 """LLaDA: LLaDA-8B Base and Instruct, LLaDA-1.5, and models of the same structure."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dkv.models.layout import Fields, Layout, ModelConfig, module_at, read_view
-from dkv.models.native import NativeModel, Output
 from dkv.models.view import Family, ModelView
 
 FAMILY = Family(
@@ -53,6 +52,16 @@ SUPPORTED = {  # field of config.json -> (the only value that dkv runs, the offi
     "input_emb_norm": (False, False),
     "scale_logits": (False, False),
     "clip_qkv": (None, None),
+}
+
+ATTRIBUTE_MAP = {  # transformers' names -> those of config.json
+    "hidden_size": "d_model",
+    "intermediate_size": "mlp_hidden_size",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "max_position_embeddings": "max_sequence_length",
+    "tie_word_embeddings": "weight_tying",
 }
 
 
@@ -102,56 +111,33 @@ def find(model: nn.Module) -> ModelView | None:
         LAYOUT,
         read_model_config(getattr(model, "config", None), type(model).__name__, rows=len(embed.weight)),
         family=FAMILY,
-        make_output=Output if isinstance(model, LLaDA) else _hugging_face_output,
+        make_output=make_output,
         honours_attention_mask=not ignores_mask,
     )
 
 
-def _hugging_face_output(logits, return_dict=True):
+def make_output(
+    logits: Tensor, return_dict: bool = True, *, loss: Tensor | None = None, hidden_states: tuple[Tensor] | None = None
+) -> Any:
+    """The output of the model's forward, as transformers' class or as a tuple."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    if not return_dict:
-        return logits, None, None  # neither K/V nor hidden states
-    return CausalLMOutputWithPast(logits=logits)
+    if not return_dict:  # the second is for K/V
+        return (*(() if loss is None else (loss,)), logits, None, hidden_states)
+    return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=hidden_states)
 
 
-class LLaDA(NativeModel):
-    """A LLaDA of the official checkpoint layout; `dkv.from_pretrained` makes it."""
+def sdpa_mask(mask: Any, x: Tensor) -> Tensor | None:
+    """The mask of `F.scaled_dot_product_attention` for an attention_mask and embeddings x (batch, seqlen, hidden_size).
 
-    layout, describes = LAYOUT, staticmethod(describes)
-    read_model_config, find = staticmethod(read_model_config), staticmethod(find)
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        *,
-        past_key_values: None = None,
-        use_cache: Literal[False] | None = None,
-    ) -> Output:
-        """Logits of every position; the RoPE position is the column, whether or not columns before it are padding.
-
-        Args:
-            input_ids: (batch, seqlen) int64; or inputs_embeds (batch, seqlen, hidden_size).
-            attention_mask: (batch, seqlen), 0 or False where a key is padding: no query attends to it, but its own
-                query attends to the other keys. A row without any key attends to all equally, as in the official code.
-            past_key_values, use_cache: must be None or False.
-
-        Returns:
-            `Output` with logits (batch, seqlen, vocab).
-        """
-        self._check_no_cache(past_key_values, use_cache)
-        x = self._embedded(input_ids, inputs_embeds)
-        bias = None
-        if attention_mask is not None:
-            if attention_mask.shape != x.shape[:2]:
-                raise ValueError(
-                    f"attention_mask must have shape (batch, seqlen) = {tuple(x.shape[:2])}, "
-                    f"got {tuple(attention_mask.shape)}."
-                )
-            valid = attention_mask.bool()[:, None, None]
-            if not bool(valid.all()):
-                # the smallest finite value: with -inf, rows without keys would be NaN
-                bias = torch.zeros_like(valid, dtype=x.dtype).masked_fill(~valid, torch.finfo(x.dtype).min)
-        return self._run(x, attn_mask=bias)
+    It must be (batch, seqlen), 0 or False where a key is padding: no query attends to it, but its own query attends to
+    the other keys. A row without any key attends to all equally, as in the official code.
+    """
+    if not isinstance(mask, Tensor) or mask.shape != x.shape[:2]:
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else repr(mask)
+        raise ValueError(f"attention_mask must have shape (batch, seqlen) = {tuple(x.shape[:2])}, got {got}.")
+    valid = mask.bool()[:, None, None]
+    if bool(valid.all()):
+        return None
+    # the smallest finite value: with -inf, rows without keys would be NaN
+    return torch.zeros_like(valid, dtype=x.dtype).masked_fill(~valid, torch.finfo(x.dtype).min)

@@ -1,41 +1,90 @@
-"""Native models: their module tree, forward pass, loading and saving, all in the official checkpoint layout."""
+"""Native models: LLaDA and Dream as transformers models, in the official checkpoint layout and without remote code.
+
+`dkv.models` imports this module, and with it transformers, when it makes or registers a native model, not before.
+"""
 
 import contextlib
-import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 
-from dkv.models.folder import CONFIG, INDEX, WEIGHTS, read_tensors, some
+from dkv.config import GenerateConfig
+from dkv.generation import GenerateOutput, generate
+from dkv.layers import Modules, after_attention
+from dkv.models import dream, llada
+from dkv.models.folder import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS, read_generation_config, read_tensors, some
 from dkv.models.layout import NORMS
-from dkv.models.view import ModelView
+from dkv.models.view import Layer, ModelView
+
+# names of transformers' diffusion models, and of Dream's generation_config.json -> those of `dkv.generate`
+OPTIONS = {"max_new_tokens": "gen_length", "max_denoising_steps": "steps", "alg": "remasking"}
+# a checkpoint's tokenizer, chat template and code
+BESIDE = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_*", "*.py")
 
 
-def _rotate(x, cos, sin):
-    """Half-split RoPE in float32 at least, rounded once; differentiable, unlike that of dkv.kernels."""
-    x1, x2 = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
+class NativeConfig(PretrainedConfig):
+    """The config of a native model: the fields of an official config.json, with defaults where transformers' differ.
+
+    transformers' names of the sizes work too (hidden_size, num_hidden_layers, ...), and so do `config.get(name)` and
+    `name in config`.
+    """
+
+    family: ClassVar[ModuleType]
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "NativeConfig":
+        """As transformers'; ValueError for a model of this model_type that has another structure."""
+        if not cls.family.describes(SimpleNamespace(**{"model_type": cls.model_type} | config_dict)):
+            raise ValueError(
+                f"a config of {config_dict.get('architectures')} says model_type {cls.model_type!r}, but has another "
+                f"structure than the {cls.family.FAMILY.name} that dkv.register() put under that name; load it in a "
+                "process that does not call dkv.register()."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The field, or the default."""
+        return getattr(self, name, default)
+
+    def __contains__(self, name: str) -> bool:
+        return hasattr(self, name)
 
 
-class Output(NamedTuple):
-    """The output of a native model: logits (batch, seqlen, vocab) in the model's dtype."""
+class LLaDAConfig(NativeConfig):
+    """The config of a LLaDA."""
 
-    logits: Tensor
+    family, model_type, attribute_map = llada, "llada", llada.ATTRIBUTE_MAP
+
+    def __init__(self, weight_tying: bool = True, **fields: Any):
+        super().__init__(weight_tying=weight_tying, **fields)
+
+
+class DreamConfig(NativeConfig):
+    """The config of a Dream."""
+
+    family, model_type, attribute_map = dream, "Dream", dream.ATTRIBUTE_MAP
+
+    def __init__(self, tie_word_embeddings: bool = False, **fields: Any):
+        if fields.get("rope_scaling", "") is None:  # the default, but transformers 5 warns of the name
+            del fields["rope_scaling"]
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **fields)
 
 
 class RMSNorm(nn.Module):
     """RMSNorm in float32 (in float64 for float64 inputs), rounded to the input's dtype, then scaled."""
 
-    def __init__(self, size: int, eps: float, device: torch.device | str | None = None):
+    def __init__(self, size: int, eps: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size, device=device))
+        self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,44 +96,57 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
-class NativeModel(nn.Module):
+class DecoderLayer(nn.Module):
+    """The modules of a layer at their official paths."""
+
+    def forward(self, x: Tensor, layer: Layer, way: Modules) -> Tensor:
+        """Runs the layer on x (batch, seqlen, hidden_size); layer: its modules by their roles."""
+        x, normed = way.first_norm(layer.attn_norm, x)
+        x, _ = after_attention(way, layer, way.attend(layer, normed), x)
+        return x
+
+
+class NativeModel(PreTrainedModel, GenerationMixin):
     """Base class of `LLaDA` and `Dream`: the tree of modules has the paths of the official code.
 
-    The forward pass is plain and differentiable, and applies no dropout, not even in training.
+    The forward pass is plain and differentiable, and applies no dropout, not even in training. `dkv.generate` and
+    `dkv.replace_attention` run the same modules on fused kernels.
 
-    A subclass has a `layout`, and the functions `describes`, `read_model_config` and `find` of its family.
+    Args:
+        config: of the class `config_class`. A field that is changed later counts from the next forward pass on, as it
+            does for `dkv.generate` and `dkv.replace_attention`.
+        owner: named by errors about the config.
 
     Attributes:
-        config: the fields of config.json. A field that is changed later counts from the next forward pass on, as it
-            does for `dkv.generate` and `dkv.replace_attention`.
-        model_config: the `ModelConfig` that the model was built from.
+        model_config: the `dkv.models.layout.ModelConfig` that the model was built from.
     """
 
+    family: ClassVar[ModuleType]
+
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["DecoderLayer"]
+
     _kept = None  # (modules, parameters and config that the last view was read from; that view)
+    _source = None  # the folder that the model was loaded from
 
-    def __init__(self, config: SimpleNamespace, owner: str = "config"):
-        """Builds the modules without memory (on the meta device).
-
-        Args:
-            config: a namespace of config.json's fields.
-            owner: named by errors about them.
-        """
-        super().__init__()
-        self.config, self.model_config = config, self.read_model_config(config, owner)
-        model_config, layout = self.model_config, self.layout
-        self._place(layout.embed, nn.Embedding(model_config.vocab_size, model_config.hidden_size, device="meta"))
-        self._place(layout.layers, nn.ModuleList(nn.Module() for _ in range(model_config.layers)))
+    def __init__(self, config: NativeConfig, owner: str = "config"):
+        super().__init__(config)
+        layout = self.family.LAYOUT
+        self.model_config = model_config = self.family.read_model_config(config, owner)
+        self._place(layout.embed, nn.Embedding(model_config.vocab_size, model_config.hidden_size))
+        self._place(layout.layers, nn.ModuleList(DecoderLayer() for _ in range(model_config.layers)))
         for index in range(model_config.layers):
             for role, path in layout.layer.items():
                 if role in NORMS:
-                    module = RMSNorm(model_config.hidden_size, model_config.eps, device="meta")
+                    module = RMSNorm(model_config.hidden_size, model_config.eps)
                 else:
-                    module = nn.Linear(*model_config.features(role), bias=role in model_config.biased, device="meta")
+                    module = nn.Linear(*model_config.features(role), bias=role in model_config.biased)
                 self._place(f"{layout.layers}.{index}.{path}", module)
-        self._place(layout.final_norm, RMSNorm(model_config.hidden_size, model_config.eps, device="meta"))
-        if not model_config.tied:
-            head = nn.Linear(model_config.hidden_size, model_config.vocab_size, bias=False, device="meta")
-            self._place(layout.head, head)
+        self._place(layout.final_norm, RMSNorm(model_config.hidden_size, model_config.eps))
+        self._place(layout.head, nn.Linear(model_config.hidden_size, model_config.vocab_size, bias=False))
+        self.gradient_checkpointing = False
+        self.post_init()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are without the view, which they read from their own modules."""
@@ -99,94 +161,176 @@ class NativeModel(nn.Module):
             owner = getattr(owner, step)
         setattr(owner, name, module)
 
-    @property
-    def device(self) -> torch.device:
-        return self.get_submodule(self.layout.embed).weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.get_submodule(self.layout.embed).weight.dtype
-
     def _embedded(self, input_ids, inputs_embeds):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass input_ids or inputs_embeds, and not both.")
-        return self.get_submodule(self.layout.embed)(input_ids) if inputs_embeds is None else inputs_embeds
+        return self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
 
-    @staticmethod
-    def _check_no_cache(past_key_values, use_cache):
+    def get_input_embeddings(self) -> nn.Module:
+        return self.get_submodule(self.family.LAYOUT.embed)
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self._place(self.family.LAYOUT.embed, value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.get_submodule(self.family.LAYOUT.head)
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self._place(self.family.LAYOUT.head, value)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As transformers'; an embedding_size in the config follows, because it goes before vocab_size."""
+        embedding = super().resize_token_embeddings(*args, **kwargs)
+        if getattr(self.config, "embedding_size", None) is not None:
+            self.config.embedding_size = embedding.weight.shape[0]
+        return embedding
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        for parameter in module.parameters(recurse=False):
+            if not getattr(parameter, "_is_hf_initialized", False):  # loaded weights stay
+                _initialise(parameter, is_bias=parameter is getattr(module, "bias", None))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | Literal["full"] | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        past_key_values: None = None,
+        use_cache: Literal[False] | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """Logits of every position; those of a Dream's column j predict the token of column j + 1.
+
+        Args:
+            input_ids: (batch, seqlen) int64; or inputs_embeds (batch, seqlen, hidden_size).
+            attention_mask: (batch, seqlen), 0 where a key is padding; more is possible, see `sdpa_mask` of
+                `dkv.models.llada` and `dkv.models.dream`.
+            position_ids: (batch or 1, seqlen), the RoPE positions, any numbers. None: the columns, whether or not
+                columns before them are padding.
+            labels: (batch, seqlen) int64, the tokens to predict, -100 where there is none. The loss is the mean of
+                their cross entropies; a diffusion loss weighs them by the share of masks, which is the trainer's task.
+            past_key_values, use_cache: must be None or False.
+            output_hidden_states, return_dict: None: the config's.
+
+        Returns:
+            transformers' output: loss, logits (batch, seqlen, vocab), and hidden_states, (batch, seqlen, hidden_size)
+            for the input of each layer and after the final norm.
+        """
         if past_key_values is not None or use_cache:
             raise ValueError(
                 "a native model's forward pass has no cache: past_key_values must be None and use_cache False; "
-                "use dkv.generate or dkv.replace_attention."
+                "use model.generate, dkv.generate or dkv.replace_attention."
             )
+        config = self.config
+        wants_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return_dict = getattr(config, "return_dict", True) if return_dict is None else return_dict
+        x = self._embedded(input_ids, inputs_embeds)
+        view, mask = self._view(), None if attention_mask is None else self.family.sdpa_mask(attention_mask, x)
+        way, hidden_states = Modules(view, self._angles(view, x, position_ids), mask), ()
+        for module, layer in zip(self.get_submodule(self.family.LAYOUT.layers), view.layers, strict=True):
+            hidden_states += (x,) if wants_hidden else ()
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(module.__call__, x, layer, way)
+            else:
+                x = module(x, layer, way)
+        x = view.final_norm(x)
+        logits = self.get_output_embeddings()(x)
+        return view.make_output(
+            logits,
+            return_dict,
+            loss=None if labels is None else _loss(logits, labels, view.family.shifted),
+            hidden_states=(*hidden_states, x) if wants_hidden else None,
+        )
 
     def _view(self) -> ModelView:
-        """`find(self)`, kept until the modules, the config, or anything that `find` reads of a parameter changes."""
+        """The view, kept until the modules, the config, or anything that `find` reads of a parameter changes."""
         if torch.compiler.is_compiling():
-            return self.find(self)
+            return self.family.find(self)
         modules = [*self.modules()][1:]  # without the model, or it would keep itself alive
         parameters = [p for module in modules for p in module._parameters.values() if p is not None]
         tensors = [(id(p), p.shape, p.device) for p in parameters]  # tied weights have equal ids
         # the config as text: its values may be changed in place, and need not be comparable
         read_from, kept = (modules, tensors, repr(vars(self.config))), self._kept
         if kept is None or kept[0] != read_from:
-            kept = self._kept = read_from, self.find(self)
+            kept = self._kept = read_from, self.family.find(self)
         return kept[1]
 
-    def _run(self, x, positions=None, attn_mask=None):
-        """x (batch, seqlen, hidden_size); positions (batch or 1, seqlen), None: columns; attn_mask: as SDPA's."""
-        view = self._view()
-        if positions is None:
-            cos, sin = (table[None, : x.shape[1], None] for table in view.rope_tables(x.shape[1], x.device))
-        else:
-            angles = view.rope_angles(positions)[:, :, None]
-            cos, sin = angles.cos(), angles.sin()
-        groups = view.nheads // view.nheads_k
-        for layer in view.layers:
-            h = layer.attn_norm(x)
-            q, k, v = (project(h).unflatten(-1, (-1, view.headdim)) for project in (layer.q, layer.k, layer.v))
-            # in float32 as LLaDA does; Dream's own code rotates in the model's dtype, where half precision rounds more
-            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-            if groups > 1:
-                k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
-            attended = _attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask)
-            x = x + layer.o(attended.transpose(1, 2).flatten(2))
-            h = layer.mlp_norm(x)
-            x = x + layer.down(F.silu(layer.gate(h)) * layer.up(h))
-        return Output(view.logits(view.final_norm(x)))
+    def _angles(self, view, x, position_ids):
+        batch, seqlen = x.shape[:2]
+        if position_ids is None:
+            cos, sin = (table[None, :seqlen] for table in view.rope_tables(seqlen, x.device))
+            return cos, sin
+        if position_ids.shape not in ((batch, seqlen), (1, seqlen)):
+            raise ValueError(
+                f"position_ids must have shape (batch, seqlen) = {(batch, seqlen)}, got {tuple(position_ids.shape)}."
+            )
+        angles = view.rope_angles(position_ids)
+        return angles.cos(), angles.sin()
+
+    def generate(
+        self,
+        input_ids: Any,
+        attention_mask: Tensor | None = None,
+        *,
+        generation_config: GenerationConfig | None = None,
+        **options: Any,
+    ) -> GenerateOutput:
+        """`dkv.generate` of this model, with the same arguments and result.
+
+        transformers' names work too: max_new_tokens for gen_length, max_denoising_steps for steps.
+
+        Args:
+            generation_config: defaults of the options, other than token ids; None: `model.generation_config`, which is
+                saved with the model.
+
+        Example:
+            >>> output = model.generate(**batch, max_new_tokens=128, block_length=32)
+        """
+        saved = (generation_config or self.generation_config).to_diff_dict()
+        known = set(GenerateConfig.__dataclass_fields__) - {"eos_token_id", "mask_id"}
+        saved = {name: value for name, value in saved.items() if value is not None and OPTIONS.get(name, name) in known}
+        return generate(self, input_ids, attention_mask, **_renamed(saved) | _renamed(options))
 
     @classmethod
     def random(
-        cls, config: SimpleNamespace, *, seed: int, dtype: torch.dtype | None, device: torch.device
+        cls, config: NativeConfig, *, seed: int, dtype: torch.dtype | None, device: torch.device
     ) -> "NativeModel":
         """Linear and embedding weights are normal with standard deviation 0.02, biases 0, norms 1."""
-        model = cls(config)
+        with torch.device("meta"):
+            model = cls(config)
         generator = torch.Generator(device).manual_seed(seed)
         for name, parameter in list(model.named_parameters()):
             tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
-            if tensor.dim() == 2:
-                tensor.normal_(std=0.02, generator=generator)
-            else:
-                tensor.fill_(0 if name.endswith("bias") else 1)
-            model._set_parameter(name, tensor)
+            model._set_parameter(name, _initialise(tensor, is_bias=name.endswith("bias"), generator=generator))
+        model.tie_weights()
         return model.eval()
 
     @classmethod
     def load(
-        cls, folder: Path, config: SimpleNamespace, owner: str, *, dtype: torch.dtype | None, device: torch.device
+        cls, folder: Path, fields: SimpleNamespace, owner: str, *, dtype: torch.dtype | None, device: torch.device
     ) -> "NativeModel":
         """Reads every tensor once, straight to its device and dtype; dtype None: that of the first tensor.
 
-        config and owner are what `dkv.models.folder.read_config` returned for the folder.
+        fields and owner are what `dkv.models.folder.read_config` returned for the folder.
         """
-        layout, model_config = cls.layout, cls.read_model_config(config, owner)
+        layout, model_config = cls.family.LAYOUT, cls.family.read_model_config(fields, owner)
         stored = read_tensors(folder)
         if model_config.layers > len(stored):  # building that many could take for ever
             raise ValueError(
                 f"{owner}: {layout.layers_field} is {model_config.layers}, but the weights have {len(stored)} tensors "
                 "only."
             )
-        model = cls(config, owner)
+        with torch.device("meta"):
+            model = cls(_made(owner, cls.config_class, **vars(fields)), owner)
+        generation = read_generation_config(folder)
+        if generation:
+            model.generation_config = _made(str(folder / GENERATION_CONFIG), GenerationConfig.from_dict, generation)
+        model._source = folder
         embedding, head = f"{layout.embed}.weight", f"{layout.head}.weight"
         # some files of tied models hold the head too
         unused = {head} & stored.keys() if model_config.tied else set()
@@ -201,65 +345,95 @@ class NativeModel(nn.Module):
                     tensor = tensors.get_tensor(name)
                     dtype = dtype or tensor.dtype
                     model._set_parameter(name, tensor.to(dtype))
+        model.tie_weights()
         return model.eval()
 
     def _set_parameter(self, name, tensor):
         module, _, name = name.rpartition(".")
         setattr(self.get_submodule(module), name, nn.Parameter(tensor))
 
-    def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 2**30) -> None:
-        """Writes config.json and the weights in the official layout.
+    def _set_parameter(self, name, tensor):
+        module, _, name = name.rpartition(".")
+        setattr(self.get_submodule(module), name, nn.Parameter(tensor))
 
-        Weights that were in the folder are replaced. Tokenizer files, generation_config.json and the modeling files
-        that `trust_remote_code` runs are not written: copy them from the original checkpoint.
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """transformers' `save_pretrained`, for a folder that loads by itself.
 
-        Args:
-            folder: made if it does not exist.
-            max_shard_bytes: the maximum size of a file of weights; only a single tensor may exceed it.
+        Files of the tokenizer and the hub's code are copied from the folder that the model was loaded from, unless the
+        folder has them. Weights that were in the folder are replaced once the new ones are complete, because the
+        parameters may be memory-mapped from them.
         """
-        if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
-            raise ValueError(f"max_shard_bytes must be a positive int, got {max_shard_bytes!r}.")
-        folder = Path(folder)
+        folder, architectures = Path(save_directory), self.config.architectures
+        if not options.get("is_main_process", True):
+            return super().save_pretrained(save_directory, **options)
+        # as the modules are now: they may have been tied or untied since
+        self.config.tie_word_embeddings = self.get_output_embeddings().weight is self.get_input_embeddings().weight
         folder.mkdir(parents=True, exist_ok=True)
-        shards = [{}]
-        size = total = 0
-        seen = set()
-        for name, parameter in self.named_parameters(remove_duplicate=False):
-            nbytes = parameter.numel() * parameter.element_size()
-            if shards[-1] and size + nbytes > max_shard_bytes:
-                shards.append({})
-                size = 0
-            # a file cannot hold the same memory twice
-            shards[-1][name] = parameter.detach().clone() if parameter in seen else parameter.detach()
-            seen.add(parameter)
-            size, total = size + nbytes, total + nbytes
-        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-        files = dict(zip(names if len(shards) > 1 else [WEIGHTS], shards, strict=True))
-        for name, tensors in files.items():
-            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            # renamed once complete: the parameters may be memory-mapped from the file of this name
-            save_file(tensors, folder / f"{name}.part", metadata={"format": "pt"})
-        for stale in (*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS, folder / INDEX):
-            stale.unlink(missing_ok=True)
-        for name in files:
-            os.replace(folder / f"{name}.part", folder / name)
-        if len(shards) > 1:
-            weight_map = {tensor: name for name, tensors in files.items() for tensor in tensors}
-            _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        fields = {name: value for name, value in vars(self.config).items() if name != "dtype"}
-        _write_json(folder / CONFIG, fields | {"torch_dtype": str(self.dtype).removeprefix("torch.")})
+        if options.get("push_to_hub"):
+            options = {"repo_id": folder.name} | options
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as part:
+            super().save_pretrained(part, **options)
+            self.config.architectures = architectures or self.config.architectures  # the official name stays
+            self.config.save_pretrained(part)
+            files = sorted(Path(part).iterdir())
+            if any(file.name.startswith(("model", "pytorch_model")) for file in files):
+                for stale in (*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS, folder / INDEX):
+                    stale.unlink(missing_ok=True)
+            for file in files:
+                os.replace(file, folder / file.name)
+        source = Path(self._source or self.name_or_path)
+        if source.is_dir():
+            for file in (file for pattern in BESIDE for file in source.glob(pattern)):
+                if file.is_file() and not (folder / file.name).exists():
+                    shutil.copyfile(file, folder / file.name)
 
 
-def _attention(q, k, v, attn_mask):
-    """(batch, nheads, seqlen, headdim); zeros on every backend for a query to which a bool mask leaves no key."""
-    if attn_mask is None or attn_mask.dtype != torch.bool:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
-    empty = ~attn_mask.any(-1, keepdim=True)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask | empty).masked_fill(empty, 0)
+class LLaDA(NativeModel):
+    """A LLaDA of the official checkpoint layout."""
+
+    family, config_class = llada, LLaDAConfig
+    _tied_weights_keys = {f"{llada.LAYOUT.head}.weight": f"{llada.LAYOUT.embed}.weight"}
 
 
-def _write_json(path, content):
-    path.write_text(json.dumps(content, indent=2) + "\n")
+class Dream(NativeModel):
+    """A Dream of the official checkpoint layout."""
+
+    family, config_class = dream, DreamConfig
+    _tied_weights_keys = {f"{dream.LAYOUT.head}.weight": f"{dream.LAYOUT.embed}.weight"}
+
+
+NATIVE = {llada: LLaDA, dream: Dream}
+
+
+def _initialise(tensor, *, is_bias, generator=None):
+    if tensor.dim() == 2:
+        return nn.init.normal_(tensor, std=0.02, generator=generator)
+    return nn.init.constant_(tensor, 0 if is_bias else 1)
+
+
+def _loss(logits, labels, shifted):
+    if shifted:
+        logits = torch.cat((logits[:, :1], logits[:, :-1]), dim=1)
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+
+def _renamed(options):
+    """The options by the names of `dkv.generate`."""
+    renamed = {}
+    for name, value in options.items():
+        own = OPTIONS.get(name, name)
+        if own in renamed:
+            raise TypeError(f"{own} was given twice, once as {name}; pass one of them.")
+        renamed[own] = value
+    return renamed
+
+
+def _made(owner, make, *args, **fields):
+    """make(...), a config of transformers; its errors name the file."""
+    try:
+        return make(*args, **fields)
+    except Exception as error:  # of any class: the fields may be anything
+        raise ValueError(f"{owner}: transformers cannot read it: {error}.") from error
 
 
 def _check_tensors(folder, stored, expected, unused):
