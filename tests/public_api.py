@@ -43,15 +43,16 @@ def generation(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> N
     dkv.plot_history(output)
 
 
-def own_loop(model: nn.Module) -> None:
-    native = dkv.from_pretrained("folder", dtype="bfloat16", device="cpu")
+def own_loop(model: nn.Module, ids: Tensor) -> None:
+    dkv.register()
+    native = dkv.from_pretrained("folder", dtype="bfloat16", device="cpu", revision="main", local_files_only=True)
     assert_type(native, NativeModel)
     assert_type(dkv.replace_attention(native, dkv.Decode(8), block_length=32, impl="auto"), NativeModel)
     assert_type(dkv.replace_attention(model), nn.Module)
     assert_type(dkv.restore_attention(native), NativeModel)
     dkv.reset(model)
     assert isinstance(native, LLaDA)
-    assert_type(native.forward(input_ids=None, inputs_embeds=None).logits, Tensor)
+    assert_type(native.generate({"input_ids": ids}, max_new_tokens=8), dkv.GenerateOutput)
 
 
 def attention(q: Tensor, k: Tensor, cos: Tensor, active: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:

@@ -147,21 +147,30 @@ import sys
 sys.path.insert(0, {root!r})
 import torch
 from types import SimpleNamespace
-from dkv.models import LLaDA
 
-# whose import would take as long as everything else
-sys.modules["transformers"] = SimpleNamespace(__version__="4.57.6")
+class PretrainedConfig:
+    output_hidden_states = False
+
+    def __init__(self, **fields):
+        vars(self).update(fields)
+
+class PreTrainedModel(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    def post_init(self):
+        self.apply(self._init_weights)
+
+# the import of the real one would take as long as everything else
+classes = dict(PretrainedConfig=PretrainedConfig, PreTrainedModel=PreTrainedModel, GenerationMixin=type("GenerationMixin", (), {{}}))
+sys.modules["transformers"] = SimpleNamespace(__version__="4.57.6", GenerationConfig=object, **classes)
+sys.modules["transformers.modeling_outputs"] = SimpleNamespace(CausalLMOutputWithPast=SimpleNamespace)
+from dkv.models.native import LLaDA, LLaDAConfig
 
 print("their noise must not reach the answers")
 
-class LLaDAConfig(SimpleNamespace):
-    pass
-
 class LLaDAModelLM(LLaDA):
-    def __init__(self, config):
-        super().__init__(config)
-        self.to_empty(device="cpu")
-
     def _init_weights(self, module):
         raise AssertionError("weights are not initialised")
 """

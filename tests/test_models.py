@@ -53,7 +53,7 @@ def loaded_both_ways(folder):
 
 def fields_of(model):
     """The fields of the config that say what the model is."""
-    unlike = ("dtype", "torch_dtype", "_name_or_path", "transformers_version")
+    unlike = ("dtype", "torch_dtype", "_name_or_path", "transformers_version", "_attn_implementation_autoset")
     return {name: value for name, value in model.config.to_dict().items() if name not in unlike}
 
 

@@ -628,9 +628,9 @@ def move_when_called(model):
 
 OFFLOADS = {
     "all": (offload, "on the one device that it computes on, but they are on meta; load the model without offloading"),
-    "head": (lambda model: offload(view_of(model).head), "on cpu and meta"),
-    "norm": (lambda model: offload(view_of(model).final_norm), "on cpu and meta"),
-    "layer": (lambda model: offload(view_of(model).layers[1].q), "on cpu and meta"),
+    "head": (lambda model: offload(view_of(model).head), r"on \S+ and meta"),
+    "norm": (lambda model: offload(view_of(model).final_norm), r"on \S+ and meta"),
+    "layer": (lambda model: offload(view_of(model).layers[1].q), r"on \S+ and meta"),
     "whole, when called": (move_when_called, "moved when the model is called"),
 }
 

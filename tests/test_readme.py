@@ -9,71 +9,15 @@ import sys
 
 import pytest
 import tiny
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from official import dream_folder, llada_folder
 from utils import ROOT
 
 import dkv
-from dkv.models import from_config
 
 README = (ROOT / "README.md").read_text()
 BENCHMARKS = (ROOT / "benchmarks" / "README.md").read_text()
 RESULTS = "benchmarks/results/cpu-intel-xeon"
 LLADA, DREAM = "GSAI-ML/LLaDA-8B-Instruct", "Dream-org/Dream-v0-Instruct-7B"
-TEMPLATE = (
-    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
-)
-# Dream's tokenizer is remote code, so this one is too
-DREAM_TOKENIZER = '''
-from transformers import PreTrainedTokenizer
-
-
-class DreamTokenizer(PreTrainedTokenizer):
-    """One token a character."""
-
-    model_input_names = ["input_ids", "attention_mask"]
-    vocab_size = 256
-
-    def get_vocab(self):
-        return {chr(i): i for i in range(254)} | {"<end>": 254, "<mask>": 255}
-
-    def _tokenize(self, text):
-        return list(text)
-
-    def _convert_token_to_id(self, token):
-        return self.get_vocab().get(token, 0)
-
-    def _convert_id_to_token(self, index):
-        return chr(index)
-
-    def save_vocabulary(self, *args, **kwargs):
-        return ()
-'''
-
-
-def llada_folder(folder):
-    """A LLaDA of 256 tokens with a fast tokenizer of letters, in the official layout."""
-    from transformers import PreTrainedTokenizerFast
-
-    from_config(tiny.llada_config(), device="cpu").save_pretrained(folder)
-    vocabulary = {chr(i): i for i in range(250)} | {"<unk>": 250, "<end>": tiny.EOS_ID, "<mask>": tiny.MASK_ID}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
-    special = {"unk_token": "<unk>", "pad_token": "<end>", "eos_token": "<end>", "mask_token": "<mask>"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)
-
-
-def dream_folder(folder):
-    """A Dream of 256 tokens with a tokenizer of letters in remote code, in the official layout."""
-    from_config(tiny.dream_config(), device="cpu").save_pretrained(folder)
-    special = {"pad_token": "<end>", "eos_token": "<end>", "mask_token": "<mask>"}
-    config = {
-        "tokenizer_class": "DreamTokenizer",
-        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | special | {"chat_template": TEMPLATE}))
-    (folder / "tokenization_dream.py").write_text(DREAM_TOKENIZER)
 
 
 def test_snippets_run_as_printed(tmp_path):

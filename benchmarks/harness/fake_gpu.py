@@ -128,8 +128,7 @@ def fake_model(config: Config, dtype: torch.dtype = torch.bfloat16, device: str 
     from dkv.models.native import NATIVE  # imports transformers
 
     native = NATIVE[family_of(config)]
-    with torch.device("meta"):
-        model = native(native.config_class(**config)).eval()
+    model = native.without_memory(native.config_class(**config)).eval()
     for name, parameter in list(model.named_parameters()):
         model._set_parameter(name, torch.empty(parameter.shape, dtype=dtype, device=device))
     return model

@@ -72,8 +72,9 @@ def register() -> None:
     """Makes transformers load LLaDA and Dream as native models, by AutoConfig, AutoModel and AutoModelForCausalLM.
 
     Both AutoModels give the model with its head. From then on, the model types "llada" and "Dream" mean the native
-    classes in this process, even with trust_remote_code=True: the hub's code of these types is out of reach. Tokenizers
-    stay as they are; Dream's is remote code and needs trust_remote_code=True. A second call changes nothing.
+    classes in this process. In recent releases (5.17, 5.24) they win even with trust_remote_code=True, so the hub's code
+    of these types is out of reach; in older ones (4.57, 5.0) that keyword still runs it. Tokenizers stay as they are;
+    Dream's is remote code and needs trust_remote_code=True. A second call changes nothing.
 
     Example:
         >>> dkv.register()

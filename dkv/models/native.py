@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar, Literal
@@ -201,6 +202,7 @@ class NativeModel(PreTrainedModel, GenerationMixin):
         *,
         past_key_values: None = None,
         use_cache: Literal[False] | None = None,
+        output_attentions: Literal[False] | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
@@ -214,7 +216,7 @@ class NativeModel(PreTrainedModel, GenerationMixin):
                 columns before them are padding.
             labels: (batch, seqlen) int64, the tokens to predict, -100 where there is none. The loss is the mean of
                 their cross entropies; a diffusion loss weighs them by the share of masks, which is the trainer's task.
-            past_key_values, use_cache: must be None or False.
+            past_key_values, use_cache, output_attentions: must be None or False.
             output_hidden_states, return_dict: None: the config's.
 
         Returns:
@@ -227,6 +229,8 @@ class NativeModel(PreTrainedModel, GenerationMixin):
                 "use model.generate, dkv.generate or dkv.replace_attention."
             )
         config = self.config
+        if getattr(config, "output_attentions", False) if output_attentions is None else output_attentions:
+            raise ValueError("a native model never has attention weights in memory: output_attentions must be False.")
         wants_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return_dict = getattr(config, "return_dict", True) if return_dict is None else return_dict
         x = self._embedded(input_ids, inputs_embeds)
@@ -274,7 +278,7 @@ class NativeModel(PreTrainedModel, GenerationMixin):
 
     def generate(
         self,
-        input_ids: Any,
+        input_ids: Tensor | Mapping[str, Tensor],
         attention_mask: Tensor | None = None,
         *,
         generation_config: GenerationConfig | None = None,
@@ -297,12 +301,19 @@ class NativeModel(PreTrainedModel, GenerationMixin):
         return generate(self, input_ids, attention_mask, **_renamed(saved) | _renamed(options))
 
     @classmethod
+    def without_memory(cls, config: NativeConfig, owner: str = "config") -> "NativeModel":
+        """A model on the meta device, whose parameters are to be replaced; then call `tie_weights`."""
+        with torch.device("meta"):
+            model = cls(config, owner)
+        model.tie_weights()
+        return model
+
+    @classmethod
     def random(
         cls, config: NativeConfig, *, seed: int, dtype: torch.dtype | None, device: torch.device
     ) -> "NativeModel":
         """Linear and embedding weights are normal with standard deviation 0.02, biases 0, norms 1."""
-        with torch.device("meta"):
-            model = cls(config)
+        model = cls.without_memory(config)
         generator = torch.Generator(device).manual_seed(seed)
         for name, parameter in list(model.named_parameters()):
             tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
@@ -325,11 +336,11 @@ class NativeModel(PreTrainedModel, GenerationMixin):
                 f"{owner}: {layout.layers_field} is {model_config.layers}, but the weights have {len(stored)} tensors "
                 "only."
             )
-        with torch.device("meta"):
-            model = cls(_made(owner, cls.config_class, **vars(fields)), owner)
+        model = cls.without_memory(_made(owner, cls.config_class, **vars(fields)), owner)
         generation = read_generation_config(folder)
         if generation:
-            model.generation_config = _made(str(folder / GENERATION_CONFIG), GenerationConfig.from_dict, generation)
+            generation["_from_model_config"] = False  # otherwise transformers drops the options that only dkv has
+            model.generation_config = _made(str(folder / GENERATION_CONFIG), GenerationConfig, **generation)
         model._source = folder
         embedding, head = f"{layout.embed}.weight", f"{layout.head}.weight"
         # some files of tied models hold the head too
@@ -368,6 +379,8 @@ class NativeModel(PreTrainedModel, GenerationMixin):
             return super().save_pretrained(save_directory, **options)
         # as the modules are now: they may have been tied or untied since
         self.config.tie_word_embeddings = self.get_output_embeddings().weight is self.get_input_embeddings().weight
+        # otherwise transformers would not load the options that only dkv has
+        self.generation_config._from_model_config = False
         folder.mkdir(parents=True, exist_ok=True)
         if options.get("push_to_hub"):
             options = {"repo_id": folder.name} | options

@@ -1,0 +1,271 @@
+"""Native models as transformers models: every way to load an official folder, and what wraps, trains and saves them."""
+
+import copy
+import json
+
+import official
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from tiny import MASK_ID, prompts, tiny_model
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import dkv
+from dkv.models import Dream, LLaDA, native
+
+FAMILIES = {"llada": LLaDA, "dream": Dream}
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+DTYPE = "dtype" if VERSION >= (4, 56) else "torch_dtype"  # transformers' keyword
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered():
+    dkv.register()
+    dkv.register()  # changes nothing
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(family, tmp_path_factory):
+    """Not to be written to."""
+    folder = tmp_path_factory.mktemp("official")
+    official.FOLDERS[family](folder)
+    return folder
+
+
+WAYS = {
+    "from_pretrained": lambda folder: dkv.from_pretrained(folder, device="cpu"),
+    "AutoModel": AutoModel.from_pretrained,
+    "AutoModelForCausalLM": AutoModelForCausalLM.from_pretrained,
+    "with remote code": lambda folder: AutoModel.from_pretrained(folder, trust_remote_code=True),
+    "on a device": lambda folder: AutoModel.from_pretrained(folder, device_map="cpu"),
+    "by its class": lambda folder: FAMILIES[AutoConfig.from_pretrained(folder).model_type.lower()].from_pretrained(
+        folder
+    ),
+}
+
+
+def tokenized(folder, *texts):
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=True)
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    options = {"add_generation_prompt": True, "padding": True, "return_dict": True, "return_tensors": "pt"}
+    return tokenizer.apply_chat_template(chats, **options)
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_an_official_folder_loads_generates_and_saves(way, family, folder, tmp_path):
+    if way is WAYS["on a device"]:
+        pytest.importorskip("accelerate")
+    if way is WAYS["with remote code"] and VERSION < (5, 17):
+        pytest.skip("older releases run the code of the folder then")
+    model, batch = way(folder), tokenized(folder, "one", "and another one")
+    assert type(model) is FAMILIES[family] and not model.training and model.dtype == torch.float32
+    want = dkv.generate(tiny_model(family), batch, gen_length=8)
+    got = model.generate(**batch, max_new_tokens=8)
+    assert torch.equal(got.sequences, want.sequences) and got.stats == want.stats
+    dkv.replace_attention(model, "NoCache")
+    with torch.no_grad():
+        assert torch.equal(model(want.sequences)["logits"], dkv.restore_attention(model)(want.sequences).logits)
+
+    for name, value in {"max_new_tokens": 4, "block_length": 2, "policy": "DualCache"}.items():
+        setattr(model.generation_config, name, value)
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in folder.iterdir()}
+    config, before = (json.loads((path / "config.json").read_text()) for path in (tmp_path, folder))
+    assert all(config[name] == before[name] for name in ("architectures", "auto_map", "model_type", "mask_token_id"))
+    again, batch = way(tmp_path), tokenized(tmp_path, "one")
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(map(torch.equal, again.parameters(), model.parameters()))
+    got = again.generate(**batch).sequences
+    assert torch.equal(got, dkv.generate(model, batch, gen_length=4, block_length=2, policy="DualCache").sequences)
+    assert again.generate(**batch, max_new_tokens=6).sequences.shape[1] == got.shape[1] + 2
+
+
+def test_the_dtype_is_as_asked(family, folder):
+    assert AutoModel.from_pretrained(folder, **{DTYPE: torch.bfloat16}).dtype == torch.bfloat16
+    assert AutoModel.from_pretrained(folder, **{DTYPE: "auto"}).dtype == torch.float32
+    for name in ("dtype", "torch_dtype"):
+        assert dkv.from_pretrained(folder, **{name: "bfloat16"}).dtype == torch.bfloat16
+        assert dkv.from_pretrained(folder, **{name: "auto"}).dtype == torch.float32
+    with pytest.raises(TypeError, match="dtype and torch_dtype are the same"):
+        dkv.from_pretrained(folder, dtype="bfloat16", torch_dtype="bfloat16")
+
+
+@pytest.mark.parametrize("name", ["device_map", "quantization_config", "trust_remote_code", "attn_implementation"])
+def test_keywords_that_only_transformers_has_name_the_way(name, folder):
+    with pytest.raises(TypeError, match=rf"no {name}: .*dkv.register\(\) and then transformers.AutoModel"):
+        dkv.from_pretrained(folder, **{name: None})
+
+
+def test_a_model_of_the_same_type_and_another_structure_is_refused(tmp_path):
+    moe = {"model_type": "llada", "architectures": ["LLaDAMoEModelLM"], "hidden_size": 64, "num_experts": 4}
+    (tmp_path / "config.json").write_text(json.dumps(moe))
+    for auto in (AutoConfig, AutoModel):
+        with pytest.raises(ValueError, match=r"LLaDAMoEModelLM.* another structure .* does not call dkv.register\(\)"):
+            auto.from_pretrained(tmp_path)
+
+
+def test_the_config_has_the_usual_names(family, folder):
+    config = AutoConfig.from_pretrained(folder)
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    assert [getattr(config, name) for name in sizes] == [64, 128, 3, 4, 4 if family == "llada" else 2]
+    assert config.max_position_embeddings == 512 and config.tie_word_embeddings is False and config.vocab_size == 256
+    assert config.get("hidden_size") == 64 and config.get("nothing") is None and config.get("nothing", 5) == 5
+    assert "mask_token_id" in config and "nothing" not in config
+    assert config.to_dict()["d_model" if family == "llada" else "hidden_size"] == 64
+    assert type(copy.deepcopy(config)) is type(config) and config.__class__(**config.to_dict()).get("hidden_size") == 64
+
+
+def test_the_usual_methods(family):
+    model = tiny_model(family)
+    assert model.num_parameters() == sum(p.numel() for p in model.parameters())
+    assert model.get_memory_footprint() == 4 * model.num_parameters() and model.can_generate()
+    assert model.get_input_embeddings().weight.shape == model.get_output_embeddings().weight.shape == (256, 64)
+    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    assert len(layers) == 3 and sum(p.numel() for layer in layers for p in layer.parameters()) > 10_000
+
+
+@torch.no_grad()
+def test_outputs_are_as_asked(family):
+    model, (ids, valid) = tiny_model(family), prompts(9, 5)
+    output = model(ids, valid.long(), output_hidden_states=True)
+    assert torch.equal(output["logits"], output.logits) and torch.equal(output.logits, model(ids, valid.long())[0])
+    assert len(output.hidden_states) == 4 and torch.equal(output.hidden_states[0], model.get_input_embeddings()(ids))
+    assert torch.equal(model.get_output_embeddings()(output.hidden_states[-1]), output.logits)
+    for asked in ({"return_dict": False}, {}):
+        model.config.return_dict = bool(asked)
+        row = model(ids, valid.long(), **asked)
+        assert isinstance(row, tuple) and torch.equal(row[0], output.logits)
+    # the padding is hidden: a row's logits are those of the row by itself, at its own positions
+    positions = (valid.cumsum(1) - 1).clamp(min=0)
+    model.config.return_dict = True
+    alone = model(ids[1:, 4:]).logits
+    torch.testing.assert_close(model(ids, valid.long(), positions).logits[1:, 4:], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_the_loss_is_the_cross_entropy_of_the_labels(family):
+    model, (ids, _) = tiny_model(family), prompts(9, 9)
+    labels = torch.where(torch.arange(9) % 3 == 0, ids, -100)
+    output = model(ids, labels=labels)
+    logits = output.logits
+    if family == "dream":  # column j - 1 predicts column j
+        logits = torch.cat((logits[:, :1], logits[:, :-1]), dim=1)
+    want = F.cross_entropy(logits[labels >= 0], labels[labels >= 0])
+    torch.testing.assert_close(output.loss, want)
+    assert torch.equal(model(ids, labels=labels, return_dict=False)[0], output.loss)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(family, monkeypatch):
+    model, (ids, _) = tiny_model(family).train(), prompts(9, 9)
+    calls, forward = [], native.DecoderLayer.forward
+    monkeypatch.setattr(native.DecoderLayer, "forward", lambda *args: calls.append(1) or forward(*args))
+    gradients = []
+    for checkpointing in (True, False):
+        model.zero_grad()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_disable()
+        assert model.is_gradient_checkpointing == checkpointing
+        calls.clear()
+        model(ids, labels=ids).loss.backward()
+        assert len(calls) == (6 if checkpointing else 3)
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("rows", [300, 320])
+def test_resized_embeddings_save_and_load(rows, tied, family, tmp_path):
+    model = tiny_model(family, **{"weight_tying" if family == "llada" else "tie_word_embeddings": tied})
+    before = model.get_output_embeddings().weight.detach().clone()
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    for again in (dkv.from_pretrained(tmp_path, device="cpu"), AutoModel.from_pretrained(tmp_path)):
+        weights = again.get_input_embeddings().weight, again.get_output_embeddings().weight
+        assert (weights[0] is weights[1]) == tied and weights[0].shape == weights[1].shape == (rows, 64)
+        assert torch.equal(weights[1][:256], before)
+        assert again.config.vocab_size == rows
+        assert again.generate(prompts(5)[0], max_new_tokens=4).sequences.shape == (1, 9)
+
+
+def test_a_random_model_has_initial_weights_and_a_loaded_one_its_own(family, folder):
+    torch.manual_seed(0)
+    model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.1)
+        else:
+            assert bool((parameter == (0 if name.endswith("bias") else 1)).all())
+    loaded = AutoModel.from_pretrained(folder).state_dict()
+    assert all(
+        torch.equal(loaded[name], t) for name, t in dkv.from_pretrained(folder, device="cpu").state_dict().items()
+    )
+
+
+def test_generate_takes_the_names_of_transformers(family):
+    model, (ids, valid) = tiny_model(family), prompts(9, 5)
+    want = dkv.generate(model, ids, valid, gen_length=8, steps=4, policy="NoCache").sequences
+    for options in ({"max_new_tokens": 8, "max_denoising_steps": 4}, {"gen_length": 8, "steps": 4}):
+        assert torch.equal(model.generate(ids, valid, **options, policy="NoCache").sequences, want)
+        batch = transformers.BatchEncoding({"input_ids": ids, "attention_mask": valid, "token_type_ids": 0 * ids})
+        assert torch.equal(model.generate(batch, **options, policy="NoCache").sequences, want)
+        assert torch.equal(model.generate(**batch, **options, policy="NoCache").sequences, want)
+    config = transformers.GenerationConfig(max_new_tokens=8, steps=4, policy="NoCache", eos_token_id=7, top_k=None)
+    assert torch.equal(model.generate(ids, valid, generation_config=config).sequences, want)
+    assert torch.equal(model.generate(ids, valid, steps=4, policy="NoCache", max_new_tokens=8).sequences, want)
+    with pytest.raises(TypeError, match="gen_length was given twice, once as"):
+        model.generate(ids, valid, max_new_tokens=8, gen_length=8)
+    with pytest.raises(TypeError, match="'seed'.*generator="):
+        model.generate(ids, valid, seed=1)
+
+
+def test_peft_wraps_trains_merges_and_saves(family, tmp_path):
+    peft = pytest.importorskip("peft", exc_type=ImportError)
+    model, (ids, valid) = tiny_model(family), prompts(9, 5)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    wrapped = peft.get_peft_model(copy.deepcopy(model), config)
+    wrapped.enable_input_require_grads()
+    wrapped(input_ids=ids, attention_mask=valid.long(), labels=ids).loss.backward()
+    wrapped.disable_input_require_grads()
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad
+    wrapped.eval()
+    got = wrapped.generate(input_ids=ids, attention_mask=valid, max_new_tokens=8)
+    assert torch.equal(got.sequences, dkv.generate(wrapped.get_base_model(), ids, valid, gen_length=8).sequences)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    merged = copy.deepcopy(wrapped).merge_and_unload()
+    assert type(merged) is FAMILIES[family]
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter")
+    with torch.no_grad():
+        want = wrapped(ids).logits
+        assert not torch.allclose(want, model(ids).logits, atol=1e-2)
+        for other in (merged, loaded, dkv.from_pretrained(tmp_path / "merged", device="cpu")):
+            torch.testing.assert_close(other(ids).logits, want, rtol=1e-4, atol=1e-4)
+
+
+def test_the_trainer_keeps_its_columns_and_saves(family, folder, tmp_path):
+    pytest.importorskip("accelerate")
+    model, (ids, valid) = dkv.from_pretrained(folder, device="cpu"), prompts(9, 9, 9, 9)
+    noisy = torch.where(torch.arange(9) % 2 == 0, MASK_ID, ids)
+    columns = {"input_ids": noisy, "attention_mask": valid.long(), "labels": torch.where(noisy == ids, -100, ids)}
+    rows = [{name: column[i].tolist() for name, column in columns.items()} | {"text": "left out"} for i in range(4)]
+    options = {"use_cpu": True, "report_to": [], "max_steps": 2, "save_strategy": "no", "disable_tqdm": True}
+    arguments = transformers.TrainingArguments(str(tmp_path / "run"), gradient_checkpointing=True, **options)
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows)
+    before = model.get_output_embeddings().weight.detach().clone()
+    seen = trainer._signature_columns or trainer._set_signature_columns_if_needed() or trainer._signature_columns
+    assert {"input_ids", "attention_mask", "position_ids", "labels"} <= set(seen) and "text" not in seen
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    assert not torch.equal(model.get_output_embeddings().weight, before)
+    again = dkv.from_pretrained(tmp_path / "saved", device="cpu")
+    assert all(map(torch.equal, again.parameters(), model.parameters()))
