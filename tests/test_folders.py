@@ -17,7 +17,7 @@ from torch import nn
 
 import dkv
 from dkv.inputs import eos_ids_of
-from dkv.models import from_config, from_pretrained, native, view_of
+from dkv.models import from_config, from_pretrained, loader, view_of
 
 CONFIG, GENERATION, WEIGHTS, INDEX = (
     "config.json",
@@ -428,13 +428,13 @@ def events(monkeypatch):
     """The audit events (event, args) of a test, and the weights that it opens."""
     _listen()
     happened = []
-    safe_open = native.safe_open
+    safe_open = loader.safe_open
 
     def noted(file, *args, **kwargs):
         happened.append(("open", (file,)))
         return safe_open(file, *args, **kwargs)
 
-    monkeypatch.setattr(native, "safe_open", noted)
+    monkeypatch.setattr(loader, "safe_open", noted)
     monkeypatch.setattr(sys.modules[__name__], "_EVENTS", happened)
     return happened
 

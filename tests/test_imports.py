@@ -29,8 +29,8 @@ def __getattr__(name):
 
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in sorted((ROOT / "dkv").rglob("*.py"))]
-# these two are what transformers is needed for
-MODULES = [name.removesuffix(".__init__") for name in MODULES if name not in ("dkv.lm_eval", "dkv.models.native")] + [
+NEED_TRANSFORMERS = ("dkv.lm_eval", "dkv.models.loader", "dkv.models.native")
+MODULES = [name.removesuffix(".__init__") for name in MODULES if name not in NEED_TRANSFORMERS] + [
     f"dkv.kernels.{path.stem}" for path in KERNELS
 ]
 

@@ -23,7 +23,7 @@ from tiny import CONFIGS, EOS_ID, MASK_ID, Lookalike, tiny_model
 from torch import nn
 
 import dkv
-import dkv.models.native
+import dkv.models.loader
 from dkv.models import from_config, from_pretrained, view_of
 
 WEIGHTS = {"llada": oracle.weights_path("llada_mha_s0"), "dream": oracle.weights_path("dream_gqa_s0")}
@@ -716,7 +716,7 @@ def test_weights_are_never_held_twice(dtype, tmp_path, monkeypatch):
         with safe_open(*args, **kwargs) as file:
             yield SimpleNamespace(keys=file.keys, get_slice=file.get_slice, get_tensor=get_tensor)
 
-    monkeypatch.setattr(dkv.models.native, "safe_open", counting_open)
+    monkeypatch.setattr(dkv.models.loader, "safe_open", counting_open)
     allocated = []
 
     def recording(make):

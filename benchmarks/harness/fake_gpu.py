@@ -18,7 +18,7 @@ from benchmarks.harness.models import Config, family_of
 from dkv import guard, linear, run
 from dkv.generation import resolved, run_key
 from dkv.kernels.rows import Size
-from dkv.models import view_of
+from dkv.models import loader, view_of
 from dkv.schedule import Schedule
 
 # operators that allocate and launch nothing
@@ -125,12 +125,9 @@ class NothingLater:
 
 def fake_model(config: Config, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> nn.Module:
     """A native model of this config on the fake GPU, or on another device with unwritten weights."""
-    from dkv.models.native import NATIVE  # imports transformers
-
-    native = NATIVE[family_of(config)]
-    model = native.without_memory(native.config_class(**config)).eval()
+    model = loader.empty(family_of(config), config).eval()
     for name, parameter in list(model.named_parameters()):
-        model._set_parameter(name, torch.empty(parameter.shape, dtype=dtype, device=device))
+        loader.set_parameter(model, name, torch.empty(parameter.shape, dtype=dtype, device=device))
     return model
 
 

@@ -72,9 +72,9 @@ def register() -> None:
     """Makes transformers load LLaDA and Dream as native models, by AutoConfig, AutoModel and AutoModelForCausalLM.
 
     Both AutoModels give the model with its head. From then on, the model types "llada" and "Dream" mean the native
-    classes in this process. In recent releases (5.17, 5.24) they win even with trust_remote_code=True, so the hub's code
-    of these types is out of reach; in older ones (4.57, 5.0) that keyword still runs it. Tokenizers stay as they are;
-    Dream's is remote code and needs trust_remote_code=True. A second call changes nothing.
+    classes in this process. In recent releases (5.17, 5.24) that holds even with trust_remote_code=True, so the hub's
+    code of these types is out of reach; in older ones (4.57, 5.0) that keyword still runs it. Tokenizers stay as they
+    are: Dream's is remote code and needs trust_remote_code=True. A second call changes nothing.
 
     Example:
         >>> dkv.register()
@@ -142,12 +142,14 @@ def from_pretrained(
         path_or_repo, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
     fields, owner = read_config(folder)
-    native = _native_class(fields, owner)
+    family = _family(fields, owner)
     dtype = torch_dtype if dtype is None else dtype
     dtype = _dtype("dtype", None if isinstance(dtype, str) and dtype == "auto" else dtype)
     for field in ("torch_dtype", "dtype"):
         dtype = dtype or _dtype(f"{owner}: {field}", getattr(fields, field, None))
-    model = native.load(folder, fields, owner, dtype=dtype, device=_device(device))
+    from dkv.models import loader
+
+    model = loader.load(family, folder, vars(fields), owner, dtype=dtype, device=_device(device))
     model.config.name_or_path = model.name_or_path = str(path_or_repo)
     return model
 
@@ -173,9 +175,10 @@ def from_config(
     fields = config.to_dict() if hasattr(config, "to_dict") else getattr(config, "__dict__", config)
     if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
         raise ValueError(f"config must be a dict or namespace of the fields of a config.json, got {shown(config)}.")
-    native = _native_class(SimpleNamespace(**fields), "config")
-    native.family.read_model_config(SimpleNamespace(**fields), "config")  # its errors are clearer than transformers'
-    return native.random(native.config_class(**fields), seed=seed, dtype=_dtype("dtype", dtype), device=_device(device))
+    family = _family(SimpleNamespace(**fields), "config")
+    from dkv.models import loader
+
+    return loader.random(family, fields, seed=seed, dtype=_dtype("dtype", dtype), device=_device(device))
 
 
 def _folder(path_or_repo, **options):
@@ -191,9 +194,7 @@ def _folder(path_or_repo, **options):
     return Path(snapshot_download(str(path_or_repo), allow_patterns=patterns, **options))
 
 
-def _native_class(fields, owner):
-    from dkv.models.native import NATIVE
-
+def _family(fields, owner):
     model_type, names = (getattr(fields, name, None) for name in ("model_type", "architectures"))
     if not isinstance(model_type, str | None):
         raise ValueError(f"{owner}: model_type must be a string, got {shown(model_type)}.")
@@ -201,7 +202,7 @@ def _native_class(fields, owner):
         raise ValueError(f"{owner}: architectures must be a list of strings, got {shown(names)}.")
     for family in FAMILIES:
         if family.describes(fields):
-            return NATIVE[family]
+            return family
     names = [f"model_type {model_type!r}", *(names or [])]
     raise ValueError(
         f"{owner}: {', '.join(names)} is not supported: dkv loads LLaDA (LLaDA-8B, LLaDA-1.5) and Dream (Dream-v0, "

@@ -3,7 +3,6 @@
 `dkv.models` imports this module, and with it transformers, when it makes or registers a native model, not before.
 """
 
-import contextlib
 import os
 import shutil
 import tempfile
@@ -14,7 +13,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 
@@ -22,7 +20,7 @@ from dkv.config import GenerateConfig
 from dkv.generation import GenerateOutput, generate
 from dkv.layers import Modules, after_attention
 from dkv.models import dream, llada
-from dkv.models.folder import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS, read_generation_config, read_tensors, some
+from dkv.models.folder import INDEX, WEIGHTS
 from dkv.models.layout import NORMS
 from dkv.models.view import Layer, ModelView
 
@@ -190,7 +188,7 @@ class NativeModel(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module):
         for parameter in module.parameters(recurse=False):
             if not getattr(parameter, "_is_hf_initialized", False):  # loaded weights stay
-                _initialise(parameter, is_bias=parameter is getattr(module, "bias", None))
+                initialise(parameter, is_bias=parameter is getattr(module, "bias", None))
 
     def forward(
         self,
@@ -300,73 +298,6 @@ class NativeModel(PreTrainedModel, GenerationMixin):
         saved = {name: value for name, value in saved.items() if value is not None and OPTIONS.get(name, name) in known}
         return generate(self, input_ids, attention_mask, **_renamed(saved) | _renamed(options))
 
-    @classmethod
-    def without_memory(cls, config: NativeConfig, owner: str = "config") -> "NativeModel":
-        """A model on the meta device, whose parameters are to be replaced; then call `tie_weights`."""
-        with torch.device("meta"):
-            model = cls(config, owner)
-        model.tie_weights()
-        return model
-
-    @classmethod
-    def random(
-        cls, config: NativeConfig, *, seed: int, dtype: torch.dtype | None, device: torch.device
-    ) -> "NativeModel":
-        """Linear and embedding weights are normal with standard deviation 0.02, biases 0, norms 1."""
-        model = cls.without_memory(config)
-        generator = torch.Generator(device).manual_seed(seed)
-        for name, parameter in list(model.named_parameters()):
-            tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
-            model._set_parameter(name, _initialise(tensor, is_bias=name.endswith("bias"), generator=generator))
-        model.tie_weights()
-        return model.eval()
-
-    @classmethod
-    def load(
-        cls, folder: Path, fields: SimpleNamespace, owner: str, *, dtype: torch.dtype | None, device: torch.device
-    ) -> "NativeModel":
-        """Reads every tensor once, straight to its device and dtype; dtype None: that of the first tensor.
-
-        fields and owner are what `dkv.models.folder.read_config` returned for the folder.
-        """
-        layout, model_config = cls.family.LAYOUT, cls.family.read_model_config(fields, owner)
-        stored = read_tensors(folder)
-        if model_config.layers > len(stored):  # building that many could take for ever
-            raise ValueError(
-                f"{owner}: {layout.layers_field} is {model_config.layers}, but the weights have {len(stored)} tensors "
-                "only."
-            )
-        model = cls.without_memory(_made(owner, cls.config_class, **vars(fields)), owner)
-        generation = read_generation_config(folder)
-        if generation:
-            generation["_from_model_config"] = False  # otherwise transformers drops the options that only dkv has
-            model.generation_config = _made(str(folder / GENERATION_CONFIG), GenerationConfig, **generation)
-        model._source = folder
-        embedding, head = f"{layout.embed}.weight", f"{layout.head}.weight"
-        # some files of tied models hold the head too
-        unused = {head} & stored.keys() if model_config.tied else set()
-        _check_tensors(folder, stored, {name: tuple(p.shape) for name, p in model.named_parameters()}, unused)
-        if unused and not _are_equal(stored, embedding, head):
-            raise ValueError(
-                f"{owner}: {layout.tied_field} is true, but {head} in {stored[head].file.name} is not the embedding."
-            )
-        for file in sorted({tensor.file for tensor in stored.values()}):
-            with _opened(file, str(device)) as tensors:
-                for name in sorted(set(tensors.keys()) - unused):
-                    tensor = tensors.get_tensor(name)
-                    dtype = dtype or tensor.dtype
-                    model._set_parameter(name, tensor.to(dtype))
-        model.tie_weights()
-        return model.eval()
-
-    def _set_parameter(self, name, tensor):
-        module, _, name = name.rpartition(".")
-        setattr(self.get_submodule(module), name, nn.Parameter(tensor))
-
-    def _set_parameter(self, name, tensor):
-        module, _, name = name.rpartition(".")
-        setattr(self.get_submodule(module), name, nn.Parameter(tensor))
-
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
         """transformers' `save_pretrained`, for a folder that loads by itself.
 
@@ -418,7 +349,8 @@ class Dream(NativeModel):
 NATIVE = {llada: LLaDA, dream: Dream}
 
 
-def _initialise(tensor, *, is_bias, generator=None):
+def initialise(tensor: Tensor, *, is_bias: bool, generator: torch.Generator | None = None) -> Tensor:
+    """Fills a parameter in place and returns it: matrices are normal, norms 1, biases 0."""
     if tensor.dim() == 2:
         return nn.init.normal_(tensor, std=0.02, generator=generator)
     return nn.init.constant_(tensor, 0 if is_bias else 1)
@@ -439,49 +371,3 @@ def _renamed(options):
             raise TypeError(f"{own} was given twice, once as {name}; pass one of them.")
         renamed[own] = value
     return renamed
-
-
-def _made(owner, make, *args, **fields):
-    """make(...), a config of transformers; its errors name the file."""
-    try:
-        return make(*args, **fields)
-    except Exception as error:  # of any class: the fields may be anything
-        raise ValueError(f"{owner}: transformers cannot read it: {error}.") from error
-
-
-def _check_tensors(folder, stored, expected, unused):
-    """Raises ValueError unless the files hold the expected tensors (name -> shape) and, at most, the unused ones."""
-    problems = {
-        "missing": sorted(expected.keys() - stored.keys()),
-        "unexpected": sorted(stored.keys() - expected.keys() - unused),
-        "wrongly shaped": [
-            f"{name} {stored[name].shape} instead of {shape}"
-            for name, shape in expected.items()
-            if name in stored and stored[name].shape != shape
-        ],
-    }
-    if any(problems.values()):
-        listed = "; ".join(f"{kind}: {some(names)}" for kind, names in problems.items() if names)
-        raise ValueError(f"the weights in {folder} do not fit its {CONFIG}; {listed}.")
-
-
-@contextlib.contextmanager
-def _opened(file, device="cpu"):
-    """`safe_open`, but its errors name the file."""
-    try:
-        with safe_open(file, framework="pt", device=device) as tensors:
-            yield tensors
-    except SafetensorError as error:
-        raise ValueError(f"{file}: {error}.") from error
-
-
-def _are_equal(stored, *names):
-    """Whether two stored tensors (rows, columns) are equal; reads them in pieces of 64 MiB."""
-    first, second = (stored[name] for name in names)
-    if first.shape != second.shape:
-        return False
-    with _opened(first.file) as a, _opened(second.file) as b:
-        a, b = (file.get_slice(name) for file, name in zip((a, b), names, strict=True))
-        rows, columns = first.shape
-        step = max(1, 2**26 // (8 * columns))
-        return all(torch.equal(a[i : i + step].double(), b[i : i + step].double()) for i in range(0, rows, step))
