@@ -22,7 +22,8 @@ TRANSFORMERS ?= 4.46.3
 OTHER        := .venv/transformers-$(TRANSFORMERS)
 test-transformers: $(STAMP)
 	test -d $(OTHER) || $(PY) -m pip install -qq --disable-pip-version-check --target $(OTHER) transformers==$(TRANSFORMERS)
-	PYTHONPATH=$(OTHER) OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) tests/test_models.py tests/test_patch.py tests/test_readme.py
+	PYTHONPATH=$(OTHER) OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) tests/test_models.py tests/test_transformers.py tests/test_patch.py \
+		tests/test_readme.py
 
 # the evaluation harness brings 0.6 GB of packages: `make test` skips its tests where it is not installed
 test-eval: $(STAMP)

@@ -59,7 +59,7 @@ class DiffusionLM(TemplateLM):
         gen_length: tokens to generate. None: the task's max_gen_toks, or 256 if it has none.
         steps, block_length: as in `dkv.generate`, including None.
         batch_size: prompts per batch; for likelihoods, masked sequences of equal length per batch.
-        dtype, device: as in `dkv.from_pretrained`; "auto" means None.
+        dtype, device: as in `dkv.from_pretrained`.
         tokenizer: a name, a folder or a tokenizer. None: that of pretrained, unless pretrained is a model.
         max_length: prompts are cut on the left so that prompt and continuation fit. None: the model's positions.
         add_bos_token: whether a prompt begins with the tokenizer's BOS even if the tokenizer does not add it.
@@ -124,7 +124,7 @@ class DiffusionLM(TemplateLM):
             if "_dkv" in vars(pretrained):
                 raise ValueError("likelihoods need a model without a cache; call dkv.restore_attention(model) first.")
         else:
-            self.model = dkv.from_pretrained(pretrained, dtype=None if dtype == "auto" else dtype, device=device)
+            self.model = dkv.from_pretrained(pretrained, dtype=dtype, device=device)
         self.view = view_of(self.model)
         self.policy.check(self.view.family.shifted)
         self.eos_ids = eos_ids_of(config.eos_token_id, self.view)

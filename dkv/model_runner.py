@@ -1,4 +1,7 @@
-"""`ModelRunner`: a forward pass of packed active tokens over the cache, through fused operators."""
+"""`ModelRunner`: a forward pass of packed active tokens over the cache, through fused operators.
+
+The forward pass of a native model, in `dkv.models.native`, is the same walk through `dkv.layers` without a cache.
+"""
 
 from collections import Counter
 

@@ -19,7 +19,7 @@ from dkv.models.folder import read_config
 from dkv.models.view import ModelView
 
 if TYPE_CHECKING:
-    from dkv.models.native import Dream, LLaDA, NativeModel
+    from dkv.models.native import Dream, LLaDA, NativeConfig, NativeModel
 
 __all__ = ["Dream", "LLaDA", "NativeModel", "from_config", "from_pretrained", "register", "view_of"]
 
@@ -155,7 +155,7 @@ def from_pretrained(
 
 
 def from_config(
-    config: Any,
+    config: "dict[str, Any] | SimpleNamespace | NativeConfig",
     *,
     seed: int = 0,
     dtype: torch.dtype | str | None = torch.float32,
@@ -164,7 +164,7 @@ def from_config(
     """A randomly initialised model, made on its device in its dtype: for tests, benchmarks and training from scratch.
 
     Args:
-        config: a dict, namespace or transformers config with the fields of an official config.json.
+        config: the fields of an official config.json; or `model.config`.
         seed: of the weights, which are normal with standard deviation 0.02; norms are 1, biases 0.
         dtype: a floating torch.dtype or its name. None: PyTorch's default.
         device: as in `from_pretrained`.
