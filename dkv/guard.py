@@ -106,8 +106,9 @@ def _contains_called(module, path, called, runs_forward):
         return True
     found = [_contains_called(child, f"{path}.{name}", called, runs_forward) for name, child in module.named_children()]
     hooked = module._forward_pre_hooks or module._forward_hooks
-    # but not by torch.compile, nor the forward of the model itself, which replace_attention replaces
-    replaced = "forward" in module.__dict__ and "_orig_mod" not in module._modules
+    # but not by torch.compile, or by the class's own, as accelerate leaves it; nor the model's, by replace_attention
+    forward = getattr(module.__dict__.get("forward"), "__func__", module.__dict__.get("forward"))
+    replaced = forward not in (None, type(module).forward) and "_orig_mod" not in module._modules
     changed = not runs_forward and hooked if path == "" else hooked or replaced
     if any(found) and changed:
         raise ValueError(

@@ -1,5 +1,7 @@
 """Linear layers, and `MergedLinear`: those with the same input as one matrix product."""
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -44,11 +46,9 @@ class MergedLinear:
 
     def __init__(self, modules: tuple[nn.Module, ...], shared: set[int] | frozenset[int] = frozenset()):
         self.modules = modules
-        self.ends = [0]
-        for module in modules:
-            self.ends.append(self.ends[-1] + module.out_features)
         self._weight = self._bias = None
         if all(map(is_plain, modules)):
+            self.ends = [0, *itertools.accumulate(module.out_features for module in modules)]
             weights = [module.weight for module in modules]
             biases = [module.bias for module in modules if module.bias is not None]
             alike = len({(tensor.dtype, tensor.device) for tensor in weights + biases}) == 1

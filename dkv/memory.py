@@ -94,7 +94,8 @@ def merge(parameters: list[nn.Parameter]) -> weakref.ref:
 def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:
     """The storage of a tensor; for a subclass that consists of other tensors, their storages."""
     if is_traceable_wrapper_subclass(tensor):
-        return [storage for name in tensor.__tensor_flatten__()[0] for storage in storages_of(getattr(tensor, name))]
+        parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        return [storage for part in parts if isinstance(part, Tensor) for storage in storages_of(part)]
     return [tensor.untyped_storage()]
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import official
 import pytest
@@ -106,7 +107,9 @@ def test_a_model_of_the_same_type_and_another_structure_is_refused(tmp_path):
     moe = {"model_type": "llada", "architectures": ["LLaDAMoEModelLM"], "hidden_size": 64, "num_experts": 4}
     (tmp_path / "config.json").write_text(json.dumps(moe))
     for auto in (AutoConfig, AutoModel):
-        with pytest.raises(ValueError, match=r"LLaDAMoEModelLM.* another structure .* does not call dkv.register\(\)"):
+        with pytest.raises(
+            ValueError, match=r"LLaDAMoEModelLM.* another structure. dkv.register\(\) .* a process that does not"
+        ):
             auto.from_pretrained(tmp_path)
 
 
@@ -269,3 +272,104 @@ def test_the_trainer_keeps_its_columns_and_saves(family, folder, tmp_path):
     assert not torch.equal(model.get_output_embeddings().weight, before)
     again = dkv.from_pretrained(tmp_path / "saved", device="cpu")
     assert all(map(torch.equal, again.parameters(), model.parameters()))
+
+
+def test_the_working_folder_is_not_a_source(family, folder, tmp_path, monkeypatch):
+    """Neither for a model that comes from no folder, nor for one whose folder was named from elsewhere."""
+    (tmp_path / "secret.py").touch()
+    monkeypatch.chdir(tmp_path)
+    tiny_model(family).save_pretrained("one")
+    assert not list((tmp_path / "one").glob("*.py"))
+    shutil.copytree(folder, "there")
+    monkeypatch.chdir("there")
+    models = dkv.from_pretrained(".", device="cpu"), AutoModel.from_pretrained(".")
+    monkeypatch.chdir(tmp_path)
+    for name, model in zip(("two", "three"), models, strict=True):
+        model.save_pretrained(name)
+        assert {path.name for path in (tmp_path / name).iterdir()} == {path.name for path in folder.iterdir()}
+
+
+def test_saving_leaves_what_it_does_not_replace(family, folder, tmp_path):
+    """Another variant of the weights, and another tokenizer, which must not get files of ours."""
+    model = AutoModel.from_pretrained(folder)
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, variant="fp16")
+    assert (tmp_path / "model.safetensors").exists() and (tmp_path / "model.fp16.safetensors").exists()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "tokenizer_config.json").write_text("{}")
+    model.save_pretrained(other)
+    assert [path.name for path in other.glob("tokenizer*")] == ["tokenizer_config.json"]
+
+
+def test_all_files_are_pushed(family, folder, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(native.NativeModel, "push_to_hub", lambda self, name, **options: pushed.append((name, options)))
+    model = AutoModel.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "name", push_to_hub=True, private=True)
+    model.save_pretrained(tmp_path / "name", push_to_hub=True, repo_id="me/other")
+    assert pushed == [("name", {"private": True}), ("me/other", {})]
+
+
+def test_sampling_in_a_generation_config_means_what_it_means_to_transformers(family):
+    model, (ids, valid) = tiny_model(family), prompts(9, 5)
+
+    def generated(**options):
+        return model.generate(
+            ids, valid, max_new_tokens=8, generator=torch.Generator().manual_seed(0), **options
+        ).sequences
+
+    greedy, sampled = generated(), generated(temperature=1.0)
+    assert not torch.equal(greedy, sampled)
+    for options, want in (
+        ({"temperature": 1.0}, greedy),
+        ({"temperature": 0.7, "top_p": 0.5}, greedy),
+        ({"do_sample": True}, sampled),
+        ({"do_sample": True, "temperature": 1.0}, sampled),
+        ({"do_sample": True, "temperature": 0.7}, generated(temperature=0.7)),
+    ):
+        assert torch.equal(generated(generation_config=transformers.GenerationConfig(**options)), want)
+
+
+def test_a_saved_adapter_loads(family, folder, tmp_path):
+    peft = pytest.importorskip("peft", exc_type=ImportError)
+    model, ids = AutoModel.from_pretrained(folder), prompts(9)[0]
+    try:
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    except (ImportError, ValueError) as error:  # the two do not fit each other
+        pytest.skip(str(error))
+    # transformers looks for the model in the folder that it was loaded from
+    model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits)
+
+
+class Wrapped(torch.nn.Module):
+    """An adapter of the user's, which does not say its sizes."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        return 2 * self.linear(x)
+
+
+def test_a_wrapper_need_not_say_its_sizes(family):
+    model, (ids, valid) = tiny_model(family), prompts(9, 5)
+    for module in [module for module in model.modules() if hasattr(module, "q_proj")]:
+        module.q_proj = Wrapped(module.q_proj)
+    got = model.generate(ids, valid, max_new_tokens=8, policy="NoCache").sequences
+    for module in [module for module in model.modules() if hasattr(module, "q_proj")]:
+        module.q_proj = module.q_proj.linear
+        for parameter in module.q_proj.parameters():
+            parameter.data *= 2
+    assert torch.equal(got, model.generate(ids, valid, max_new_tokens=8, policy="NoCache").sequences)
+
+
+@torch.no_grad()
+def test_a_forward_with_a_mask_compiles_whole(family):
+    model, (ids, valid) = tiny_model(family), prompts(9, 5)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids, valid.long()).logits, model(ids, valid.long()).logits)

@@ -233,7 +233,7 @@ def read_view(model: nn.Module, layout: Layout, config: ModelConfig, **family_fi
 
 def _check_linear(owner, path, module, features):
     got = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if got != features:
+    if got not in (features, (None, None)):  # wrappers of adapters need not say
         raise ValueError(
             f"{owner}: {path} must be linear with (in_features, out_features) = {features} by the config, got {got}."
         )

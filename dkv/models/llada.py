@@ -137,7 +137,7 @@ def sdpa_mask(mask: Any, x: Tensor) -> Tensor | None:
         got = tuple(mask.shape) if isinstance(mask, Tensor) else repr(mask)
         raise ValueError(f"attention_mask must have shape (batch, seqlen) = {tuple(x.shape[:2])}, got {got}.")
     valid = mask.bool()[:, None, None]
-    if bool(valid.all()):
+    if not torch.compiler.is_compiling() and bool(valid.all()):  # the compiler cannot read it
         return None
     # the smallest finite value: with -inf, rows without keys would be NaN
     return torch.zeros_like(valid, dtype=x.dtype).masked_fill(~valid, torch.finfo(x.dtype).min)

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
-from dkv.models.folder import CONFIG, GENERATION_CONFIG, read_generation_config, read_tensors, some
-from dkv.models.native import NATIVE, NativeModel, initialise
+from dkv.models.folder import CONFIG, read_tensors, some
+from dkv.models.native import NATIVE, NativeModel, generation_config_of, initialise, made
 
 
 def empty(family: ModuleType, fields: dict[str, Any], owner: str = "config") -> NativeModel:
@@ -28,7 +27,7 @@ def empty(family: ModuleType, fields: dict[str, Any], owner: str = "config") -> 
     family.read_model_config(SimpleNamespace(**fields), owner)  # its errors are clearer than transformers'
     native = NATIVE[family]
     with torch.device("meta"):
-        model = native(_made(owner, native.config_class, fields), owner)
+        model = native(made(owner, native.config_class, fields), owner)
     model.tie_weights()
     return model
 
@@ -74,12 +73,8 @@ def load(
             f"{owner}: {layout.layers_field} is {model_config.layers}, but the weights have {len(stored)} tensors only."
         )
     model = empty(family, fields, owner)
-    generation = read_generation_config(folder)
-    if generation:
-        # transformers would drop the options that only dkv has
-        generation["_from_model_config"] = False
-        model.generation_config = _made(str(folder / GENERATION_CONFIG), GenerationConfig, generation)
-    model._source = folder
+    model._source = folder.resolve()
+    model.generation_config = generation_config_of(folder) or model.generation_config
     embedding, head = f"{layout.embed}.weight", f"{layout.head}.weight"
     # some files of tied models hold the head too
     unused = {head} & stored.keys() if model_config.tied else set()
@@ -96,14 +91,6 @@ def load(
                 set_parameter(model, name, tensor.to(dtype))
     model.tie_weights()
     return model.eval()
-
-
-def _made(owner, make, fields):
-    """make(**fields), a config of transformers; its errors name the file."""
-    try:
-        return make(**fields)
-    except Exception as error:  # of any class: the fields may be anything
-        raise ValueError(f"{owner}: transformers cannot read it: {error}.") from error
 
 
 def _check_tensors(folder, stored, expected, unused):

@@ -7,12 +7,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 
@@ -20,14 +22,15 @@ from dkv.config import GenerateConfig
 from dkv.generation import GenerateOutput, generate
 from dkv.layers import Modules, after_attention
 from dkv.models import dream, llada
-from dkv.models.folder import INDEX, WEIGHTS
+from dkv.models.folder import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS, read_generation_config
 from dkv.models.layout import NORMS
 from dkv.models.view import Layer, ModelView
 
 # names of transformers' diffusion models, and of Dream's generation_config.json -> those of `dkv.generate`
 OPTIONS = {"max_new_tokens": "gen_length", "max_denoising_steps": "steps", "alg": "remasking"}
-# a checkpoint's tokenizer, chat template and code
-BESIDE = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_*", "*.py")
+# files of a checkpoint beside the model
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*")
+CODE = ("*.py",)
 
 
 class NativeConfig(PretrainedConfig):
@@ -42,11 +45,13 @@ class NativeConfig(PretrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "NativeConfig":
         """As transformers'; ValueError for a model of this model_type that has another structure."""
-        if not cls.family.describes(SimpleNamespace(**{"model_type": cls.model_type} | config_dict)):
+        fields = {"model_type": cls.model_type} | config_dict
+        if not cls.family.describes(SimpleNamespace(**fields)):
+            name, model_type, names = cls.family.FAMILY.name, fields["model_type"], fields.get("architectures")
             raise ValueError(
-                f"a config of {config_dict.get('architectures')} says model_type {cls.model_type!r}, but has another "
-                f"structure than the {cls.family.FAMILY.name} that dkv.register() put under that name; load it in a "
-                "process that does not call dkv.register()."
+                f"{cls.__name__} is for {name}, but the config of {names} with model_type {model_type!r} has another "
+                f"structure. dkv.register() made model_type {cls.model_type!r} mean {name}: load other models of that "
+                "type in a process that does not call it."
             )
         return super().from_dict(config_dict, **kwargs)
 
@@ -112,8 +117,8 @@ class NativeModel(PreTrainedModel, GenerationMixin):
     `dkv.replace_attention` run the same modules on fused kernels.
 
     Args:
-        config: of the class `config_class`. A field that is changed later counts from the next forward pass on, as it
-            does for `dkv.generate` and `dkv.replace_attention`.
+        config: of the class `config_class`. Token ids and rope_theta count from the next call on if they are changed;
+            sizes and eps are those of the modules.
         owner: named by errors about the config.
 
     Attributes:
@@ -163,7 +168,10 @@ class NativeModel(PreTrainedModel, GenerationMixin):
     def _embedded(self, input_ids, inputs_embeds):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass input_ids or inputs_embeds, and not both.")
-        return self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        if x.dim() != 3:
+            raise ValueError(f"input_ids must have shape (batch, seqlen), got {tuple(x.shape[:-1])}.")
+        return x
 
     def get_input_embeddings(self) -> nn.Module:
         return self.get_submodule(self.family.LAYOUT.embed)
@@ -214,6 +222,7 @@ class NativeModel(PreTrainedModel, GenerationMixin):
                 columns before them are padding.
             labels: (batch, seqlen) int64, the tokens to predict, -100 where there is none. The loss is the mean of
                 their cross entropies; a diffusion loss weighs them by the share of masks, which is the trainer's task.
+                Losses that the trainer takes of the logits itself, as for label smoothing, must shift Dream's.
             past_key_values, use_cache, output_attentions: must be None or False.
             output_hidden_states, return_dict: None: the config's.
 
@@ -230,7 +239,8 @@ class NativeModel(PreTrainedModel, GenerationMixin):
         if getattr(config, "output_attentions", False) if output_attentions is None else output_attentions:
             raise ValueError("a native model never has attention weights in memory: output_attentions must be False.")
         wants_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        return_dict = getattr(config, "return_dict", True) if return_dict is None else return_dict
+        if return_dict is None:
+            return_dict = config.return_dict and not getattr(config, "torchscript", False)
         x = self._embedded(input_ids, inputs_embeds)
         view, mask = self._view(), None if attention_mask is None else self.family.sdpa_mask(attention_mask, x)
         way, hidden_states = Modules(view, self._angles(view, x, position_ids), mask), ()
@@ -287,49 +297,68 @@ class NativeModel(PreTrainedModel, GenerationMixin):
         transformers' names work too: max_new_tokens for gen_length, max_denoising_steps for steps.
 
         Args:
-            generation_config: defaults of the options, other than token ids; None: `model.generation_config`, which is
-                saved with the model.
+            generation_config: defaults of the options, other than token ids; a policy by its name. None:
+                `model.generation_config`, which is saved with the model. As in transformers, its temperature, top_p and
+                top_k count with do_sample=True only.
 
         Example:
             >>> output = model.generate(**batch, max_new_tokens=128, block_length=32)
         """
-        saved = (generation_config or self.generation_config).to_diff_dict()
-        known = set(GenerateConfig.__dataclass_fields__) - {"eos_token_id", "mask_id"}
-        saved = {name: value for name, value in saved.items() if value is not None and OPTIONS.get(name, name) in known}
-        return generate(self, input_ids, attention_mask, **_renamed(saved) | _renamed(options))
+        config = self.generation_config if generation_config is None else generation_config
+        known = {option.name for option in fields(GenerateConfig)} - {"eos_token_id", "mask_id"}
+        saved = {name: value for name, value in config.to_diff_dict().items() if OPTIONS.get(name, name) in known}
+        if config.do_sample:
+            saved.setdefault("temperature", 1.0)  # transformers' default
+        else:
+            saved = {name: value for name, value in saved.items() if name not in ("temperature", "top_p", "top_k")}
+        saved = _renamed({name: value for name, value in saved.items() if value is not None})
+        return generate(self, input_ids, attention_mask, **saved | _renamed(options))
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **options: Any) -> Any:
+        """transformers' `from_pretrained`."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **options)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._source = _folder_of(pretrained_model_name_or_path, **options)
+        if model._source is not None and "generation_config" not in options:
+            model.generation_config = generation_config_of(model._source) or model.generation_config
+        return loaded
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **options: Any
+    ) -> None:
         """transformers' `save_pretrained`, for a folder that loads by itself.
 
-        Files of the tokenizer and the hub's code are copied from the folder that the model was loaded from, unless the
-        folder has them. Weights that were in the folder are replaced once the new ones are complete, because the
+        Files of the tokenizer are copied from the folder that the model was loaded from if the folder has none, and so
+        is the hub's code. Weights that were in the folder are replaced once the new ones are complete, because the
         parameters may be memory-mapped from them.
         """
+        if not is_main_process:
+            return super().save_pretrained(save_directory, is_main_process, **options)
         folder, architectures = Path(save_directory), self.config.architectures
-        if not options.get("is_main_process", True):
-            return super().save_pretrained(save_directory, **options)
+        is_pushed, repository = options.pop("push_to_hub", False), options.pop("repo_id", folder.name)
         # as the modules are now: they may have been tied or untied since
         self.config.tie_word_embeddings = self.get_output_embeddings().weight is self.get_input_embeddings().weight
         # otherwise transformers would not load the options that only dkv has
         self.generation_config._from_model_config = False
         folder.mkdir(parents=True, exist_ok=True)
-        if options.get("push_to_hub"):
-            options = {"repo_id": folder.name} | options
         with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as part:
             super().save_pretrained(part, **options)
             self.config.architectures = architectures or self.config.architectures  # the official name stays
-            self.config.save_pretrained(part)
             files = sorted(Path(part).iterdir())
-            if any(file.name.startswith(("model", "pytorch_model")) for file in files):
+            if any(file.name == CONFIG for file in files):  # not for an adapter
+                self.config.save_pretrained(part)
+            if any(file.name.startswith(("model", "pytorch_model")) for file in files) and not options.get("variant"):
                 for stale in (*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS, folder / INDEX):
                     stale.unlink(missing_ok=True)
             for file in files:
                 os.replace(file, folder / file.name)
-        source = Path(self._source or self.name_or_path)
-        if source.is_dir():
-            for file in (file for pattern in BESIDE for file in source.glob(pattern)):
-                if file.is_file() and not (folder / file.name).exists():
+        for patterns in () if self._source is None else (TOKENIZER, CODE):
+            if not any(file for pattern in patterns for file in folder.glob(pattern)):
+                for file in (file for pattern in patterns for file in self._source.glob(pattern)):
                     shutil.copyfile(file, folder / file.name)
+        if is_pushed:
+            self.push_to_hub(repository, **options)
 
 
 class LLaDA(NativeModel):
@@ -371,3 +400,32 @@ def _renamed(options):
             raise TypeError(f"{own} was given twice, once as {name}; pass one of them.")
         renamed[own] = value
     return renamed
+
+
+def generation_config_of(folder: Path) -> GenerationConfig | None:
+    """The options that generation_config.json of a folder has, or None."""
+    fields = read_generation_config(folder)
+    if not fields:
+        return None
+    # otherwise transformers drops the options that only dkv has
+    config = made(str(folder / GENERATION_CONFIG), GenerationConfig, fields | {"_from_model_config": False})
+    config._original_object_hash = hash(config)  # so that transformers saves it as it was read
+    return config
+
+
+def made(owner: str, make: type, fields: dict[str, Any]) -> Any:
+    """make(**fields), a config of transformers; its errors name the owner."""
+    try:
+        return make(**fields)
+    except Exception as error:  # of any class: the fields may be anything
+        raise ValueError(f"{owner}: transformers cannot read it: {error}.") from error
+
+
+def _folder_of(name, *, subfolder="", cache_dir=None, revision=None, **_):
+    """The absolute folder that transformers read, or None."""
+    if name is None:
+        return None
+    if Path(name).is_dir():
+        return Path(name, subfolder).resolve()
+    config = try_to_load_from_cache(str(name), CONFIG, cache_dir=cache_dir, revision=revision)
+    return Path(config).parent if isinstance(config, str) else None
