@@ -43,7 +43,7 @@ from benchmarks.harness.generation import LABELS, GenerationPoint, Study, parse_
 from benchmarks.harness.models import FAMILIES, SCALED_DOWN, TRUE_SIZE, make_model
 from benchmarks.harness.peer import PEERS
 from benchmarks.harness.systems import Failed, Ours, PeerProcess, PlainLoop, add_peers, peers_of
-from dkv.models import loader  # noqa: F401  it brings transformers, before any budget begins
+from dkv.models import loader  # noqa: F401  imports transformers now, outside the time budgets
 from dkv.models.layout import ModelConfig
 
 SEED = 0

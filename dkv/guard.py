@@ -106,7 +106,7 @@ def _contains_called(module, path, called, runs_forward):
         return True
     found = [_contains_called(child, f"{path}.{name}", called, runs_forward) for name, child in module.named_children()]
     hooked = module._forward_pre_hooks or module._forward_hooks
-    # but not by torch.compile, or by the class's own, as accelerate leaves it; nor the model's, by replace_attention
+    # allowed: what torch.compile, accelerate (the class's own forward, bound again) and replace_attention put there
     forward = getattr(module.__dict__.get("forward"), "__func__", module.__dict__.get("forward"))
     replaced = forward not in (None, type(module).forward) and "_orig_mod" not in module._modules
     changed = not runs_forward and hooked if path == "" else hooked or replaced

@@ -2,6 +2,7 @@
 
 import math
 import operator
+import sys
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -37,6 +38,14 @@ HINTS = {  # keywords of other libraries, and what to do instead
     "shift_type": "pass it as the shift of a policy: policy=dkv.Decode(shift=shift_type)",
     "return_dict_in_generate": "leave it out; the result always is a GenerateOutput",
 }
+
+
+def stacklevel() -> int:
+    """For `warnings.warn` in the calling function: the first frame that is neither of dkv nor of torch."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("dkv", "torch"):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def check_names(names: Iterable[str], allowed: Collection[str]) -> None:
@@ -95,7 +104,7 @@ def left_padded(input_ids: Tensor, attention_mask: Tensor | None, view: ModelVie
             warnings.warn(
                 f"input_ids begins or ends with the pad token, {view.pad_token_id}, in some row and there is no "
                 "attention_mask, so these tokens count as prompt. Pass attention_mask: 0 for padding, 1 for prompt.",
-                stacklevel=6,  # the caller of generate(...)
+                stacklevel=stacklevel(),
             )
     if attention_mask is None:
         return input_ids, torch.ones_like(input_ids, dtype=torch.bool)

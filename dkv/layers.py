@@ -1,9 +1,11 @@
-"""A decoder layer in three ways with the same methods: `Library` and `Fused`, for a cache, and `Modules`, for training.
+"""The parts of a decoder layer in three ways: `Library` and `Fused` for a cache, `Modules` for training.
 
 `Library` calls PyTorch's matrix products, with kernels of our own around them. `Fused` has kernels for products of few
-rows that do the work around them too. Both are for packed tokens; their attention is in `dkv.model_runner`. `Modules`
-calls the modules, for whole sequences. The norms that `first_norm` and `add_norm` return, normed rows or a
-`dkv.kernels.DeferredNorm`, are only for the other methods of the same way.
+rows that do the work around them too. Both have the same methods and are for packed tokens; their attention is in
+`dkv.model_runner`. `Modules` calls the modules, for whole sequences. `after_attention` serves all three.
+
+The norms that `first_norm` and `add_norm` return, normed rows or a `dkv.kernels.DeferredNorm`, are only for the other
+methods of the same way.
 """
 
 from typing import Any, NamedTuple
@@ -37,17 +39,23 @@ class MergedLayer(NamedTuple):
     next_norm: nn.Module
 
 
-def after_attention(way: Any, layer: Any, attended: Tensor, x: Tensor) -> tuple[Tensor, Any]:
+def after_attention(
+    way: "Library | Fused | Modules",
+    layer: "MergedLayer | Layer",
+    attended: Tensor,
+    x: Tensor,
+    next_norm: nn.Module | None,
+) -> tuple[Tensor, Any]:
     """The rest of a layer: the output projection and the MLP, each added to x. Returns x and its next norm.
 
     Args:
-        way: `Library` or `Fused`, or `Modules` with a `Layer`.
-        layer: `MergedLayer` or `Layer`.
+        layer: a `Layer` for `Modules`, otherwise a `MergedLayer`.
         attended: (rows, nheads * headdim).
         x: (rows, hidden_size), the residual stream.
+        next_norm: only `Modules` takes None, for no norm.
     """
     x, normed = way.add_norm(layer.o, attended, x, layer.mlp_norm)
-    return way.add_norm(layer.down, way.gate_up(layer, normed), x, layer.next_norm)
+    return way.add_norm(layer.down, way.gate_up(layer, normed), x, next_norm)
 
 
 class Library:

@@ -1,6 +1,6 @@
 """`ModelRunner`: a forward pass of packed active tokens over the cache, through fused operators.
 
-The forward pass of a native model, in `dkv.models.native`, is the same walk through `dkv.layers` without a cache.
+The forward pass of a native model, in `dkv.models.native`, runs the same layers without a cache.
 """
 
 from collections import Counter
@@ -73,7 +73,8 @@ class ModelRunner:
                 # the last layer needs only the K and V of the other positions
                 q, x = way.last_qkv(layer, normed, x, tokens, wanted, caches)
                 tokens = wanted
-            x, normed = after_attention(way, layer, self._attend(q, caches, tokens, cache, max_seqlen), x)
+            attended = self._attend(q, caches, tokens, cache, max_seqlen)
+            x, normed = after_attention(way, layer, attended, x, layer.next_norm)
         return way.last_norm(self.view.final_norm, normed, x)
 
     def way_for(self, rows: int) -> Library | Fused:

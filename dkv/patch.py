@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dkv.active import write_active
 from dkv.cuda_graphs import StepGraphs
 from dkv.guard import Fingerprint, check_containers
-from dkv.inputs import one_of, whole
+from dkv.inputs import one_of, stacklevel, whole
 from dkv.kernels import checks, cpu, reference
 from dkv.kernels.rows import Size
 from dkv.memory import memory_of, separate
@@ -186,7 +186,7 @@ def _forward(model, *args, **kwargs):
     if patch.uncached[reason] == 1:
         warnings.warn(
             f"a patched {type(model).__name__} ran its own forward, without the cache, as it will whenever {reason}.",
-            stacklevel=6,  # the caller of model(...)
+            stacklevel=stacklevel(),
         )
     return output
 
@@ -287,7 +287,7 @@ class Patch:
             config = model.config
             return_dict = getattr(config, "return_dict", True) and not getattr(config, "torchscript", False)
         asks_for_tuple = return_dict is not None and not return_dict
-        return self.make_output(logits, return_dict=False) if asks_for_tuple else self.make_output(logits)
+        return self.make_output(logits, return_dict=not asks_for_tuple)
 
 
 def _is_off(value, default):

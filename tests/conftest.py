@@ -92,7 +92,7 @@ ALLOCATIONS = {
 
 @pytest.fixture(scope="session", autouse=True)
 def poison_unwritten_outputs():
-    with torch.device("meta"):  # the context looks up the functions that it is about when it is first used
+    with torch.device("meta"):  # collects the functions that it redirects at its first use, so before they are patched
         torch.zeros(())
     with pytest.MonkeyPatch.context() as patch:
         for (owner, name), allocate in ALLOCATIONS.items():

@@ -46,6 +46,7 @@ def generation(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> N
 def own_loop(model: nn.Module, ids: Tensor) -> None:
     dkv.register()
     native = dkv.from_pretrained("folder", dtype="bfloat16", device="cpu", revision="main", local_files_only=True)
+    dkv.from_pretrained("folder", device_map="cuda")  # type: ignore[arg-type]
     assert_type(native, NativeModel)
     assert_type(dkv.replace_attention(native, dkv.Decode(8), block_length=32, impl="auto"), NativeModel)
     assert_type(dkv.replace_attention(model), nn.Module)

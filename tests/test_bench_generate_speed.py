@@ -149,7 +149,7 @@ import torch
 from types import SimpleNamespace
 
 class PretrainedConfig:
-    output_hidden_states = False
+    output_hidden_states, return_dict = False, True
 
     def __init__(self, **fields):
         vars(self).update(fields)

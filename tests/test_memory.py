@@ -51,7 +51,8 @@ def by_state_dict(llm, folder):
 
 
 def by_save_pretrained(llm, folder):
-    llm.save_pretrained(folder, max_shard_bytes=2**16)
+    llm.save_pretrained(folder, max_shard_size=2**16)
+    assert len(list(folder.glob("*.safetensors"))) > 1
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 

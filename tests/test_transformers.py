@@ -3,8 +3,10 @@
 import copy
 import json
 import shutil
+from types import SimpleNamespace
 
 import official
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,9 @@ DTYPE = "dtype" if VERSION >= (4, 56) else "torch_dtype"  # transformers' keywor
 @pytest.fixture(autouse=True, scope="module")
 def registered():
     dkv.register()
-    dkv.register()  # changes nothing
+    known = dict(AutoModel._model_mapping._extra_content)
+    dkv.register()
+    assert AutoModel._model_mapping._extra_content == known
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -58,20 +62,27 @@ def tokenized(folder, *texts):
     return tokenizer.apply_chat_template(chats, **options)
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-def test_an_official_folder_loads_generates_and_saves(way, family, folder, tmp_path):
-    if way is WAYS["on a device"]:
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_load_gives_the_same_model(way, family, folder):
+    if way == "on a device":
         pytest.importorskip("accelerate")
-    if way is WAYS["with remote code"] and VERSION < (5, 17):
+    if way == "with remote code" and VERSION < (5, 17):
         pytest.skip("older releases run the code of the folder then")
-    model, batch = way(folder), tokenized(folder, "one", "and another one")
+    model, want = WAYS[way](folder), tiny_model(family)
     assert type(model) is FAMILIES[family] and not model.training and model.dtype == torch.float32
-    want = dkv.generate(tiny_model(family), batch, gen_length=8)
-    got = model.generate(**batch, max_new_tokens=8)
+    assert all(map(torch.equal, model.parameters(), want.parameters()))
+
+
+@pytest.mark.parametrize("way", ["from_pretrained", "AutoModel"])
+def test_an_official_folder_generates_and_saves(way, family, folder, tmp_path):
+    model, batch = WAYS[way](folder), tokenized(folder, "one", "and another one")
+    got, want = model.generate(**batch, max_new_tokens=8), dkv.generate(tiny_model(family), batch, gen_length=8)
     assert torch.equal(got.sequences, want.sequences) and got.stats == want.stats
-    dkv.replace_attention(model, "NoCache")
+    dkv.replace_attention(model)
     with torch.no_grad():
-        assert torch.equal(model(want.sequences)["logits"], dkv.restore_attention(model)(want.sequences).logits)
+        cached, own = model(**batch).logits, dkv.restore_attention(model)(**batch).logits
+    valid = batch["attention_mask"].bool()  # padding is not computed
+    torch.testing.assert_close(cached[valid], own[valid], rtol=1e-4, atol=1e-4)
 
     for name, value in {"max_new_tokens": 4, "block_length": 2, "policy": "DualCache"}.items():
         setattr(model.generation_config, name, value)
@@ -79,15 +90,15 @@ def test_an_official_folder_loads_generates_and_saves(way, family, folder, tmp_p
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in folder.iterdir()}
     config, before = (json.loads((path / "config.json").read_text()) for path in (tmp_path, folder))
     assert all(config[name] == before[name] for name in ("architectures", "auto_map", "model_type", "mask_token_id"))
-    again, batch = way(tmp_path), tokenized(tmp_path, "one")
-    assert again.state_dict().keys() == model.state_dict().keys()
+    again, batch = WAYS[way](tmp_path), tokenized(tmp_path, "one")
     assert all(map(torch.equal, again.parameters(), model.parameters()))
     got = again.generate(**batch).sequences
     assert torch.equal(got, dkv.generate(model, batch, gen_length=4, block_length=2, policy="DualCache").sequences)
     assert again.generate(**batch, max_new_tokens=6).sequences.shape[1] == got.shape[1] + 2
 
 
-def test_the_dtype_is_as_asked(family, folder):
+def test_the_dtype_is_as_asked():
+    folder = oracle.weights_path("llada_mha_s0")
     assert AutoModel.from_pretrained(folder, **{DTYPE: torch.bfloat16}).dtype == torch.bfloat16
     assert AutoModel.from_pretrained(folder, **{DTYPE: "auto"}).dtype == torch.float32
     for name in ("dtype", "torch_dtype"):
@@ -97,10 +108,9 @@ def test_the_dtype_is_as_asked(family, folder):
         dkv.from_pretrained(folder, dtype="bfloat16", torch_dtype="bfloat16")
 
 
-@pytest.mark.parametrize("name", ["device_map", "quantization_config", "trust_remote_code", "attn_implementation"])
-def test_keywords_that_only_transformers_has_name_the_way(name, folder):
-    with pytest.raises(TypeError, match=rf"no {name}: .*dkv.register\(\) and then transformers.AutoModel"):
-        dkv.from_pretrained(folder, **{name: None})
+def test_a_keyword_that_only_transformers_has_names_the_way():
+    with pytest.raises(TypeError, match=r"no device_map, trust_remote_code: .*dkv.register\(\) and then transformers"):
+        dkv.from_pretrained("nowhere", device_map="cpu", trust_remote_code=True)
 
 
 def test_a_model_of_the_same_type_and_another_structure_is_refused(tmp_path):
@@ -126,8 +136,7 @@ def test_the_config_has_the_usual_names(family, folder):
 
 def test_the_usual_methods(family):
     model = tiny_model(family)
-    assert model.num_parameters() == sum(p.numel() for p in model.parameters())
-    assert model.get_memory_footprint() == 4 * model.num_parameters() and model.can_generate()
+    assert model.num_parameters() == sum(p.numel() for p in model.parameters()) and model.can_generate()
     assert model.get_input_embeddings().weight.shape == model.get_output_embeddings().weight.shape == (256, 64)
     layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     assert len(layers) == 3 and sum(p.numel() for layer in layers for p in layer.parameters()) > 10_000
@@ -197,7 +206,7 @@ def test_resized_embeddings_save_and_load(rows, tied, family, tmp_path):
         assert again.generate(prompts(5)[0], max_new_tokens=4).sequences.shape == (1, 9)
 
 
-def test_a_random_model_has_initial_weights_and_a_loaded_one_its_own(family, folder):
+def test_a_random_model_has_initial_weights(family, folder):
     torch.manual_seed(0)
     model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
     for name, parameter in model.named_parameters():
@@ -205,10 +214,6 @@ def test_a_random_model_has_initial_weights_and_a_loaded_one_its_own(family, fol
             assert parameter.std().item() == pytest.approx(0.02, rel=0.1)
         else:
             assert bool((parameter == (0 if name.endswith("bias") else 1)).all())
-    loaded = AutoModel.from_pretrained(folder).state_dict()
-    assert all(
-        torch.equal(loaded[name], t) for name, t in dkv.from_pretrained(folder, device="cpu").state_dict().items()
-    )
 
 
 def test_generate_takes_the_names_of_transformers(family):
@@ -222,7 +227,11 @@ def test_generate_takes_the_names_of_transformers(family):
     config = transformers.GenerationConfig(max_new_tokens=8, steps=4, policy="NoCache", eos_token_id=7, top_k=None)
     assert torch.equal(model.generate(ids, valid, generation_config=config).sequences, want)
     assert torch.equal(model.generate(ids, valid, steps=4, policy="NoCache", max_new_tokens=8).sequences, want)
-    with pytest.raises(TypeError, match="gen_length was given twice, once as"):
+    got = model.generate(ids, valid, alg="maskgit_plus", max_new_tokens=8, policy="NoCache").sequences
+    assert torch.equal(
+        got, dkv.generate(model, ids, valid, remasking="maskgit_plus", gen_length=8, policy="NoCache").sequences
+    )
+    with pytest.raises(TypeError, match="max_new_tokens is another name of gen_length, got both"):
         model.generate(ids, valid, max_new_tokens=8, gen_length=8)
     with pytest.raises(TypeError, match="'seed'.*generator="):
         model.generate(ids, valid, seed=1)
@@ -304,14 +313,26 @@ def test_saving_leaves_what_it_does_not_replace(family, folder, tmp_path):
 
 def test_all_files_are_pushed(family, folder, tmp_path, monkeypatch):
     pushed = []
-    monkeypatch.setattr(native.NativeModel, "push_to_hub", lambda self, name, **options: pushed.append((name, options)))
+
+    class Hub:
+        def __init__(self, token):
+            assert token == "secret"
+
+        def create_repo(self, name, private, exist_ok):
+            return SimpleNamespace(repo_id=f"me/{name}")
+
+        def upload_folder(self, repo_id, folder_path, allow_patterns, **commit):
+            pushed.append((repo_id, {*allow_patterns}, {path.name for path in folder_path.iterdir()}, commit))
+
+    monkeypatch.setattr(native, "HfApi", Hub)
     model = AutoModel.from_pretrained(folder)
-    model.save_pretrained(tmp_path / "name", push_to_hub=True, private=True)
-    model.save_pretrained(tmp_path / "name", push_to_hub=True, repo_id="me/other")
-    assert pushed == [("name", {"private": True}), ("me/other", {})]
+    (tmp_path / "notes.txt").touch()
+    model.save_pretrained(tmp_path, push_to_hub=True, repo_id="name", token="secret", commit_message="first")
+    files = {path.name for path in folder.iterdir()}
+    assert pushed == [("me/name", files, files | {"notes.txt"}, {"commit_message": "first"})]
 
 
-def test_sampling_in_a_generation_config_means_what_it_means_to_transformers(family):
+def test_a_generation_config_samples_with_do_sample_only(family):
     model, (ids, valid) = tiny_model(family), prompts(9, 5)
 
     def generated(**options):
@@ -325,6 +346,7 @@ def test_sampling_in_a_generation_config_means_what_it_means_to_transformers(fam
         ({"temperature": 1.0}, greedy),
         ({"temperature": 0.7, "top_p": 0.5}, greedy),
         ({"do_sample": True}, sampled),
+        ({"do_sample": True, "top_k": 50}, sampled),
         ({"do_sample": True, "temperature": 1.0}, sampled),
         ({"do_sample": True, "temperature": 0.7}, generated(temperature=0.7)),
     ):
@@ -336,7 +358,9 @@ def test_a_saved_adapter_loads(family, folder, tmp_path):
     model, ids = AutoModel.from_pretrained(folder), prompts(9)[0]
     try:
         model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    except (ImportError, ValueError) as error:  # the two do not fit each other
+    except (ImportError, ValueError) as error:
+        if "PEFT" not in str(error):  # transformers' words for a release of PEFT that does not fit
+            raise
         pytest.skip(str(error))
     # transformers looks for the model in the folder that it was loaded from
     model.save_pretrained(tmp_path)

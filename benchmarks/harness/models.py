@@ -105,7 +105,7 @@ def with_layers(config: Config, layers: int) -> Config:
 
 
 def family_of(config: Config) -> ModuleType:
-    """The module of `dkv.models` about its family."""
+    """The module of the config's family in `dkv.models`."""
     return dkv.models.llada if config["model_type"] == "llada" else dkv.models.dream
 
 

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from reprlib import repr as shown
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -101,7 +101,7 @@ def from_pretrained(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
-    **others: Any,
+    **unknown: NoReturn,  # so that type checkers still refuse wrong names
 ) -> "NativeModel":
     """Loads a LLaDA or Dream of the official checkpoint layout, without remote code.
 
@@ -117,22 +117,22 @@ def from_pretrained(
         revision, token, cache_dir, local_files_only: for a repository, as in huggingface_hub.
 
     Returns:
-        A transformers model in eval mode, the same class as by `dkv.register`. Its parameters require grad, so it can
-        be trained.
+        A transformers model in eval mode, of the class that AutoModel gives after `dkv.register()`. Its parameters
+        require grad.
 
     Raises:
         ValueError: no such folder, a malformed file in it, an unsupported model, weights that do not fit the config, or
             an invalid dtype or device.
-        TypeError: another keyword of transformers, such as device_map or quantization_config.
+        TypeError: a keyword that only transformers has, such as device_map; or both dtype and torch_dtype.
 
     Example:
         >>> model = dkv.from_pretrained("GSAI-ML/LLaDA-8B-Instruct", dtype="bfloat16")
         >>> output = model.generate(**batch, max_new_tokens=128)
         >>> model.save_pretrained("copy")
     """
-    if others:
+    if unknown:
         raise TypeError(
-            f"dkv.from_pretrained has no {', '.join(others)}: it loads unquantised weights to one device, without "
+            f"dkv.from_pretrained has no {', '.join(unknown)}: it loads unquantised weights to one device, without "
             "remote code. For all that transformers has, call dkv.register() and then "
             "transformers.AutoModel.from_pretrained, which gives the same class."
         )

@@ -1,7 +1,7 @@
 """Dream: Dream-v0 Base and Instruct, Dream-Coder, DiffuCoder, and models of the same structure."""
 
 from reprlib import repr as shown
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -60,13 +60,9 @@ def read_model_config(config: Any, owner: str, rows: int | None = None) -> Model
     """
     fields = Fields(config, owner)
     fields.must_be(SUPPORTED)
-    # transformers 5 keeps the parameters of the plain RoPE in a dict; its rope_scaling is an alias that warns
-    name = (
-        "rope_parameters"
-        if fields.get("rope_parameters", None) or "rope_scaling" not in vars(config)
-        else "rope_scaling"
-    )
-    rope = fields.get(name, None)
+    # transformers 5 keeps the parameters of the plain RoPE in rope_parameters; its rope_scaling is an alias that warns
+    name = "rope_parameters" if vars(config).get("rope_parameters") is not None else "rope_scaling"
+    rope = vars(config).get(name)
     rope = {} if rope is None else rope
     is_plain = isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values())
     if not is_plain or rope.get("rope_type", rope.get("type", "default")) != "default":
@@ -103,7 +99,11 @@ def find(model: nn.Module) -> ModelView | None:
 
 
 def make_output(
-    logits: Tensor, return_dict: bool = True, *, loss: Tensor | None = None, hidden_states: tuple[Tensor] | None = None
+    logits: Tensor,
+    return_dict: bool = True,
+    *,
+    loss: Tensor | None = None,
+    hidden_states: tuple[Tensor, ...] | None = None,
 ) -> Any:
     """The output of the model's forward, as transformers' class or as a tuple."""
     from transformers.modeling_outputs import MaskedLMOutput
@@ -112,7 +112,7 @@ def make_output(
     return output if return_dict else output.to_tuple()
 
 
-def sdpa_mask(mask: Any, x: Tensor) -> Tensor | None:
+def sdpa_mask(mask: Tensor | Literal["full"], x: Tensor) -> Tensor | None:
     """The mask of `F.scaled_dot_product_attention` for an attention_mask and embeddings x (batch, seqlen, hidden_size).
 
     It must be "full", which hides nothing; or (batch, seqlen), bool or integers, 0 where a key is padding, which no

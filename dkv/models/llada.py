@@ -117,7 +117,11 @@ def find(model: nn.Module) -> ModelView | None:
 
 
 def make_output(
-    logits: Tensor, return_dict: bool = True, *, loss: Tensor | None = None, hidden_states: tuple[Tensor] | None = None
+    logits: Tensor,
+    return_dict: bool = True,
+    *,
+    loss: Tensor | None = None,
+    hidden_states: tuple[Tensor, ...] | None = None,
 ) -> Any:
     """The output of the model's forward, as transformers' class or as a tuple."""
     from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -127,7 +131,7 @@ def make_output(
     return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=hidden_states)
 
 
-def sdpa_mask(mask: Any, x: Tensor) -> Tensor | None:
+def sdpa_mask(mask: Tensor, x: Tensor) -> Tensor | None:
     """The mask of `F.scaled_dot_product_attention` for an attention_mask and embeddings x (batch, seqlen, hidden_size).
 
     It must be (batch, seqlen), 0 or False where a key is padding: no query attends to it, but its own query attends to

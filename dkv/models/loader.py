@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dkv.models.folder import CONFIG, read_tensors, some
-from dkv.models.native import NATIVE, NativeModel, generation_config_of, initialise, made
+from dkv.models.native import NATIVE, NativeModel, config_from, initialise
 
 
 def empty(family: ModuleType, fields: dict[str, Any], owner: str = "config") -> NativeModel:
@@ -27,7 +27,7 @@ def empty(family: ModuleType, fields: dict[str, Any], owner: str = "config") -> 
     family.read_model_config(SimpleNamespace(**fields), owner)  # its errors are clearer than transformers'
     native = NATIVE[family]
     with torch.device("meta"):
-        model = native(made(owner, native.config_class, fields), owner)
+        model = native(config_from(owner, native.config_class, fields))
     model.tie_weights()
     return model
 
@@ -73,8 +73,7 @@ def load(
             f"{owner}: {layout.layers_field} is {model_config.layers}, but the weights have {len(stored)} tensors only."
         )
     model = empty(family, fields, owner)
-    model._source = folder.resolve()
-    model.generation_config = generation_config_of(folder) or model.generation_config
+    model.set_source(folder)
     embedding, head = f"{layout.embed}.weight", f"{layout.head}.weight"
     # some files of tied models hold the head too
     unused = {head} & stored.keys() if model_config.tied else set()

@@ -10,21 +10,23 @@ from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import HfApi, try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from dkv.config import GenerateConfig
-from dkv.generation import GenerateOutput, generate
 from dkv.layers import Modules, after_attention
 from dkv.models import dream, llada
 from dkv.models.folder import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS, read_generation_config
 from dkv.models.layout import NORMS
 from dkv.models.view import Layer, ModelView
+
+if TYPE_CHECKING:
+    from dkv.generation import GenerateOutput
 
 # names of transformers' diffusion models, and of Dream's generation_config.json -> those of `dkv.generate`
 OPTIONS = {"max_new_tokens": "gen_length", "max_denoising_steps": "steps", "alg": "remasking"}
@@ -45,9 +47,9 @@ class NativeConfig(PretrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "NativeConfig":
         """As transformers'; ValueError for a model of this model_type that has another structure."""
-        fields = {"model_type": cls.model_type} | config_dict
-        if not cls.family.describes(SimpleNamespace(**fields)):
-            name, model_type, names = cls.family.FAMILY.name, fields["model_type"], fields.get("architectures")
+        values = {"model_type": cls.model_type} | config_dict
+        if not cls.family.describes(SimpleNamespace(**values)):
+            name, model_type, names = cls.family.FAMILY.name, values["model_type"], values.get("architectures")
             raise ValueError(
                 f"{cls.__name__} is for {name}, but the config of {names} with model_type {model_type!r} has another "
                 f"structure. dkv.register() made model_type {cls.model_type!r} mean {name}: load other models of that "
@@ -106,7 +108,7 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, layer: Layer, way: Modules) -> Tensor:
         """Runs the layer on x (batch, seqlen, hidden_size); layer: its modules by their roles."""
         x, normed = way.first_norm(layer.attn_norm, x)
-        x, _ = after_attention(way, layer, way.attend(layer, normed), x)
+        x, _ = after_attention(way, layer, way.attend(layer, normed), x, next_norm=None)
         return x
 
 
@@ -119,7 +121,6 @@ class NativeModel(PreTrainedModel, GenerationMixin):
     Args:
         config: of the class `config_class`. Token ids and rope_theta count from the next call on if they are changed;
             sizes and eps are those of the modules.
-        owner: named by errors about the config.
 
     Attributes:
         model_config: the `dkv.models.layout.ModelConfig` that the model was built from.
@@ -134,10 +135,10 @@ class NativeModel(PreTrainedModel, GenerationMixin):
     _kept = None  # (modules, parameters and config that the last view was read from; that view)
     _source = None  # the folder that the model was loaded from
 
-    def __init__(self, config: NativeConfig, owner: str = "config"):
+    def __init__(self, config: NativeConfig):
         super().__init__(config)
         layout = self.family.LAYOUT
-        self.model_config = model_config = self.family.read_model_config(config, owner)
+        self.model_config = model_config = self.family.read_model_config(config, "config")
         self._place(layout.embed, nn.Embedding(model_config.vocab_size, model_config.hidden_size))
         self._place(layout.layers, nn.ModuleList(DecoderLayer() for _ in range(model_config.layers)))
         for index in range(model_config.layers):
@@ -167,11 +168,15 @@ class NativeModel(PreTrainedModel, GenerationMixin):
 
     def _embedded(self, input_ids, inputs_embeds):
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass input_ids or inputs_embeds, and not both.")
-        x = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        if x.dim() != 3:
-            raise ValueError(f"input_ids must have shape (batch, seqlen), got {tuple(x.shape[:-1])}.")
-        return x
+            got = "neither" if input_ids is None else "both"
+            raise ValueError(f"one of input_ids or inputs_embeds must be given, got {got}; pass one.")
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given.dim() != (2 if inputs_embeds is None else 3):
+            raise ValueError(
+                "input_ids must have shape (batch, seqlen), inputs_embeds (batch, seqlen, hidden_size), got "
+                f"{tuple(given.shape)}; add what is missing, such as input_ids[None]."
+            )
+        return self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
 
     def get_input_embeddings(self) -> nn.Module:
         return self.get_submodule(self.family.LAYOUT.embed)
@@ -192,7 +197,6 @@ class NativeModel(PreTrainedModel, GenerationMixin):
             self.config.embedding_size = embedding.weight.shape[0]
         return embedding
 
-    @torch.no_grad()
     def _init_weights(self, module):
         for parameter in module.parameters(recurse=False):
             if not getattr(parameter, "_is_hf_initialized", False):  # loaded weights stay
@@ -221,8 +225,8 @@ class NativeModel(PreTrainedModel, GenerationMixin):
             position_ids: (batch or 1, seqlen), the RoPE positions, any numbers. None: the columns, whether or not
                 columns before them are padding.
             labels: (batch, seqlen) int64, the tokens to predict, -100 where there is none. The loss is the mean of
-                their cross entropies; a diffusion loss weighs them by the share of masks, which is the trainer's task.
-                Losses that the trainer takes of the logits itself, as for label smoothing, must shift Dream's.
+                their cross entropies, which a diffusion loss would weigh by the share of masks. Whoever computes a loss
+                from the logits, as Trainer's label smoothing does, must shift a Dream's first.
             past_key_values, use_cache, output_attentions: must be None or False.
             output_hidden_states, return_dict: None: the config's.
 
@@ -237,7 +241,10 @@ class NativeModel(PreTrainedModel, GenerationMixin):
             )
         config = self.config
         if getattr(config, "output_attentions", False) if output_attentions is None else output_attentions:
-            raise ValueError("a native model never has attention weights in memory: output_attentions must be False.")
+            raise ValueError(
+                "output_attentions must be False, got True: the weights are never in memory; leave it out and unset "
+                "config.output_attentions."
+            )
         wants_hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if return_dict is None:
             return_dict = config.return_dict and not getattr(config, "torchscript", False)
@@ -252,10 +259,10 @@ class NativeModel(PreTrainedModel, GenerationMixin):
                 x = module(x, layer, way)
         x = view.final_norm(x)
         logits = self.get_output_embeddings()(x)
-        return view.make_output(
+        return self.family.make_output(
             logits,
             return_dict,
-            loss=None if labels is None else _loss(logits, labels, view.family.shifted),
+            loss=None if labels is None else _loss(logits, labels, self.family.FAMILY.shifted),
             hidden_states=(*hidden_states, x) if wants_hidden else None,
         )
 
@@ -291,24 +298,30 @@ class NativeModel(PreTrainedModel, GenerationMixin):
         *,
         generation_config: GenerationConfig | None = None,
         **options: Any,
-    ) -> GenerateOutput:
+    ) -> "GenerateOutput":
         """`dkv.generate` of this model, with the same arguments and result.
 
-        transformers' names work too: max_new_tokens for gen_length, max_denoising_steps for steps.
+        Names of transformers and of Dream work too: max_new_tokens (gen_length), max_denoising_steps (steps), alg
+        (remasking).
 
         Args:
             generation_config: defaults of the options, other than token ids; a policy by its name. None:
-                `model.generation_config`, which is saved with the model. As in transformers, its temperature, top_p and
-                top_k count with do_sample=True only.
+                `model.generation_config`, which is saved with the model. As in transformers, temperature (1.0 if it has
+                none), top_p and top_k count with do_sample=True only. Values that transformers has by default count as
+                none, such as a top_k of 50.
 
         Example:
             >>> output = model.generate(**batch, max_new_tokens=128, block_length=32)
         """
+        from dkv.generation import generate  # here, because dkv.generation is above dkv.models
+
         config = self.generation_config if generation_config is None else generation_config
         known = {option.name for option in fields(GenerateConfig)} - {"eos_token_id", "mask_id"}
         saved = {name: value for name, value in config.to_diff_dict().items() if OPTIONS.get(name, name) in known}
         if config.do_sample:
-            saved.setdefault("temperature", 1.0)  # transformers' default
+            saved.setdefault("temperature", 1.0)
+            if saved.get("top_k") == 50:  # transformers 5 has no defaults there, transformers 4 leaves them out
+                del saved["top_k"]
         else:
             saved = {name: value for name, value in saved.items() if name not in ("temperature", "top_p", "top_k")}
         saved = _renamed({name: value for name, value in saved.items() if value is not None})
@@ -319,25 +332,31 @@ class NativeModel(PreTrainedModel, GenerationMixin):
         """transformers' `from_pretrained`."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **options)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model._source = _folder_of(pretrained_model_name_or_path, **options)
-        if model._source is not None and "generation_config" not in options:
-            model.generation_config = generation_config_of(model._source) or model.generation_config
+        model.set_source(_folder_of(pretrained_model_name_or_path, **options))
+        if options.get("generation_config") is not None:
+            model.generation_config = options["generation_config"]
         return loaded
+
+    def set_source(self, folder: Path | None) -> None:
+        """Says where the model was loaded from; reads the options of generation_config.json there."""
+        if folder is not None:
+            self._source = folder.resolve()
+            self.generation_config = generation_config_of(folder) or self.generation_config
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **options: Any
     ) -> None:
         """transformers' `save_pretrained`, for a folder that loads by itself.
 
-        Files of the tokenizer are copied from the folder that the model was loaded from if the folder has none, and so
-        is the hub's code. Weights that were in the folder are replaced once the new ones are complete, because the
-        parameters may be memory-mapped from them.
+        Tokenizer files, and the hub's code, are copied from where the model was loaded, unless save_directory has its
+        own. Old weights are replaced once the new ones are complete: the parameters may be memory-mapped from them.
+        With push_to_hub=True, all files that were written are uploaded. Mutates the config: tie_word_embeddings becomes
+        what the modules are.
         """
-        if not is_main_process:
-            return super().save_pretrained(save_directory, is_main_process, **options)
+        if not is_main_process:  # that one writes everything
+            return
         folder, architectures = Path(save_directory), self.config.architectures
         is_pushed, repository = options.pop("push_to_hub", False), options.pop("repo_id", folder.name)
-        # as the modules are now: they may have been tied or untied since
         self.config.tie_word_embeddings = self.get_output_embeddings().weight is self.get_input_embeddings().weight
         # otherwise transformers would not load the options that only dkv has
         self.generation_config._from_model_config = False
@@ -345,20 +364,24 @@ class NativeModel(PreTrainedModel, GenerationMixin):
         with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as part:
             super().save_pretrained(part, **options)
             self.config.architectures = architectures or self.config.architectures  # the official name stays
-            files = sorted(Path(part).iterdir())
-            if any(file.name == CONFIG for file in files):  # not for an adapter
+            written = sorted(os.listdir(part))
+            if CONFIG in written:  # not for an adapter
                 self.config.save_pretrained(part)
-            if any(file.name.startswith(("model", "pytorch_model")) for file in files) and not options.get("variant"):
+            if any(name.startswith(("model", "pytorch_model")) for name in written) and not options.get("variant"):
                 for stale in (*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS, folder / INDEX):
                     stale.unlink(missing_ok=True)
-            for file in files:
-                os.replace(file, folder / file.name)
+            for name in written:
+                os.replace(Path(part, name), folder / name)
         for patterns in () if self._source is None else (TOKENIZER, CODE):
             if not any(file for pattern in patterns for file in folder.glob(pattern)):
-                for file in (file for pattern in patterns for file in self._source.glob(pattern)):
+                for file in (file for pattern in patterns for file in self._source.glob(pattern) if file.is_file()):
                     shutil.copyfile(file, folder / file.name)
+                    written.append(file.name)
         if is_pushed:
-            self.push_to_hub(repository, **options)
+            hub = HfApi(token=options.get("token"))
+            repository = hub.create_repo(repository, private=options.get("private"), exist_ok=True).repo_id
+            commit = {name: options[name] for name in ("commit_message", "revision", "create_pr") if name in options}
+            hub.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=written, **commit)
 
 
 class LLaDA(NativeModel):
@@ -393,32 +416,29 @@ def _loss(logits, labels, shifted):
 
 def _renamed(options):
     """The options by the names of `dkv.generate`."""
-    renamed = {}
-    for name, value in options.items():
-        own = OPTIONS.get(name, name)
-        if own in renamed:
-            raise TypeError(f"{own} was given twice, once as {name}; pass one of them.")
-        renamed[own] = value
-    return renamed
+    for name, own in OPTIONS.items():
+        if name in options and own in options:
+            raise TypeError(f"{name} is another name of {own}, got both; pass one of them.")
+    return {OPTIONS.get(name, name): value for name, value in options.items()}
 
 
 def generation_config_of(folder: Path) -> GenerationConfig | None:
     """The options that generation_config.json of a folder has, or None."""
-    fields = read_generation_config(folder)
-    if not fields:
+    values = read_generation_config(folder)
+    if not values:
         return None
     # otherwise transformers drops the options that only dkv has
-    config = made(str(folder / GENERATION_CONFIG), GenerationConfig, fields | {"_from_model_config": False})
+    config = config_from(str(folder / GENERATION_CONFIG), GenerationConfig, values | {"_from_model_config": False})
     config._original_object_hash = hash(config)  # so that transformers saves it as it was read
     return config
 
 
-def made(owner: str, make: type, fields: dict[str, Any]) -> Any:
-    """make(**fields), a config of transformers; its errors name the owner."""
+def config_from(owner: str, make: type, values: dict[str, Any]) -> Any:
+    """make(**values), a config of transformers; its errors name the owner of the values."""
     try:
-        return make(**fields)
-    except Exception as error:  # of any class: the fields may be anything
-        raise ValueError(f"{owner}: transformers cannot read it: {error}.") from error
+        return make(**values)
+    except Exception as error:  # of any class: the values may be anything
+        raise ValueError(f"{owner}: transformers must be able to read it, got {error}; correct it.") from error
 
 
 def _folder_of(name, *, subfolder="", cache_dir=None, revision=None, **_):
@@ -427,5 +447,5 @@ def _folder_of(name, *, subfolder="", cache_dir=None, revision=None, **_):
         return None
     if Path(name).is_dir():
         return Path(name, subfolder).resolve()
-    config = try_to_load_from_cache(str(name), CONFIG, cache_dir=cache_dir, revision=revision)
+    config = try_to_load_from_cache(str(name), f"{subfolder}/{CONFIG}".lstrip("/"), cache_dir, revision)
     return Path(config).parent if isinstance(config, str) else None

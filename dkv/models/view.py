@@ -26,7 +26,6 @@ class Layer:
     gate: nn.Module
     up: nn.Module
     down: nn.Module
-    next_norm: None = None  # a layer by itself ends with its MLP
 
     @property
     def norms(self) -> tuple[nn.Module, ...]:
