@@ -390,10 +390,3 @@ def test_a_wrapper_need_not_say_its_sizes(family):
         for parameter in module.q_proj.parameters():
             parameter.data *= 2
     assert torch.equal(got, model.generate(ids, valid, max_new_tokens=8, policy="NoCache").sequences)
-
-
-@torch.no_grad()
-def test_a_forward_with_a_mask_compiles_whole(family):
-    model, (ids, valid) = tiny_model(family), prompts(9, 5)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(ids, valid.long()).logits, model(ids, valid.long()).logits)
