@@ -127,13 +127,13 @@ def generate(
             ties may be decided differently.
         output_history: also return the sequences and the active positions of every step, see `dkv.plot_history`.
         show_progress: show a progress bar over the masks.
-        unknown: token_type_ids is ignored, any other name is a TypeError.
 
     Returns:
         `GenerateOutput`. All sequences are left-padded, even if the prompts were right-padded.
 
     Raises:
-        ValueError, TypeError: unsuitable arguments, or an unsupported model.
+        ValueError, TypeError: unsuitable arguments, names that are no options (but token_type_ids is ignored), or an
+            unsupported model.
         RuntimeError: the logits of a token to predict hold NaN, +inf, or nothing above -inf. The host notices when it
             next reads from the device, which on a GPU with known counts is at the end. Or a policy of your own breaks
             its contract.

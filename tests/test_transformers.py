@@ -80,7 +80,8 @@ def test_an_official_folder_generates_and_saves(way, family, folder, tmp_path):
     assert torch.equal(got.sequences, want.sequences) and got.stats == want.stats
     dkv.replace_attention(model)
     with torch.no_grad():
-        cached, own = model(**batch).logits, dkv.restore_attention(model)(**batch).logits
+        inputs = batch["input_ids"], batch["attention_mask"]
+        cached, own = model(*inputs).logits, dkv.restore_attention(model)(*inputs).logits
     valid = batch["attention_mask"].bool()  # padding is not computed
     torch.testing.assert_close(cached[valid], own[valid], rtol=1e-4, atol=1e-4)
 
@@ -116,6 +117,8 @@ def test_a_keyword_that_only_transformers_has_names_the_way():
 def test_a_model_of_the_same_type_and_another_structure_is_refused(tmp_path):
     moe = {"model_type": "llada", "architectures": ["LLaDAMoEModelLM"], "hidden_size": 64, "num_experts": 4}
     (tmp_path / "config.json").write_text(json.dumps(moe))
+    with pytest.raises(ValueError, match="DreamConfig needs model_type 'Dream', got 'llada'; use AutoModel"):
+        Dream.from_pretrained(tmp_path)
     for auto in (AutoConfig, AutoModel):
         with pytest.raises(
             ValueError, match=r"LLaDAMoEModelLM.* another structure. dkv.register\(\) .* a process that does not"
@@ -131,6 +134,7 @@ def test_the_config_has_the_usual_names(family, folder):
     assert config.get("hidden_size") == 64 and config.get("nothing") is None and config.get("nothing", 5) == 5
     assert "mask_token_id" in config and "nothing" not in config
     assert config.to_dict()["d_model" if family == "llada" else "hidden_size"] == 64
+    assert AutoConfig.from_pretrained(folder, use_cache=False).use_cache is False
     assert type(copy.deepcopy(config)) is type(config) and config.__class__(**config.to_dict()).get("hidden_size") == 64
 
 
@@ -223,6 +227,9 @@ def test_generate_takes_the_names_of_transformers(family):
         assert torch.equal(model.generate(ids, valid, **options, policy="NoCache").sequences, want)
         batch = transformers.BatchEncoding({"input_ids": ids, "attention_mask": valid, "token_type_ids": 0 * ids})
         assert torch.equal(model.generate(batch, **options, policy="NoCache").sequences, want)
+        assert torch.equal(
+            model.generate(inputs=ids, attention_mask=valid, **options, policy="NoCache").sequences, want
+        )
         assert torch.equal(model.generate(**batch, **options, policy="NoCache").sequences, want)
     config = transformers.GenerationConfig(max_new_tokens=8, steps=4, policy="NoCache", eos_token_id=7, top_k=None)
     assert torch.equal(model.generate(ids, valid, generation_config=config).sequences, want)
@@ -235,6 +242,11 @@ def test_generate_takes_the_names_of_transformers(family):
         model.generate(ids, valid, max_new_tokens=8, gen_length=8)
     with pytest.raises(TypeError, match="'seed'.*generator="):
         model.generate(ids, valid, seed=1)
+    with pytest.raises(TypeError, match="must be a transformers.GenerationConfig, got dict"):
+        model.generate(ids, valid, generation_config={"steps": 4})
+    config.policy = dkv.NoCache()
+    with pytest.raises(TypeError, match=r"generation_config.policy must be a name, .* got NoCache\(\); pass policy="):
+        model.generate(ids, valid, generation_config=config)
 
 
 def test_peft_wraps_trains_merges_and_saves(family, tmp_path):
@@ -307,8 +319,10 @@ def test_saving_leaves_what_it_does_not_replace(family, folder, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "tokenizer_config.json").write_text("{}")
+    (other / "train.py").touch()
     model.save_pretrained(other)
     assert [path.name for path in other.glob("tokenizer*")] == ["tokenizer_config.json"]
+    assert {path.name for path in folder.glob("*.py")} <= {path.name for path in other.iterdir()}
 
 
 def test_all_files_are_pushed(family, folder, tmp_path, monkeypatch):

@@ -30,9 +30,7 @@ if TYPE_CHECKING:
 
 # names of transformers' diffusion models, and of Dream's generation_config.json -> those of `dkv.generate`
 OPTIONS = {"max_new_tokens": "gen_length", "max_denoising_steps": "steps", "alg": "remasking"}
-# files of a checkpoint beside the model
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*")
-CODE = ("*.py",)
 
 
 class NativeConfig(PretrainedConfig):
@@ -43,17 +41,20 @@ class NativeConfig(PretrainedConfig):
     """
 
     family: ClassVar[ModuleType]
+    use_cache = False  # transformers 5 does not read it, but takes the keyword if it is there
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "NativeConfig":
         """As transformers'; ValueError for a model of this model_type that has another structure."""
         values = {"model_type": cls.model_type} | config_dict
         if not cls.family.describes(SimpleNamespace(**values)):
-            name, model_type, names = cls.family.FAMILY.name, values["model_type"], values.get("architectures")
+            got, name = values["model_type"], cls.family.FAMILY.name
+            if got != cls.model_type:
+                raise ValueError(f"{cls.__name__} needs model_type {cls.model_type!r}, got {got!r}; use AutoModel.")
             raise ValueError(
-                f"{cls.__name__} is for {name}, but the config of {names} with model_type {model_type!r} has another "
-                f"structure. dkv.register() made model_type {cls.model_type!r} mean {name}: load other models of that "
-                "type in a process that does not call it."
+                f"{cls.__name__} is for {name}, but the config of {values.get('architectures')} has another structure. "
+                f"dkv.register() made its model_type, {got!r}, mean {name}: load other models of that type in a process "
+                "that does not call it."
             )
         return super().from_dict(config_dict, **kwargs)
 
@@ -171,10 +172,11 @@ class NativeModel(PreTrainedModel, GenerationMixin):
             got = "neither" if input_ids is None else "both"
             raise ValueError(f"one of input_ids or inputs_embeds must be given, got {got}; pass one.")
         given = input_ids if inputs_embeds is None else inputs_embeds
-        if given.dim() != (2 if inputs_embeds is None else 3):
+        if not isinstance(given, Tensor) or given.dim() != (2 if inputs_embeds is None else 3):
+            got = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
             raise ValueError(
-                "input_ids must have shape (batch, seqlen), inputs_embeds (batch, seqlen, hidden_size), got "
-                f"{tuple(given.shape)}; add what is missing, such as input_ids[None]."
+                "input_ids must be a tensor of shape (batch, seqlen), or inputs_embeds one of shape (batch, seqlen, "
+                f"hidden_size), got {got}; pass one, such as input_ids[None]."
             )
         return self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
 
@@ -222,11 +224,11 @@ class NativeModel(PreTrainedModel, GenerationMixin):
             input_ids: (batch, seqlen) int64; or inputs_embeds (batch, seqlen, hidden_size).
             attention_mask: (batch, seqlen), 0 where a key is padding; more is possible, see `sdpa_mask` of
                 `dkv.models.llada` and `dkv.models.dream`.
-            position_ids: (batch or 1, seqlen), the RoPE positions, any numbers. None: the columns, whether or not
-                columns before them are padding.
+            position_ids: (batch or 1, seqlen), the RoPE positions, any numbers. None: 0, 1, 2, ... from the first
+                column on, padding or not.
             labels: (batch, seqlen) int64, the tokens to predict, -100 where there is none. The loss is the mean of
-                their cross entropies, which a diffusion loss would weigh by the share of masks. Whoever computes a loss
-                from the logits, as Trainer's label smoothing does, must shift a Dream's first.
+                their cross entropies; putting masks into input_ids, and weights, are the caller's. Whoever computes a
+                loss from the logits, as Trainer's label smoothing does, must shift a Dream's first.
             past_key_values, use_cache, output_attentions: must be None or False.
             output_hidden_states, return_dict: None: the config's.
 
@@ -293,16 +295,17 @@ class NativeModel(PreTrainedModel, GenerationMixin):
 
     def generate(
         self,
-        input_ids: Tensor | Mapping[str, Tensor],
+        input_ids: Tensor | Mapping[str, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         *,
         generation_config: GenerationConfig | None = None,
         **options: Any,
     ) -> "GenerateOutput":
-        """`dkv.generate` of this model, with the same arguments and result.
+        """`dkv.generate` of this model, with the same result and options, among them gen_length, steps, block_length,
+        policy, temperature and threshold.
 
-        Names of transformers and of Dream work too: max_new_tokens (gen_length), max_denoising_steps (steps), alg
-        (remasking).
+        Names of transformers and of Dream work too: inputs (input_ids), max_new_tokens (gen_length),
+        max_denoising_steps (steps), alg (remasking).
 
         Args:
             generation_config: defaults of the options, other than token ids; a policy by its name. None:
@@ -316,6 +319,14 @@ class NativeModel(PreTrainedModel, GenerationMixin):
         from dkv.generation import generate  # here, because dkv.generation is above dkv.models
 
         config = self.generation_config if generation_config is None else generation_config
+        if not isinstance(config, GenerationConfig):
+            got = type(config).__name__
+            raise TypeError(f"generation_config must be a transformers.GenerationConfig, got {got}; pass **options.")
+        if not isinstance(getattr(config, "policy", ""), str):
+            raise TypeError(
+                f"generation_config.policy must be a name, because it is saved as JSON, got {config.policy!r}; pass "
+                "policy=... to generate."
+            )
         known = {option.name for option in fields(GenerateConfig)} - {"eos_token_id", "mask_id"}
         saved = {name: value for name, value in config.to_diff_dict().items() if OPTIONS.get(name, name) in known}
         if config.do_sample:
@@ -325,6 +336,7 @@ class NativeModel(PreTrainedModel, GenerationMixin):
         else:
             saved = {name: value for name, value in saved.items() if name not in ("temperature", "top_p", "top_k")}
         saved = _renamed({name: value for name, value in saved.items() if value is not None})
+        input_ids = options.pop("inputs", None) if input_ids is None else input_ids
         return generate(self, input_ids, attention_mask, **saved | _renamed(options))
 
     @classmethod
@@ -348,10 +360,10 @@ class NativeModel(PreTrainedModel, GenerationMixin):
     ) -> None:
         """transformers' `save_pretrained`, for a folder that loads by itself.
 
-        Tokenizer files, and the hub's code, are copied from where the model was loaded, unless save_directory has its
-        own. Old weights are replaced once the new ones are complete: the parameters may be memory-mapped from them.
-        With push_to_hub=True, all files that were written are uploaded. Mutates the config: tie_word_embeddings becomes
-        what the modules are.
+        Files of the tokenizer, unless save_directory has one, and code of the hub are copied from where the model was
+        loaded. A tokenizer that was never downloaded is not there. Old weights are replaced once the new ones are
+        complete, because the parameters may be memory-mapped from them. With push_to_hub=True, all files that were
+        written are uploaded. Mutates the config: tie_word_embeddings becomes what the modules are.
         """
         if not is_main_process:  # that one writes everything
             return
@@ -372,11 +384,13 @@ class NativeModel(PreTrainedModel, GenerationMixin):
                     stale.unlink(missing_ok=True)
             for name in written:
                 os.replace(Path(part, name), folder / name)
-        for patterns in () if self._source is None else (TOKENIZER, CODE):
-            if not any(file for pattern in patterns for file in folder.glob(pattern)):
-                for file in (file for pattern in patterns for file in self._source.glob(pattern) if file.is_file()):
-                    shutil.copyfile(file, folder / file.name)
-                    written.append(file.name)
+        if self._source is not None:
+            has_tokenizer = any(file for pattern in TOKENIZER for file in folder.glob(pattern))
+            for pattern in (*(() if has_tokenizer else TOKENIZER), "*.py"):
+                for file in self._source.glob(pattern):
+                    if file.is_file() and not (folder / file.name).exists():
+                        shutil.copyfile(file, folder / file.name)
+                        written.append(file.name)
         if is_pushed:
             hub = HfApi(token=options.get("token"))
             repository = hub.create_repo(repository, private=options.get("private"), exist_ok=True).repo_id
