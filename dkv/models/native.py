@@ -53,7 +53,7 @@ class NativeConfig(PretrainedConfig):
                 raise ValueError(f"{cls.__name__} needs model_type {cls.model_type!r}, got {got!r}; use AutoModel.")
             raise ValueError(
                 f"{cls.__name__} is for {name}, but the config of {values.get('architectures')} has another structure. "
-                f"dkv.register() made its model_type, {got!r}, mean {name}: load other models of that type in a process "
+                f"dkv.register() made its model_type {got!r} mean {name}: load other models of that type in a process "
                 "that does not call it."
             )
         return super().from_dict(config_dict, **kwargs)
