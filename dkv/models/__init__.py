@@ -142,13 +142,12 @@ def from_pretrained(
         path_or_repo, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
     fields, owner = read_config(folder)
-    family = _family(fields, owner)
-    dtype = torch_dtype if dtype is None else dtype
+    from dkv.models import loader
+
+    family, dtype = _family(fields, owner), torch_dtype if dtype is None else dtype
     dtype = _dtype("dtype", None if isinstance(dtype, str) and dtype == "auto" else dtype)
     for field in ("torch_dtype", "dtype"):
         dtype = dtype or _dtype(f"{owner}: {field}", getattr(fields, field, None))
-    from dkv.models import loader
-
     model = loader.load(family, folder, vars(fields), owner, dtype=dtype, device=_device(device))
     model.config.name_or_path = model.name_or_path = str(path_or_repo)
     return model
@@ -175,9 +174,9 @@ def from_config(
     fields = config.to_dict() if hasattr(config, "to_dict") else getattr(config, "__dict__", config)
     if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
         raise ValueError(f"config must be a dict or namespace of the fields of a config.json, got {shown(config)}.")
-    family = _family(SimpleNamespace(**fields), "config")
     from dkv.models import loader
 
+    family = _family(SimpleNamespace(**fields), "config")
     return loader.random(family, fields, seed=seed, dtype=_dtype("dtype", dtype), device=_device(device))
 
 

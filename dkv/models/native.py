@@ -331,7 +331,7 @@ class NativeModel(PreTrainedModel, GenerationMixin):
         saved = {name: value for name, value in config.to_diff_dict().items() if OPTIONS.get(name, name) in known}
         if config.do_sample:
             saved.setdefault("temperature", 1.0)
-            if saved.get("top_k") == 50:  # transformers 5 has no defaults there, transformers 4 leaves them out
+            if saved.get("top_k") == 50:  # transformers 4 leaves out its defaults, transformers 5 has none
                 del saved["top_k"]
         else:
             saved = {name: value for name, value in saved.items() if name not in ("temperature", "top_p", "top_k")}
@@ -344,9 +344,9 @@ class NativeModel(PreTrainedModel, GenerationMixin):
         """transformers' `from_pretrained`."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **options)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        given = model.generation_config if options.get("generation_config") is not None else None
         model.set_source(_folder_of(pretrained_model_name_or_path, **options))
-        if options.get("generation_config") is not None:
-            model.generation_config = options["generation_config"]
+        model.generation_config = given or model.generation_config
         return loaded
 
     def set_source(self, folder: Path | None) -> None:
@@ -369,7 +369,8 @@ class NativeModel(PreTrainedModel, GenerationMixin):
             return
         folder, architectures = Path(save_directory), self.config.architectures
         is_pushed, repository = options.pop("push_to_hub", False), options.pop("repo_id", folder.name)
-        self.config.tie_word_embeddings = self.get_output_embeddings().weight is self.get_input_embeddings().weight
+        head = self.get_output_embeddings()
+        self.config.tie_word_embeddings = getattr(head, "weight", None) is self.get_input_embeddings().weight
         # otherwise transformers would not load the options that only dkv has
         self.generation_config._from_model_config = False
         folder.mkdir(parents=True, exist_ok=True)
