@@ -218,7 +218,7 @@ def test_undo_is_complete(model):
 
 
 @each(NAMES)
-def test_merged_weights_are_the_models_own(model, tmp_path):
+def test_merged_weights_are_the_models_own(model, tmp_path, monkeypatch):
     """While patched, Q, K, V and gate, up lie next to each other: the same objects, names and values; then separate."""
     parameters = dict(model.named_parameters())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -232,6 +232,8 @@ def test_merged_weights_are_the_models_own(model, tmp_path):
     state = model.state_dict()
     assert state.keys() == before.keys() and all(torch.equal(state[name], before[name]) for name in before)
     if hasattr(model, "save_pretrained"):
+        # transformers 4.57 passes an argument that the file of Dream does not know
+        monkeypatch.setattr(type(model.generation_config), "validate", lambda *args, **options: None)
         model.save_pretrained(tmp_path)
         saved = {}
         for file in tmp_path.glob("*.safetensors"):
