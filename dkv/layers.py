@@ -216,10 +216,6 @@ class Modules:
     def __init__(self, view: ModelView, angles: tuple[Tensor, Tensor], attn_mask: Tensor | None = None):
         self.view, self.angles, self.attn_mask = view, angles, attn_mask
 
-    def first_norm(self, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x and its norm."""
-        return x, norm(x)
-
     def attend(self, layer: Layer, normed: Tensor) -> Tensor:
         """(batch, seqlen, nheads * headdim): attention over the whole sequence."""
         groups = self.view.nheads // self.view.nheads_k

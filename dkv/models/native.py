@@ -108,8 +108,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, layer: Layer, way: Modules) -> Tensor:
         """Runs the layer on x (batch, seqlen, hidden_size); layer: its modules by their roles."""
-        x, normed = way.first_norm(layer.attn_norm, x)
-        x, _ = after_attention(way, layer, way.attend(layer, normed), x, next_norm=None)
+        attended = way.attend(layer, layer.attn_norm(x))
+        x, _ = after_attention(way, layer, attended, x, next_norm=None)
         return x
 
 
