@@ -1,7 +1,7 @@
 """Diffusion language models (LLaDA, Dream), fast: the delayed KV cache in fused Triton kernels."""
 
 from dkv.config import GenerateConfig
-from dkv.generation import GenerateOutput, GenerateStats, generate
+from dkv.generation import GenerateOutput, GenerateStats, StreamStep, generate, stream
 from dkv.models import from_pretrained, register
 from dkv.patch import replace_attention, reset, restore_attention
 from dkv.plot import plot_history
@@ -19,6 +19,7 @@ __all__ = [
     "Prefill",
     "PrefillDecode",
     "PrefixCache",
+    "StreamStep",
     "from_pretrained",
     "generate",
     "plot_history",
@@ -26,5 +27,6 @@ __all__ = [
     "replace_attention",
     "reset",
     "restore_attention",
+    "stream",
 ]
 __version__ = "0.1.0"

@@ -51,8 +51,9 @@ class GenerateConfig:
     """The options of `dkv.generate`, documented there, except `order` and `generator`, which belong to one call.
 
     The constructor does every check that needs neither a model nor a prompt. It turns scalars of NumPy and PyTorch into
-    Python's, eos_token_id into a tuple, and policy, by name or None, into a `dkv.Policy`. Any other None is for the
-    model or the prompt to decide.
+    Python's, eos_token_id into a tuple, and policy, by name or None, into a `dkv.Policy`. The values that switch an
+    option off become one: 0.0 for temperature, alg_temp and cfg_scale, None for top_p and top_k. Any other None is for
+    the model or the prompt to decide.
 
     Raises:
         ValueError, TypeError: a value out of range or of the wrong type, or values that exclude each other; the message
@@ -68,12 +69,12 @@ class GenerateConfig:
     block_length: int | None = _option(None, whole, minimum=1)
     policy: Policy | PolicyName | None = _option(None, checked_policy)
     remasking: Remasking | None = _option(None, one_of, allowed=tuple(RULES))
-    temperature: float = _option(0.0, scale)
+    temperature: float | None = _option(0.0, scale)
     top_p: float | None = _option(None, fraction)
-    top_k: int | None = _option(None, whole, minimum=1)
-    alg_temp: float = _option(0.0, scale)
+    top_k: int | None = _option(None, whole, minimum=0)
+    alg_temp: float | None = _option(0.0, scale)
     eps: float = _option(1e-3, fraction, closed=False)
-    cfg_scale: float = _option(0.0, scale)
+    cfg_scale: float | None = _option(0.0, scale)
     threshold: float | None = _option(None, fraction)
     factor: float | None = _option(None, scale, positive=True)
     logits_eos_inf: bool = _option(False, switch)
@@ -92,6 +93,9 @@ class GenerateConfig:
                 object.__setattr__(self, option.name, option.metadata["check"](option.name, value))
         if self.policy is None:
             object.__setattr__(self, "policy", Decode())
+        for name, off in (("top_p", 1), ("top_k", 0)):
+            if getattr(self, name) == off:
+                object.__setattr__(self, name, None)
         if self.threshold is not None and self.factor is not None:
             raise ValueError("threshold and factor exclude each other; pass one of them.")
         if self.by_probability and self.steps is not None:

@@ -1,7 +1,8 @@
 """`dkv.generate`: the denoising loop of LLaDA and Dream over a delayed cache."""
 
 import contextlib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, NoReturn
 
@@ -9,17 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dkv.active import rule_of
 from dkv.config import GenerateConfig, Remasking
 from dkv.guard import check_containers
-from dkv.inputs import check_names, checked_order, eos_ids_of, ids_and_mask, in_vocabulary, left_padded
+from dkv.inputs import check_names, checked_order, eos_ids_of, ids_and_mask, in_vocabulary, left_padded, stacklevel
 from dkv.kernels.checks import Impl
 from dkv.models import view_of
 from dkv.models.view import ModelView
 from dkv.policy import Policy, PolicyName
-from dkv.run import GenerateStats, Run, RunKey, capacity_for, take_run
+from dkv.run import GenerateStats, Run, RunKey, StreamStep, capacity_for, take_run
 from dkv.sampling import Sampler
 
-__all__ = ["GenerateOutput", "GenerateStats", "generate", "prepare"]
+__all__ = ["GenerateOutput", "GenerateStats", "StreamStep", "generate", "prepare", "stream"]
 
 
 @dataclass
@@ -52,12 +54,12 @@ def generate(
     block_length: int | None = None,
     policy: Policy | PolicyName | None = None,
     remasking: Remasking | None = None,
-    temperature: float = 0.0,
+    temperature: float | None = 0.0,
     top_p: float | None = None,
     top_k: int | None = None,
-    alg_temp: float = 0.0,
+    alg_temp: float | None = 0.0,
     eps: float = 1e-3,
-    cfg_scale: float = 0.0,
+    cfg_scale: float | None = 0.0,
     threshold: float | None = None,
     factor: float | None = None,
     logits_eos_inf: bool = False,
@@ -72,6 +74,7 @@ def generate(
     fused_products: bool | None = None,
     output_history: bool = False,
     show_progress: bool = False,
+    callback: Callable[[StreamStep], object] | None = None,
     **unknown: NoReturn,  # so that type checkers still refuse wrong names
 ) -> GenerateOutput:
     """Generates `gen_length` tokens after each prompt by iterative unmasking, over a delayed K/V cache.
@@ -100,10 +103,10 @@ def generate(
             `dkv.Decode()`, which is almost lossless; `dkv.NoCache()` is exact.
         remasking: the rule that chooses the predictions to commit: "low_confidence" (LLaDA's default), "entropy"
             (Dream's), "random", "topk_margin", "maskgit_plus" or "origin".
-        temperature: 0 takes the most likely token. LLaDA scales the noise with it, Dream divides the logits by it.
-            temperature, alg_temp, cfg_scale and factor are in 1e-20 .. 1e20, the range that float32 can compute with,
-            or 0 (except factor).
-        top_p, top_k: keep only the most likely ids.
+        temperature: 0 or None takes the most likely token. LLaDA scales the noise with it, Dream divides the logits by
+            it. temperature, alg_temp, cfg_scale and factor are in 1e-20 .. 1e20, the range that float32 can compute
+            with, or (except factor) 0 or None for off.
+        top_p, top_k: keep only the most likely ids. None, or 1 and 0: all.
         alg_temp: randomness of the choice of commits, as in Dream.
         eps: the last time of Dream's schedule.
         cfg_scale: the scale of classifier-free guidance, as in LLaDA; 0: none.
@@ -127,6 +130,7 @@ def generate(
             ties may be decided differently.
         output_history: also return the sequences and the active positions of every step, see `dkv.plot_history`.
         show_progress: show a progress bar over the masks.
+        callback: called with the `StreamStep` of each step, after it; to end early, leave a `stream` instead.
 
     Returns:
         `GenerateOutput`. All sequences are left-padded, even if the prompts were right-padded.
@@ -139,7 +143,8 @@ def generate(
             its contract.
 
     Warns:
-        UserWarning: rows begin or end with the pad token, but there is no attention_mask.
+        UserWarning: rows begin or end with the pad token, but there is no attention_mask; steps has another number of
+            steps than can be taken; a policy that caches read nothing from the cache.
 
     Source: Nie et al., LLaDA (arXiv 2502.09992); Ye et al., Dream (arXiv 2508.15487); Ma et al., dKV-Cache (arXiv
     2505.15781); Wu et al., Fast-dLLM (arXiv 2505.22618), for threshold and factor.
@@ -149,6 +154,8 @@ def generate(
         >>> output = dkv.generate(model, input_ids, gen_length=128, block_length=32, policy=dkv.Decode(8))
         >>> text = tokenizer.batch_decode(output.sequences[:, input_ids.shape[1]:])
     """
+    if not (callback is None or callable(callback)):
+        raise TypeError(f"callback must be a function that takes a StreamStep, or None, got {callback!r}.")
     run = prepare(
         model,
         input_ids,
@@ -187,15 +194,67 @@ def generate(
             run.step()
             if output_history:
                 history.append(run.trimmed(run.state.x))
+            if callback is not None:
+                callback(run.last_step())
             if progress is not None:
                 progress.update(progress.total - progress.n - int(run.state.masked.sum()))
         if progress is not None:
             progress.close()
-        output = GenerateOutput(*run.finish())
+        output = GenerateOutput(*_finish(run))
         if output_history:
             output.history, output.active = torch.stack(history), torch.stack(actives)
             output.decoded_step = run.trimmed(run.state.decoded_step).long().clamp(min=-1)
     return output
+
+
+def stream(
+    model: nn.Module,
+    input_ids: Tensor | Mapping[str, Tensor],
+    attention_mask: Tensor | None = None,
+    **options: Any,
+) -> Generator[StreamStep, None, None]:
+    """`generate`, one step at a time: yields what each step left, to show the text as it forms.
+
+    The last `StreamStep` has the sequences of `generate` with the same arguments. Nothing here waits for the GPU: the
+    wait is your `.tolist()`, and a loop that leaves steps out waits less. An iterator that is dropped before its end
+    gives its memory back to the model, as does one that is closed.
+
+    Args:
+        model, input_ids, attention_mask: as in `generate`.
+        options: those of `generate`, except output_history, show_progress and callback.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `generate`; for unsuitable arguments at once, not at the first step.
+
+    Example:
+        >>> for step in dkv.stream(model, input_ids, gen_length=128, block_length=32):
+        ...     print(tokenizer.decode(step.sequences[0, input_ids.shape[1]:]))
+    """
+    steps = _stream(model, input_ids, attention_mask, options)
+    next(steps)
+    return steps
+
+
+def _stream(model, input_ids, attention_mask, options):
+    with prepare(model, input_ids, attention_mask, **options) as run:
+        yield  # the arguments are checked; from here on, an iterator that is dropped leaves the `with`
+        while run.running():
+            run.step()
+            yield run.last_step()
+        _finish(run)
+
+
+def _finish(run):
+    sequences, stats = run.finish()
+    rule = rule_of(run.policy, run.shifted)
+    caches = rule is None or rule.interval != 1 or rule.frozen_prompt
+    if caches and stats.cache_ratio == 0 and stats.steps > 1:
+        warnings.warn(
+            f"{run.policy!r} read nothing from the cache: all {stats.steps} steps were full ones. Blocks begin with "
+            "full steps; more steps, longer blocks, DualCache() or Decode(warmup_steps=1) leave others.",
+            stacklevel=stacklevel(),
+        )
+    return sequences, stats
 
 
 @torch.no_grad()
@@ -236,6 +295,7 @@ def prepare(
             f"with gen_length=0 the prompts must hold masks to fill in, but input_ids has no token {config.mask_id} "
             "that is not padding; put some in, or pass a gen_length of at least 1."
         )
+    _check_steps(config, masks=config.gen_length + max(prompt_masks))
     order = checked_order(
         order,
         input_ids,
@@ -265,6 +325,17 @@ def prepare(
         )
         stack.pop_all()
     return run
+
+
+def _check_steps(config, masks):
+    blocks, steps = max(-(-config.gen_length // config.block_length), 1), config.steps
+    problem = None
+    if steps is not None and steps > masks:
+        problem = f"at most the masks of a row, {masks}, got {steps}: the other steps decode nothing."
+    elif steps is not None and steps < blocks:
+        problem = f"at least the blocks, {blocks}, got {steps}: each block takes a step."
+    if problem:
+        warnings.warn(f"steps should be {problem}", stacklevel=stacklevel())
 
 
 def resolved(config: GenerateConfig, view: ModelView) -> GenerateConfig:

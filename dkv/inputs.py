@@ -201,8 +201,8 @@ def number(name: str, value: Any) -> float:
 
 
 def scale(name: str, value: Any, *, positive: bool = False) -> float:
-    """`value` as a factor that float32 can compute with: 0 (unless positive), or in 1 / LARGE .. LARGE."""
-    value = number(name, value)
+    """`value` as a factor that float32 can compute with: 0 or None (unless positive), or 1 / LARGE .. LARGE."""
+    value = number(name, 0 if value is None and not positive else value)
     if positive and not value > 0:
         raise ValueError(f"{name} must be positive, got {value}.")
     if not value >= 0:

@@ -12,6 +12,7 @@ next one recomputes, and `start` decides for the first one.
 the positions that the next step recomputes (`write_active`).
 """
 
+import time
 import weakref
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from dkv.active import rule_of, write_active
 from dkv.cuda_graphs import StepGraphs
+from dkv.inputs import eos_ids_of
 from dkv.kernels import cpu
 from dkv.kernels.rows import Counter, Size
 from dkv.memory import memory_of
@@ -47,6 +49,9 @@ class GenerateStats:
         peak_cache_bytes: bytes of the K/V cache.
         graphs: CUDA graphs recorded during the run.
         graph_seconds: the time spent on recording them.
+        tokens: masks that became tokens, of each row those before its first end of text.
+        seconds: the time of the run, with what was done between its steps.
+        tokens_per_second: of all rows together.
     """
 
     steps: int = 0
@@ -56,6 +61,27 @@ class GenerateStats:
     peak_cache_bytes: int = 0
     graphs: int = 0
     graph_seconds: float = 0.0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class StreamStep:
+    """What a step of a run left, as copies on the model's device: reading them waits for the step, dkv does not.
+
+    Attributes:
+        step: the number of the step, from 0.
+        sequences: (batch, seqlen) int64, prompts (left-padded), tokens and masks.
+        prefix: (batch,) int64, the generated columns before the row's first mask among them. They never change again.
+    """
+
+    step: int
+    sequences: Tensor
+    prefix: Tensor
 
 
 @dataclass(frozen=True)
@@ -138,6 +164,8 @@ class Run:
             them.
         masks_left: for threshold and factor, a list with the masks of each row when the host last read them.
         began: the number of graphs, and the seconds spent on them, before the run.
+        began_at: the time when it began, of `time.perf_counter`.
+        stream: the CUDA stream of the last step; None on a CPU.
         weights: the storages that recorded steps read, kept alive until the run ends, whatever happens to the model.
     """
 
@@ -245,11 +273,17 @@ class Run:
         self.totals.zero_()
         self.excess.zero_()
         self.began = (self.graphs.captured, self.graphs.capture_seconds) if self.graphs else (0, 0.0)
+        self.began_at = time.perf_counter()
+        self.stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
         self._decide()
         self._post()
 
     def running(self) -> bool:
-        """Whether a step is left to do."""
+        """Whether a step is left to do. The current CUDA stream may be another one than before."""
+        if self.stream is not None:
+            before, self.stream = self.stream, torch.cuda.current_stream(self.sizes.device)
+            if self.stream != before:
+                self.stream.wait_stream(before)
         return self.steps < len(self.forecasts) if self.forecasts else self._read()[1] > 0
 
     @torch.no_grad()
@@ -265,16 +299,27 @@ class Run:
         self.sizes_read = None
         self.steps += 1
 
+    @torch.no_grad()
+    def last_step(self) -> StreamStep:
+        """What the last step left."""
+        masked = self.state.masked[:, self.key.capacity - self.config.gen_length :]
+        return StreamStep(self.steps - 1, self.trimmed(self.state.x), (~masked).long().cumprod(1).sum(1))
+
+    @torch.no_grad()
     def finish(self) -> tuple[Tensor, GenerateStats]:
         """The sequences (batch, seqlen) int64, in memory of their own, and the `GenerateStats` of the run.
 
         Raises:
             RuntimeError: a candidate had no answer, or the policy's `max_active` was too small.
         """
-        sequences = self.trimmed(self.state.x)
-        nan_steps = self.state.counters[:, Counter.NAN_STEP]
-        numbers = torch.cat((self.totals.sum(0), self.excess[None], nan_steps))
-        recomputed, positions, excess, *nan_steps = numbers.tolist()
+        state = self.state
+        sequences = self.trimmed(state.x)
+        end_ids = torch.tensor(eos_ids_of(self.config.eos_token_id, self.view), device=state.x.device)
+        ends = torch.isin(state.x, end_ids) & (state.columns >= state.first_generated)
+        tokens = (state.decoded & (state.decoded_step >= 0) & (ends.cumsum(1) == 0)).sum()
+        nan_steps = state.counters[:, Counter.NAN_STEP]
+        numbers = torch.cat((self.totals.sum(0), torch.stack((self.excess, tokens)), nan_steps))
+        recomputed, positions, excess, tokens, *nan_steps = numbers.tolist()
         if excess > 0:
             raise RuntimeError(
                 f"{self.policy!r}.max_active promised fewer positions of a row than were active: {excess} were "
@@ -287,6 +332,8 @@ class Run:
             recomputed_tokens=recomputed * self.rows_per_sequence,
             cache_ratio=1 - recomputed / positions if positions else 0.0,
             peak_cache_bytes=self.cache.nbytes,
+            tokens=tokens,
+            seconds=time.perf_counter() - self.began_at,
         )
         if self.graphs:
             stats.graphs = self.graphs.captured - self.began[0]
@@ -299,9 +346,9 @@ class Run:
     def __exit__(self, *error: object) -> None:
         model = self.model()
         if model is not None:
-            if self.sizes.is_cuda:
+            if self.stream is not None:
                 # the next run may be on another stream
-                torch.cuda.current_stream(self.sizes.device).synchronize()
+                self.stream.synchronize()
             memory_of(model).run = self
         self.weights = None
 

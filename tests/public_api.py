@@ -40,7 +40,18 @@ def generation(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> N
     assert_type(output.history, Tensor | None)
     stats: dkv.GenerateStats = output.stats
     assert_type(stats.cache_ratio, float)
+    assert_type(stats.tokens_per_second, float)
     dkv.plot_history(output)
+
+
+def streaming(model: nn.Module, input_ids: Tensor) -> None:
+    def show(step: dkv.StreamStep) -> None:
+        assert_type(step.prefix, Tensor)
+
+    dkv.generate(model, input_ids, callback=show)
+    steps = dkv.stream(model, input_ids, gen_length=64)
+    assert_type(next(steps), dkv.StreamStep)
+    steps.close()
 
 
 def own_loop(model: nn.Module, ids: Tensor) -> None:

@@ -4,11 +4,13 @@ import dataclasses
 import inspect
 import math
 import sys
+import warnings
 from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from tiny import FAMILIES, generate, model, prompts
 from tiny import MASK_ID as MASK
@@ -16,7 +18,8 @@ from tiny import MASK_ID as MASK
 import dkv
 from dkv.generation import prepare
 
-PER_CALL = {"model", "input_ids", "attention_mask", "order", "generator", "output_history", "show_progress", "unknown"}
+PER_CALL = {"model", "input_ids", "attention_mask", "order", "generator", "output_history"}
+PER_CALL |= {"show_progress", "callback", "unknown"}
 NAN, INF, HUGE = math.nan, math.inf, 10**400
 
 
@@ -64,12 +67,12 @@ ODD = {  # option -> values that are a TypeError, values that are a ValueError
     "block_length": (NOT_INTS, [0, -1, -(2**62)]),
     "policy": ([dkv.Decode, 8, NAN], ["decode", "", "Policy"]),
     "remasking": ([], ["lowest", "", 3, True, ["random"], torch.tensor(1), np.array(["random", "origin"])]),
-    "temperature": ([*NO_NUMBERS, None], NO_SCALES),
+    "temperature": (NO_NUMBERS, NO_SCALES),
     "top_p": (NO_NUMBERS, NO_FRACTIONS),
-    "top_k": (NOT_INTS, [0, -1, -(2**62)]),
-    "alg_temp": ([*NO_NUMBERS, None], NO_SCALES),
+    "top_k": (NOT_INTS, [-1, -(2**62)]),
+    "alg_temp": (NO_NUMBERS, NO_SCALES),
     "eps": ([*NO_NUMBERS, None], [*NO_FRACTIONS, 1]),
-    "cfg_scale": ([*NO_NUMBERS, None], NO_SCALES),
+    "cfg_scale": (NO_NUMBERS, NO_SCALES),
     "threshold": (NO_NUMBERS, NO_FRACTIONS),
     "factor": (NO_NUMBERS, [*NO_SCALES, 0, -0.0]),
     "eos_token_id": ([*NOT_INTS[:-5], 1j, [1, "2"], [[3]], [None]], [-1, [3, -1], [], ()]),
@@ -106,6 +109,12 @@ def test_odd_values_are_refused_in_the_users_words(name):
 def test_scalars_of_every_kind(name, value, want):
     found = getattr(dkv.GenerateConfig(**{name: value}), name)
     assert found == want and type(found) is type(want) and math.copysign(1, found if want == 0.0 else 1) == 1
+
+
+def test_values_that_switch_an_option_off():
+    """As others write them; the configs are equal, so they share memory and graphs."""
+    off = dkv.GenerateConfig(temperature=None, alg_temp=None, cfg_scale=None, top_p=1.0, top_k=0)
+    assert off == dkv.GenerateConfig() and off.temperature == 0.0 and off.top_k is None and off.top_p is None
 
 
 @pytest.mark.parametrize(
@@ -146,5 +155,27 @@ def test_more_tokens_than_positions(gen_length):
 def test_more_steps_than_masks():
     """LLaDA's blocks end with their masks; Dream takes every step."""
     ids, options = prompts(3)[0], {"gen_length": 2, "policy": dkv.Prefill(), "output_history": False}
-    assert generate("llada", ids, steps=10**5, **options).stats.steps == 2
-    assert generate("dream", ids, steps=20, **options).stats.steps == 20
+    with pytest.warns(UserWarning, match="steps should be at most the masks of a row, 2, got 100000: the other"):
+        assert generate("llada", ids, steps=10**5, **options).stats.steps == 2
+    with pytest.warns(UserWarning, match="steps should be at most the masks of a row, 2, got 20"):
+        assert generate("dream", ids, steps=20, **options).stats.steps == 20
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_settings_that_give_nothing_are_told(family):
+    ids, options = prompts(3)[0], {"gen_length": 8, "output_history": False}
+    with pytest.warns(
+        UserWarning, match="steps should be at least the blocks, 4, got 3: each block takes a step"
+    ) as told:
+        assert generate(family, ids, steps=3, block_length=2, policy="NoCache", **options).stats.steps == 4
+    assert [warning.filename for warning in told] == [tiny.__file__]
+    with pytest.warns(UserWarning, match=r"DualCache\(\) read nothing from the cache: all 4 steps were full ones"):
+        generate(family, ids, steps=4, block_length=2, policy="DualCache", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        asked_for = ("NoCache", dkv.Decode(1), dkv.PrefillDecode(1))
+        for policy in asked_for:
+            generate(family, ids, steps=4, policy=policy, **options)
+        generate(family, ids, steps=1, policy="Decode", **options)
+        ids[0, 1] = MASK
+        generate(family, ids, steps=9, policy="Decode", **options)

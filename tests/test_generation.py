@@ -452,7 +452,7 @@ BAD_INPUT = [
     ("temperature nan", dict(temperature=float("nan")), ValueError, "temperature must be at least 0, got nan"),
     ("top_p", dict(top_p=0.0), ValueError, "top_p must be above 0 and at most 1, got 0.0"),
     ("top_p above", dict(top_p=1.5), ValueError, "top_p must be above 0 and at most 1, got 1.5"),
-    ("top_k", dict(top_k=0), ValueError, "top_k must be at least 1, got 0"),
+    ("top_k", dict(top_k=-1), ValueError, "top_k must be at least 0, got -1"),
     ("alg_temp", dict(alg_temp=-1.0), ValueError, "alg_temp must be at least 0"),
     ("alg_temp random", dict(alg_temp=1.0, remasking="random"), ValueError, "alg_temp needs a fixed number of commits"),
     ("eps", dict(eps=1.0), ValueError, "eps must be above 0 and below 1, got 1.0"),

@@ -341,6 +341,7 @@ def test_no_step_synchronises(family, policy, device):
     try:
         while current.running():
             current.step()
+            current.last_step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     current.finish()
@@ -421,6 +422,7 @@ def test_no_step_waits_for_the_host(family, policy, settings):
             if current.key.has_forecasts:
                 while current.running():
                     current.step()
+                    current.last_step()
                 assert current.steps == len(current.forecasts) == 6
             else:
                 for room in (rooms.Room(128, 64, 32), rooms.Room(48, 32, 16)):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
+from unittest.mock import DEFAULT
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ def fake_gpu(arch: int = 90) -> Iterator[list[Launch | Operator]]:
     with contextlib.ExitStack() as stack:
         launches = stack.enter_context(recorded_kernels(arch))
         for context in (
-            mock.patch.multiple(torch.cuda, empty_cache=mock.DEFAULT, synchronize=mock.DEFAULT),
+            mock.patch.multiple(torch.cuda, empty_cache=DEFAULT, synchronize=DEFAULT, current_stream=DEFAULT),
             mock.patch.object(guard, "_read", lambda modules, values: ([], [], [])),
             mock.patch.object(linear, "merge", merged),
             mock.patch.object(run, "LateSizes", NothingLater),
