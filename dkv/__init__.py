@@ -3,7 +3,7 @@
 from dkv.config import GenerateConfig
 from dkv.generation import GenerateOutput, GenerateStats, StreamStep, generate, stream
 from dkv.models import from_pretrained, register
-from dkv.patch import replace_attention, reset, restore_attention
+from dkv.patch import PatchStats, replace_attention, reset, restore_attention, stats
 from dkv.plot import plot_history
 from dkv.policy import Decode, DualCache, Greedy, NoCache, Policy, Prefill, PrefillDecode, PrefixCache
 
@@ -15,6 +15,7 @@ __all__ = [
     "GenerateStats",
     "Greedy",
     "NoCache",
+    "PatchStats",
     "Policy",
     "Prefill",
     "PrefillDecode",
@@ -27,6 +28,7 @@ __all__ = [
     "replace_attention",
     "reset",
     "restore_attention",
+    "stats",
     "stream",
 ]
 __version__ = "0.1.0"

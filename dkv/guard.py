@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dkv.memory import storages_of
 
+UNKNOWN = -1
 _SHAPE_AND_DTYPE = operator.attrgetter("shape", "dtype")
 _SIMPLE = (nn.Parameter, Tensor)  # have one storage; other subclasses may consist of several tensors
 
@@ -70,7 +71,7 @@ def _read(modules, values):
     facts += map(id, (*tensors, *storages, *forwards))
     facts += map(_SHAPE_AND_DTYPE, tensors)
     if values:
-        facts += map(_version, tensors)
+        facts += map(version_of, tensors)
     return facts, storages, forwards
 
 
@@ -81,11 +82,12 @@ def _reference(forward):
         return None
 
 
-def _version(tensor):
+def version_of(tensor: Tensor) -> int:
+    """PyTorch's count of the changes in place, or `UNKNOWN`."""
     try:
         return tensor._version
     except RuntimeError:  # inference tensors have none
-        return 0
+        return UNKNOWN
 
 
 def check_containers(model: nn.Module, called: list[nn.Module], *, runs_forward: bool) -> None:

@@ -1,6 +1,7 @@
 """`Memory`: merged weights, RoPE tables and runs that dkv keeps for a model between calls, and frees with the model."""
 
 import contextlib
+import sys
 import threading
 import weakref
 from typing import Any, Literal
@@ -22,16 +23,16 @@ class Memory:
 
     Attributes:
         run: the `dkv.run.Run` that was given back last, or None.
-        session: the `dkv.patch.Session` of a patched model, or None.
+        sessions: the `dkv.session.Sessions` of a patched model, or None.
         rope_tables: (headdim, theta) -> device -> cos and sin, of `dkv.models.view.ModelView.rope_tables`.
     """
 
     def __init__(self):
-        self.run = self.session = None
+        self.run = self.sessions = None
         self.rope_tables = {}
 
-    def take(self, name: Literal["run", "session"]) -> Any:
-        """Removes the "run" or "session" and returns it, or None: no other thread or call can take it as well."""
+    def take(self, name: Literal["run", "sessions"]) -> Any:
+        """Removes the "run" or "sessions" and returns it, or None: no other thread or call can take it as well."""
         with _SETUP:
             kept = getattr(self, name)
             setattr(self, name, None)
@@ -49,6 +50,18 @@ def memory_of(model: nn.Module) -> Memory:
 def setting_up() -> contextlib.AbstractContextManager:
     """A context in which no other thread sets up a model: weights are merged and tables made once, then only read."""
     return contextlib.nullcontext() if torch.compiler.is_compiling() else _SETUP
+
+
+def free_memory(device: torch.device) -> int:
+    """The bytes that can still be allocated on a device, PyTorch's unused ones included."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux
+        return sys.maxsize
 
 
 def wait_for(tensor: Tensor) -> None:

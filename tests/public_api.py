@@ -63,6 +63,8 @@ def own_loop(model: nn.Module, ids: Tensor) -> None:
     assert_type(dkv.replace_attention(model), nn.Module)
     assert_type(dkv.restore_attention(native), NativeModel)
     dkv.reset(model)
+    stats: dkv.PatchStats = dkv.stats(model)
+    assert_type(stats.original, dict[str, int])
     assert isinstance(native, LLaDA)
     assert_type(native.generate({"input_ids": ids}, max_new_tokens=8), dkv.GenerateOutput)
 

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from tiny import EOS_ID as EOS
 from tiny import FAMILIES, llada_loop, model, prompts
 from tiny import MASK_ID as MASK
 
@@ -166,9 +167,9 @@ def test_a_copy_in_the_middle_of_a_session_is_a_patched_model_of_its_own(llm, co
     dkv.replace_attention(llm, dkv.Decode(4), block_length=4)
     call(llm), call(llm, filled=1), call(llm, filled=2)
     other = copied(llm)
-    assert (
-        memory_of(other).session is None and repr(other) == repr(llm) and "dkv=Decode(refresh_interval=4" in repr(llm)
-    )
+    told = "dkv=Decode(refresh_interval=4"
+    assert memory_of(other).sessions is None and told in repr(other) and told in repr(llm)
+    assert dkv.stats(llm).calls == 3 and dkv.stats(other).calls == 0, "it counts its own calls"
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.1)
@@ -367,9 +368,9 @@ def test_a_loop_that_commits_a_token_that_was_not_computed_gets_an_error(llm):
     with torch.no_grad():
         llm(x)
         x = x.clone()
-        x[1, 16] = 7
+        x[1, 16] = EOS
         logits = llm(x).logits[1]
-        assert logits.isnan().any(), "a token from elsewhere is no reason"
+        assert logits.isnan().any(), "an end of text from elsewhere is no reason"
         column = 14 if view_of(llm).family.shifted else 15
         assert logits[column].isnan().all()
         x = x.clone()

@@ -292,15 +292,15 @@ def test_calls_for_more_than_logits_run_the_original(model):
     assert model(x).logits.requires_grad, "under grad mode the model's own forward runs"
     with torch.no_grad():
         model(x)
-        assert memory_of(model).session is not None
+        assert memory_of(model).sessions.kept
         embeds = model.get_submodule("model.transformer.wte" if "LLaDA" in repr(model) else "model.embed_tokens")(x)
         torch.testing.assert_close(model(inputs_embeds=embeds).logits, expected)
-        assert memory_of(model).session is None, "and the session ends"
+        assert not memory_of(model).sessions.kept, "and the session ends"
         model(x)
         model.train()
         torch.testing.assert_close(model(x).logits, expected)
         model.eval()
-        assert memory_of(model).session is None
+        assert not memory_of(model).sessions.kept
         with pytest.raises(ValueError, match="use_cache"):
             model(x, use_cache=True)
 

@@ -191,11 +191,11 @@ def check_cached(name, seed, calls):
     patched, served = dkv.replace_attention(copy.deepcopy(model), dkv.Decode(1)), 0
     with told() as texts:
         for (x, options), _ in zip(Story(seed, is_dream(model)), range(calls), strict=False):
-            before = patched._dkv.uncached.total()
+            before = sum(dkv.stats(patched).original.values())
             expected, got = call(model, x, **options), call(patched, x, **options)
             if isinstance(expected, type):
                 assert got is expected, options
-            elif patched._dkv.uncached.total() > before:
+            elif sum(dkv.stats(patched).original.values()) > before:
                 assert torch.equal(got.logits.nan_to_num(7), expected.logits.nan_to_num(7)), options
             else:
                 served += 1
@@ -207,8 +207,8 @@ def check_cached(name, seed, calls):
                     needed = needed & (kept if mask.dim() == 2 else kept[:, 0].any(1))
                 assert (computed | ~needed).all(), options
                 torch.testing.assert_close(got.logits[computed], expected.logits[computed], atol=2e-4, rtol=2e-4)
-    assert len(texts) == len(set(texts)) == len(patched._dkv.uncached), "each reason once"
-    return served, patched._dkv.uncached.total()
+    assert len(texts) == len(set(texts)) == len(dkv.stats(patched).original), "each reason once"
+    return served, sum(dkv.stats(patched).original.values())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -286,11 +286,11 @@ def test_positions_that_no_cache_serves(name):
             got = call(model, x, position_ids=positions)
         if kind == "served":
             torch.testing.assert_close(got.logits, expected.logits, atol=2e-4, rtol=2e-4)
-            assert memory_of(model).session is not None and not texts
+            assert memory_of(model).sessions.kept and not texts
         elif isinstance(expected, type):
             assert got is expected
         else:
-            assert torch.equal(got.logits, expected.logits) and memory_of(model).session is None
+            assert torch.equal(got.logits, expected.logits) and not memory_of(model).sessions.kept
             assert len(texts) == 1 and "position_ids are not (batch, seqlen) integers in the model's range" in texts[0]
 
 
@@ -376,7 +376,7 @@ def test_native_models_take_masks_of_padding(name, mask):
     assert torch.equal(call(dkv.replace_attention(model, dkv.NoCache()), x, mask).logits, got)
     served = call(dkv.replace_attention(model, dkv.Decode(8)), x, mask).logits
     torch.testing.assert_close(served[real], got[real], atol=2e-4, rtol=2e-4)
-    assert not model._dkv.uncached
+    assert not dkv.stats(model).original
 
 
 @pytest.mark.parametrize(
@@ -415,7 +415,7 @@ def test_output_is_what_the_config_says(remote):
                 torch.testing.assert_close(got.logits, expected.logits, atol=2e-4, rtol=2e-4)
                 assert (got.hidden_states is None) == (expected.hidden_states is None)
             asked = "output_hidden_states" in setting and "output_hidden_states" not in options
-            assert ([*remote._dkv.uncached] == ["config.output_hidden_states is set"]) == asked
+            assert ([*dkv.stats(remote).original] == ["config.output_hidden_states is set"]) == asked
 
 
 def test_what_cannot_be_cached_is_told_once(remote):
@@ -434,12 +434,12 @@ def test_what_cannot_be_cached_is_told_once(remote):
     for again in (False, True):
         for reason, options in reasons.items():
             with told() as texts:
-                assert not isinstance(call(remote, x, **options), type) and memory_of(remote).session is None
+                assert not isinstance(call(remote, x, **options), type) and not memory_of(remote).sessions.kept
                 assert torch.equal(call(remote, x, **options).logits, expected[reason].logits)
             name = type(remote).__name__
             said = [f"a patched {name} ran its own forward, without the cache, as it will whenever {reason}."]
             assert texts == ([] if again else said)
-    assert remote._dkv.uncached == dict.fromkeys(reasons, 4)
+    assert dkv.stats(remote).original == dict.fromkeys(reasons, 4)
     with told() as texts:
         call(dkv.replace_attention(remote), x, **reasons["labels is passed"])
     assert len(texts) == 1, "patched anew, told anew"
@@ -467,7 +467,8 @@ def test_grad_mode_is_told_and_training_is_not(model):
         for _ in range(3):
             model(sequence(1)).logits.sum().backward()
         call(model, sequence(1))
-    assert not texts and not model._dkv.uncached and memory_of(model).session is None
+    assert not texts and not memory_of(model).sessions.kept
+    assert dkv.stats(model).original == {"the model is in training mode": 4}
     assert all(parameter.grad is not None for parameter in model.parameters())
     model.eval()
     with told() as texts:
@@ -481,7 +482,7 @@ def test_ids_of_any_integers(model):
     expected = call(model, x).logits
     dkv.replace_attention(model)
     torch.testing.assert_close(call(model, x.int()).logits, expected, atol=2e-4, rtol=2e-4)
-    assert not model._dkv.uncached
+    assert not dkv.stats(model).original
 
 
 # ---- torch.compile

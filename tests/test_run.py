@@ -306,7 +306,7 @@ def test_replayed_steps_under_a_foreign_loop(family, monkeypatch, device):
     dkv.replace_attention(llm, dkv.Decode(4), block_length=4)
     for one, other in zip(outputs(), want, strict=True):
         torch.testing.assert_close(one, other, equal_nan=True, atol=1e-4, rtol=1e-4)
-    graphs = memory_of(llm).session.graphs
+    graphs = memory_of(llm).sessions.kept[-1].graphs
     assert graphs.captured > 0 and (device == "cuda" or graphs.replays >= 10)
 
 

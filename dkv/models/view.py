@@ -128,6 +128,10 @@ class ModelView:
             device=self.weight.device,
         )
 
+    def cache_bytes(self, batch: int, seqlen: int) -> int:
+        """The bytes of a `new_cache`."""
+        return 2 * len(self.layers) * batch * seqlen * self.nheads_k * self.headdim * self.weight.element_size()
+
     def rope_angles(self, positions: Tensor) -> Tensor:
         """The angles of the half-split RoPE, (..., headdim // 2) float32, at any positions (...).
 
