@@ -155,6 +155,13 @@ def test_one_generation_after_another_takes_one_memory(llm, device):
         run(llm, Loop(prompts(9, seed=seed, device=device)[0], in_place=seed == 1))
         assert memory_of(llm).sessions.kept == [first]
     llada_loop(llm, prompts(9, seed=5, device=device)[0], gen_length=16, block_length=8, steps=4)
+    x = F.pad(prompts(9, seed=6, device=device)[0], (0, 16), value=MASK)
+    with torch.no_grad():
+        llm(x)
+        x[:, 9:] = 5  # in one step
+        llm(F.pad(prompts(9, seed=7, device=device)[0], (0, 16), value=MASK))
+    assert memory_of(llm).sessions.kept == [first]
+    llada_loop(llm, prompts(9, seed=5, device=device)[0], gen_length=16, block_length=8, steps=4)
     assert memory_of(llm).sessions.kept == [first]
     ended = weakref.ref(first)
     del first
