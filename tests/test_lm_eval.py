@@ -18,6 +18,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import dkv
+import dkv.texts
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -180,11 +181,11 @@ def answers_of(results, task):
 def test_the_harness_scores_what_generate_gives(evaluate, checkpoints, tasks, monkeypatch):
     calls = []
 
-    def spy(model, input_ids, attention_mask, generate=dkv.generate, **settings):
+    def spy(model, input_ids, attention_mask, generate=dkv.texts.generate, **settings):
         calls.append(settings | {"batch": len(input_ids), "ragged": not attention_mask.bool().all()})
         return generate(model, input_ids, attention_mask, **settings)
 
-    monkeypatch.setattr(dkv, "generate", spy)
+    monkeypatch.setattr(dkv.texts, "generate", spy)
     arguments = f"pretrained={checkpoints['llada']},policy=Decode,refresh_interval=3"
     results = evaluate(["tiny_generation"], model="dkv", model_args=arguments, batch_size=3)
     assert results["results"]["tiny_generation"]["exact_match,none"] == pytest.approx(6 / 7)
@@ -193,7 +194,7 @@ def test_the_harness_scores_what_generate_gives(evaluate, checkpoints, tasks, mo
     assert [call["batch"] for call in calls] == [3, 3, 1] and any(call["ragged"] for call in calls)
     for call in calls:
         assert call["policy"] == dkv.Decode(3) and call["gen_length"] == 12
-        assert "temperature" not in call  # the task does not sample
+        assert call["temperature"] == 0  # the task does not sample
 
 
 def test_choices_are_ranked_without_a_cache(evaluate, checkpoints):
@@ -284,7 +285,7 @@ def test_what_the_task_says_and_what_the_user_says(harness, checkpoints, monkeyp
         calls.append(settings)
         return SimpleNamespace(sequences=torch.zeros(1, 40, dtype=torch.long))
 
-    monkeypatch.setattr(dkv, "generate", spy)
+    monkeypatch.setattr(dkv.texts, "generate", spy)
     task = {"do_sample": True, "temperature": 0.2, "top_p": 0.9, "max_gen_toks": 7}
     texts(harness.DiffusionLM(checkpoints["llada"]), ["a"], **task)
     texts(harness.DiffusionLM(checkpoints["llada"], temperature=0.0, gen_length=9, steps=3), ["a"], **task)
@@ -292,7 +293,7 @@ def test_what_the_task_says_and_what_the_user_says(harness, checkpoints, monkeyp
     first, second, third = calls
     assert (first["temperature"], first["top_p"], first["gen_length"], first["steps"]) == (0.2, 0.9, 7, None)
     assert (second["temperature"], second["top_p"], second["gen_length"], second["steps"]) == (0.0, 0.9, 9, 3)
-    assert "temperature" not in third and "top_p" not in third
+    assert third["temperature"] == 0 and third["top_p"] is None
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
@@ -384,7 +385,7 @@ def test_long_prompts_keep_their_ends(harness, checkpoints):
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"policy": "decode"}, ValueError, "policy must be one of .*'NoCache', 'Decode', .* got 'decode'"),
+        ({"policy": "decoded"}, ValueError, "policy must be one of .*'NoCache', 'Decode', .* got 'decoded'"),
         ({"policy": None}, ValueError, "policy must be one of .* got None"),
         (
             {"policy": "Prefill", "refresh_interval": 4},
