@@ -207,8 +207,12 @@ def test_choices_are_ranked_without_a_cache(evaluate, checkpoints):
     assert scores[0] == scores[1]
 
 
-def test_command_line(checkpoints, tasks, tmp_path):
-    command = [sys.executable, "-m", "dkv.lm_eval", "--model", "dkv", "--tasks", "tiny_generation,tiny_choice"]
+@pytest.mark.parametrize("processes", [1, 2])
+def test_command_line(checkpoints, tasks, tmp_path, processes):
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command += ["-m", "dkv.lm_eval", "--model", "dkv", "--tasks", "tiny_generation,tiny_choice", "--log_samples"]
     command += ["--model_args", f"pretrained={checkpoints['llada']},policy=Decode,refresh_interval=3,mc_num=2000"]
     command += ["--include_path", str(tasks[0]), "--batch_size", "3", "--device", "cpu", "--output_path", str(tmp_path)]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -220,7 +224,15 @@ def test_command_line(checkpoints, tasks, tmp_path):
     results = json.loads(results.read_text())["results"]
     assert results["tiny_generation"]["exact_match,none"] == pytest.approx(6 / 7)
     assert results["tiny_choice"]["acc,none"] == pytest.approx(4 / 5)
-    assert re.search(r"Decode\(refresh_interval=3.*tokens/s", run.stderr + run.stdout)
+    speeds = re.findall(r"Decode\(refresh_interval=3.*?\)(.*): .* tokens/s", run.stderr + run.stdout)
+    assert sorted(speeds) == ([""] if processes == 1 else [", process 0 of 2", ", process 1 of 2"])
+    for task, documents in (("tiny_generation", 7), ("tiny_choice", 5)):
+        (samples,) = tmp_path.rglob(f"samples_{task}*.jsonl")
+        samples = [json.loads(line) for line in samples.read_text().splitlines()]
+        assert sorted(sample["doc_id"] for sample in samples) == list(range(documents))
+        # of two processes, the one with fewer requests repeats its last one
+        repeats = [len(responses) for sample in samples for responses in sample["resps"]]
+        assert repeats.count(1) >= len(repeats) - (processes - 1)
 
 
 @pytest.mark.parametrize(
@@ -401,7 +413,12 @@ def test_long_prompts_keep_their_ends(harness, checkpoints):
         ({"refresh_interval": 0}, ValueError, "refresh_interval must be at least 1"),
         ({"shift": "un"}, ValueError, "shift .* must be None for LLaDA"),
         ({"genlength": 4}, ValueError, "'genlength' must be an argument of the model, of dkv.generate .*cfg_scale"),
-        ({"batch_size": "auto"}, ValueError, "batch_size must be a number"),
+        ({"batch_size": "auto"}, ValueError, "batch_size must be a number.* got 'auto'; pass 8"),
+        ({"dtype": "bf16"}, ValueError, "dtype must be .*bfloat16"),
+        ({"use_cache": True}, ValueError, "use_cache is no argument of this model; pass policy='NoCache' for False"),
+        ({"show_speed": True}, ValueError, "the speed is always logged"),
+        ({"diffusion_steps": 8}, ValueError, "pass steps"),
+        ({"cfg": 1, "cfg_scale": 1}, TypeError, "cfg and cfg_scale are the same; pass one of them"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
         ({"gen_length": "many"}, TypeError, "gen_length must be an int"),
         ({"mc_num": 0}, ValueError, "mc_num must be at least 1"),
@@ -411,6 +428,32 @@ def test_long_prompts_keep_their_ends(harness, checkpoints):
 def test_bad_arguments_are_refused(harness, checkpoints, arguments, error, message):
     with pytest.raises(error, match=message):
         harness.DiffusionLM(**({"pretrained": checkpoints["llada"]} | arguments))
+
+
+def test_names_of_other_scripts(harness, checkpoints, caplog):
+    arguments = "cfg=0.5,alg=entropy,max_new_tokens=9,is_check_greedy=True,policy=DUALcache,block_length=4"
+    lm = harness.DiffusionLM.create_from_arg_string(f"model_path={checkpoints['llada']},{arguments}")
+    assert (lm.config.cfg_scale, lm.config.remasking, lm.gen_length, lm.check_greedy) == (0.5, "entropy", 9, True)
+    assert lm.policy == dkv.DualCache()
+    log_likelihoods(lm, [("why", "x")])
+    assert "likelihoods have no guidance" in caplog.text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_the_harnesss_default_device_may_be_missing(harness, checkpoints, caplog):
+    lm = harness.DiffusionLM(checkpoints["llada"], device="cuda:0")
+    assert lm.device == torch.device("cpu") and "no CUDA device" in caplog.text
+
+
+def test_several_processes_need_accelerate_and_a_name(harness, checkpoints, monkeypatch, caplog):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ModuleNotFoundError, match="run: pip install accelerate"):
+        harness.DiffusionLM(checkpoints["llada"])
+    model = dkv.from_pretrained(checkpoints["llada"], device="cpu")
+    lm = harness.DiffusionLM(model, tokenizer=checkpoints["llada"])
+    assert lm.world_size == 1 and "this process evaluates all documents" in caplog.text
 
 
 def test_what_the_model_cannot_do_is_refused(harness, checkpoints):
