@@ -4,9 +4,9 @@
     python examples/many_prompts.py GSAI-ML/LLaDA-8B-Instruct prompts.jsonl texts/    # one process, also on a CPU
 
 Each line of prompts.jsonl is a JSON string, or a chat: [{"role": "user", "content": "..."}]. Process r of n takes the
-lines r, r + n, r + 2n, ... and appends {"line": ..., "text": ...} to texts/r-of-n.jsonl as soon as a text is there. After
-an interruption run the same command again, perhaps with another number of processes: lines that have a text are
-skipped. The processes do not talk to each other.
+lines r, r + n, r + 2n, ... and appends {"line": ..., "text": ...} to texts/r-of-n.jsonl when a text is ready. After an
+interruption run the same command again, perhaps with another number of processes: lines that have a text are skipped.
+The processes do not talk to each other.
 """
 
 import json

@@ -47,12 +47,12 @@ def alone(model, ids, **options):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """(input_ids, attention_mask, options) of each batch, whose generated tokens are "x" and then ends of text."""
+    """(input_ids, attention_mask, options) of each batch, whose generated tokens are "x", BOS, end of text, "y"."""
     calls = []
 
     def generate(model, input_ids, attention_mask, **options):
         calls.append((input_ids, attention_mask, options))
-        tail = torch.tensor([[ord("x"), tiny.EOS_ID, ord("y")]]).expand(len(input_ids), -1)
+        tail = torch.tensor([[ord("x"), BOS_ID, tiny.EOS_ID, ord("y")]]).expand(len(input_ids), -1)
         return dkv.GenerateOutput(torch.cat((input_ids, tail), dim=1), stats=None)
 
     monkeypatch.setattr(dkv.texts, "generate", generate)
@@ -102,6 +102,8 @@ def test_windows_are_sorted_and_nothing_behind_them_is_read(calls, monkeypatch):
     assert next(read) == 0
     assert [index for index, _ in itertools.islice(texts, 6)] == [4, 3, 2, 1, 0, 5]
     assert next(read) == 7
+    assert next(texts) == (9, "x")  # of the second window
+    del calls[3:]
     assert [tuple(ids.shape) for ids, _, _ in calls] == [(2, 6), (2, 4), (2, 2)]
     for ids, mask, options in calls:
         assert torch.equal(mask.sum(1), torch.tensor([ids.shape[1], ids.shape[1] - 1]))
