@@ -21,7 +21,7 @@ Prompt = str | Sequence[Mapping[str, Any]]
 T = TypeVar("T")
 
 WINDOW = 64  # batches whose prompts are read and sorted together
-_OF_ONE_BATCH = ("order", "output_history")
+_OF_ONE_BATCH = ("order", "output_history", "callback")
 
 
 @overload
@@ -73,7 +73,7 @@ def generate_texts(
         ordered: True: texts in the order of the prompts. False: pairs (index of the prompt, text), as soon as they are
             ready.
         show_progress: show a bar that counts prompts, and the tokens before ends of text per second.
-        options: those of `dkv.generate`, except order and output_history. eos_early_stop is on unless it is given.
+        options: those of `dkv.generate`, except order, output_history and callback. eos_early_stop is on unless given.
 
     Returns:
         An iterator over the texts. A text ends before its first end of text or end of turn (or eos_token_id), and holds

@@ -170,6 +170,7 @@ def test_progress_counts_prompts_and_tokens(calls, capsys):
         ({"attention_mask": None}, TypeError, "unexpected keyword argument 'attention_mask'"),
         ({"order": None}, TypeError, "order is about one batch of dkv.generate"),
         ({"output_history": True}, TypeError, "output_history is about one batch"),
+        ({"callback": print}, TypeError, "callback is about one batch"),
         ({"generator": 3}, TypeError, "generator must be a torch.Generator or None, got 3"),
         ({"gen_length": 0}, ValueError, "gen_length must be at least 1, got 0"),
         ({"temperature": -1}, ValueError, "temperature must be at least 0"),
