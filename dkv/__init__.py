@@ -6,6 +6,7 @@ from dkv.models import from_pretrained, register
 from dkv.patch import PatchStats, replace_attention, reset, restore_attention, stats
 from dkv.plot import plot_history
 from dkv.policy import Decode, DualCache, Greedy, NoCache, Policy, Prefill, PrefillDecode, PrefixCache
+from dkv.texts import generate_texts
 
 __all__ = [
     "Decode",
@@ -23,6 +24,7 @@ __all__ = [
     "StreamStep",
     "from_pretrained",
     "generate",
+    "generate_texts",
     "plot_history",
     "register",
     "replace_attention",

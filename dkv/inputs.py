@@ -36,6 +36,7 @@ HINTS = {  # keywords of other libraries, and what to do instead
     "cache_type": "pass policy='Decode', 'Greedy', 'Prefill' or 'PrefillDecode'",
     "cache_steps": "pass it as the refresh_interval of a policy: policy=dkv.Decode(cache_steps)",
     "shift_type": "pass it as the shift of a policy: policy=dkv.Decode(shift=shift_type)",
+    "streamer": "loop over dkv.stream, or pass callback",
     "return_dict_in_generate": "leave it out; the result always is a GenerateOutput",
 }
 

@@ -3,6 +3,7 @@
 #
 #     pip install '.[eval]' 'lm_eval[math]'    # math: for MATH-500
 #     bash examples/lm_eval.sh                 # on a CPU: DEVICE=cpu bash examples/lm_eval.sh
+#     LAUNCH="torchrun --nproc_per_node 8" bash examples/lm_eval.sh    # eight GPUs share the documents of each task
 #
 # Lengths, blocks, shots and refresh intervals are those of the paper's tables 1 to 3 and 5. Exception: Dream on MATH-500
 # is not in them and takes the length and shots of Dream's authors for MATH. Dream's temperature, top_p and BOS are those
@@ -11,7 +12,7 @@
 # policy=NoCache), not with the printed scores. GPQA needs a Hugging Face account that has accepted its terms.
 set -euo pipefail
 export HF_ALLOW_CODE_EVAL=1  # HumanEval and MBPP run the code that the model writes: use a container
-run="python -m dkv.lm_eval --model dkv --batch_size 8 --device ${DEVICE:-cuda}"
+run="${LAUNCH:-python} -m dkv.lm_eval --model dkv --batch_size 8 --device ${DEVICE:-cuda}"
 
 instruct="$run --apply_chat_template --num_fewshot 0"
 llada=pretrained=GSAI-ML/LLaDA-8B-Instruct,policy=Decode,refresh_interval=8

@@ -1,5 +1,7 @@
 """Every public name as a user's type checker sees it: `make lint` runs mypy on this file, nothing executes it."""
 
+from collections.abc import Iterator
+
 from torch import Tensor, nn
 from typing_extensions import assert_type
 
@@ -52,6 +54,13 @@ def streaming(model: nn.Module, input_ids: Tensor) -> None:
     steps = dkv.stream(model, input_ids, gen_length=64)
     assert_type(next(steps), dkv.StreamStep)
     steps.close()
+
+
+def texts(model: nn.Module, tokenizer: object) -> None:
+    prompts: list[str | list[dict[str, str]]] = ["a", [{"role": "user", "content": "b"}]]
+    assert_type(dkv.generate_texts(model, tokenizer, prompts, batch_size=4, gen_length=64), Iterator[str])
+    assert_type(dkv.generate_texts(model, tokenizer, prompts, ordered=False), Iterator[tuple[int, str]])
+    dkv.generate_texts(model, tokenizer, None)  # type: ignore[call-overload]
 
 
 def own_loop(model: nn.Module, ids: Tensor) -> None:

@@ -18,6 +18,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import dkv
+import dkv.texts
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -180,11 +181,11 @@ def answers_of(results, task):
 def test_the_harness_scores_what_generate_gives(evaluate, checkpoints, tasks, monkeypatch):
     calls = []
 
-    def spy(model, input_ids, attention_mask, generate=dkv.generate, **settings):
+    def spy(model, input_ids, attention_mask, generate=dkv.texts.generate, **settings):
         calls.append(settings | {"batch": len(input_ids), "ragged": not attention_mask.bool().all()})
         return generate(model, input_ids, attention_mask, **settings)
 
-    monkeypatch.setattr(dkv, "generate", spy)
+    monkeypatch.setattr(dkv.texts, "generate", spy)
     arguments = f"pretrained={checkpoints['llada']},policy=Decode,refresh_interval=3"
     results = evaluate(["tiny_generation"], model="dkv", model_args=arguments, batch_size=3)
     assert results["results"]["tiny_generation"]["exact_match,none"] == pytest.approx(6 / 7)
@@ -193,7 +194,7 @@ def test_the_harness_scores_what_generate_gives(evaluate, checkpoints, tasks, mo
     assert [call["batch"] for call in calls] == [3, 3, 1] and any(call["ragged"] for call in calls)
     for call in calls:
         assert call["policy"] == dkv.Decode(3) and call["gen_length"] == 12
-        assert "temperature" not in call  # the task does not sample
+        assert call["temperature"] == 0  # the task does not sample
 
 
 def test_choices_are_ranked_without_a_cache(evaluate, checkpoints):
@@ -206,8 +207,12 @@ def test_choices_are_ranked_without_a_cache(evaluate, checkpoints):
     assert scores[0] == scores[1]
 
 
-def test_command_line(checkpoints, tasks, tmp_path):
-    command = [sys.executable, "-m", "dkv.lm_eval", "--model", "dkv", "--tasks", "tiny_generation,tiny_choice"]
+@pytest.mark.parametrize("processes", [1, 2])
+def test_command_line(checkpoints, tasks, tmp_path, processes):
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command += ["-m", "dkv.lm_eval", "--model", "dkv", "--tasks", "tiny_generation,tiny_choice", "--log_samples"]
     command += ["--model_args", f"pretrained={checkpoints['llada']},policy=Decode,refresh_interval=3,mc_num=2000"]
     command += ["--include_path", str(tasks[0]), "--batch_size", "3", "--device", "cpu", "--output_path", str(tmp_path)]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -219,7 +224,15 @@ def test_command_line(checkpoints, tasks, tmp_path):
     results = json.loads(results.read_text())["results"]
     assert results["tiny_generation"]["exact_match,none"] == pytest.approx(6 / 7)
     assert results["tiny_choice"]["acc,none"] == pytest.approx(4 / 5)
-    assert re.search(r"Decode\(refresh_interval=3.*tokens/s", run.stderr + run.stdout)
+    speeds = re.findall(r"Decode\(refresh_interval=3.*?\)(.*): .* tokens/s", run.stderr + run.stdout)
+    assert sorted(speeds) == ([""] if processes == 1 else [", process 0 of 2", ", process 1 of 2"])
+    for task, documents in (("tiny_generation", 7), ("tiny_choice", 5)):
+        (samples,) = tmp_path.rglob(f"samples_{task}*.jsonl")
+        samples = [json.loads(line) for line in samples.read_text().splitlines()]
+        assert sorted(sample["doc_id"] for sample in samples) == list(range(documents))
+        # of two processes, the one with fewer requests repeats its last one
+        repeats = [len(responses) for sample in samples for responses in sample["resps"]]
+        assert repeats.count(1) >= len(repeats) - (processes - 1)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +297,7 @@ def test_what_the_task_says_and_what_the_user_says(harness, checkpoints, monkeyp
         calls.append(settings)
         return SimpleNamespace(sequences=torch.zeros(1, 40, dtype=torch.long))
 
-    monkeypatch.setattr(dkv, "generate", spy)
+    monkeypatch.setattr(dkv.texts, "generate", spy)
     task = {"do_sample": True, "temperature": 0.2, "top_p": 0.9, "max_gen_toks": 7}
     texts(harness.DiffusionLM(checkpoints["llada"]), ["a"], **task)
     texts(harness.DiffusionLM(checkpoints["llada"], temperature=0.0, gen_length=9, steps=3), ["a"], **task)
@@ -292,7 +305,7 @@ def test_what_the_task_says_and_what_the_user_says(harness, checkpoints, monkeyp
     first, second, third = calls
     assert (first["temperature"], first["top_p"], first["gen_length"], first["steps"]) == (0.2, 0.9, 7, None)
     assert (second["temperature"], second["top_p"], second["gen_length"], second["steps"]) == (0.0, 0.9, 9, 3)
-    assert "temperature" not in third and "top_p" not in third
+    assert third["temperature"] == 0 and third["top_p"] is None
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
@@ -384,7 +397,7 @@ def test_long_prompts_keep_their_ends(harness, checkpoints):
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"policy": "decode"}, ValueError, "policy must be one of .*'NoCache', 'Decode', .* got 'decode'"),
+        ({"policy": "decoded"}, ValueError, "policy must be one of .*'NoCache', 'Decode', .* got 'decoded'"),
         ({"policy": None}, ValueError, "policy must be one of .* got None"),
         (
             {"policy": "Prefill", "refresh_interval": 4},
@@ -400,7 +413,12 @@ def test_long_prompts_keep_their_ends(harness, checkpoints):
         ({"refresh_interval": 0}, ValueError, "refresh_interval must be at least 1"),
         ({"shift": "un"}, ValueError, "shift .* must be None for LLaDA"),
         ({"genlength": 4}, ValueError, "'genlength' must be an argument of the model, of dkv.generate .*cfg_scale"),
-        ({"batch_size": "auto"}, ValueError, "batch_size must be a number"),
+        ({"batch_size": "auto"}, ValueError, "batch_size must be a number.* got 'auto'; pass 8"),
+        ({"dtype": "bf16"}, ValueError, "dtype must be .*bfloat16"),
+        ({"use_cache": True}, ValueError, "use_cache is no argument of this model; pass policy='NoCache' for False"),
+        ({"show_speed": True}, ValueError, "the speed is always logged"),
+        ({"diffusion_steps": 8}, ValueError, "pass steps"),
+        ({"cfg": 1, "cfg_scale": 1}, TypeError, "cfg and cfg_scale are the same; pass one of them"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
         ({"gen_length": "many"}, TypeError, "gen_length must be an int"),
         ({"mc_num": 0}, ValueError, "mc_num must be at least 1"),
@@ -410,6 +428,32 @@ def test_long_prompts_keep_their_ends(harness, checkpoints):
 def test_bad_arguments_are_refused(harness, checkpoints, arguments, error, message):
     with pytest.raises(error, match=message):
         harness.DiffusionLM(**({"pretrained": checkpoints["llada"]} | arguments))
+
+
+def test_names_of_other_scripts(harness, checkpoints, caplog):
+    arguments = "cfg=0.5,alg=entropy,max_new_tokens=9,is_check_greedy=True,policy=DUALcache,block_length=4"
+    lm = harness.DiffusionLM.create_from_arg_string(f"model_path={checkpoints['llada']},{arguments}")
+    assert (lm.config.cfg_scale, lm.config.remasking, lm.gen_length, lm.check_greedy) == (0.5, "entropy", 9, True)
+    assert lm.policy == dkv.DualCache()
+    log_likelihoods(lm, [("why", "x")])
+    assert "likelihoods have no guidance" in caplog.text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_the_harnesss_default_device_may_be_missing(harness, checkpoints, caplog):
+    lm = harness.DiffusionLM(checkpoints["llada"], device="cuda:0")
+    assert lm.device == torch.device("cpu") and "no CUDA device" in caplog.text
+
+
+def test_several_processes_need_accelerate_and_a_name(harness, checkpoints, monkeypatch, caplog):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ModuleNotFoundError, match="run: pip install accelerate"):
+        harness.DiffusionLM(checkpoints["llada"])
+    model = dkv.from_pretrained(checkpoints["llada"], device="cpu")
+    lm = harness.DiffusionLM(model, tokenizer=checkpoints["llada"])
+    assert lm.world_size == 1 and "this process evaluates all documents" in caplog.text
 
 
 def test_what_the_model_cannot_do_is_refused(harness, checkpoints):
