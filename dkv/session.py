@@ -209,7 +209,7 @@ class Session:
         count, longest_row: ints, the active positions of all rows, and an upper bound for one row.
         valid_count: int, the positions of all rows that are not padding.
         home: the CUDA stream that allocated the memory; None on a CPU.
-        stream, done: the CUDA stream of the last call, and an event behind it; None on a CPU.
+        stream, done: the CUDA stream of the last work on it, and an event behind that; None on a CPU.
     """
 
     # inference tensors cannot be updated later outside inference mode, so allocate normal ones
@@ -243,8 +243,14 @@ class Session:
         self.stream = self._before = None
         self.unchanged = torch.tensor([0, 1], device=x.device)  # look_back of an input that shows nothing
 
+    def _mark(self):
+        """Notes what `settle` waits for."""
+        if self.done is not None:
+            self.stream = torch.cuda.current_stream(self.state.x.device)
+            self.done.record(self.stream)
+
     def settle(self) -> None:
-        """Waits for the last call if several streams take part, so that the memory may be used here, or freed."""
+        """Waits for the last work if several streams take part, so that the memory may be used here, or freed."""
         last = self.stream
         if last is not None and not self.home == last == torch.cuda.current_stream(last.device):
             self.done.synchronize()
@@ -348,6 +354,7 @@ class Session:
         if self._before is not None:
             for tensor, before in zip(self._changing, self._before, strict=True):
                 tensor.copy_(before)
+            self._mark()
 
     def accept(self, x: Tensor, proposal: "Proposal") -> None:
         """The call is the next step."""
@@ -373,9 +380,7 @@ class Session:
         if self.count < state.x.numel():
             logits = values.new_full((state.x.numel(), values.shape[-1]), float("nan"))
             values = logits.index_copy_(0, slots[: self.count], values)
-        if self.done is not None:
-            self.stream = torch.cuda.current_stream(state.x.device)
-            self.done.record(self.stream)
+        self._mark()
         return values.reshape(*state.x.shape, -1)
 
     def _hidden(self, room):

@@ -4,6 +4,7 @@ import copy
 import gc
 import threading
 import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -154,13 +155,11 @@ def test_one_generation_after_another_takes_one_memory(llm, device):
     for seed in (1, 2):
         run(llm, Loop(prompts(9, seed=seed, device=device)[0], in_place=seed == 1))
         assert memory_of(llm).sessions.kept == [first]
-    llada_loop(llm, prompts(9, seed=5, device=device)[0], gen_length=16, block_length=8, steps=4)
-    x = F.pad(prompts(9, seed=6, device=device)[0], (0, 16), value=MASK)
-    with torch.no_grad():
-        llm(x)
+    for seed in (3, 4):
+        x = F.pad(prompts(9, seed=seed, device=device)[0], (0, 16), value=MASK)
+        with torch.no_grad():
+            llm(x)
         x[:, 9:] = 5  # in one step
-        llm(F.pad(prompts(9, seed=7, device=device)[0], (0, 16), value=MASK))
-    assert memory_of(llm).sessions.kept == [first]
     llada_loop(llm, prompts(9, seed=5, device=device)[0], gen_length=16, block_length=8, steps=4)
     assert memory_of(llm).sessions.kept == [first]
     ended = weakref.ref(first)
@@ -302,6 +301,42 @@ def test_whole_blocks_are_another_sequence(llm):
     ahead = {(row, column): 5 for row in (0, 1) for column in range(6)}
     assert not blocks(llm, {(0, 0): 5}, ahead).isnan().any()
     assert blocks(llm, {(0, 0): 5}, ahead, {(0, 6): 7}).isnan().any()
+
+
+def test_masks_that_become_a_block_and_zeros_are_no_other_sequence(llm):
+    """The zeros come from NaN."""
+    commits = {(0, column): 5 for column in range(1, 4)} | {(0, column): 0 for column in range(4, 8)}
+    with pytest.raises(RuntimeError, match="in place of 4 masks whose logits were not computed"):
+        blocks(llm, {(0, 0): 5}, commits)
+
+
+def test_a_prompt_that_begins_like_another_has_blocks_of_its_own(llm, device):
+    """It is no sequence with its prompt masked, although the longer one has tokens where it has masks."""
+    longer = Loop(prompts(12, device=device)[0], gen_length=16)
+    shorter = Loop(prompts(12, device=device)[0][:, :9], gen_length=19)
+    dkv.replace_attention(llm, dkv.DualCache(), block_length=8)
+    alone = run(llm, copy.deepcopy(shorter))[0]
+    full = dkv.stats(llm).full
+    dkv.replace_attention(llm, dkv.DualCache(), block_length=8)
+    longer.step(llm)
+    assert torch.equal(run(llm, shorter)[0], alone) and dkv.stats(llm).full == full + 1
+
+
+def test_other_streams_wait_for_all_work_on_a_session(llm, monkeypatch):
+    """Also for a call that it took and gave back."""
+    dkv.replace_attention(llm, dkv.Decode(None))
+    loops = [Loop(prompts(9, seed=seed, device=llm.device)[0]) for seed in (0, 1)]
+    loops[0].step(llm)
+    (first,) = memory_of(llm).sessions.kept
+    streams = [mock.Mock(), mock.Mock()]
+    first.done, first.home, first.stream = mock.Mock(), streams[0], streams[0]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: streams[1])
+    loops[1].step(llm)
+    assert first.stream is streams[1] and [call[0] for call in first.done.method_calls] == ["synchronize", "record"]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: streams[0])
+    first.done.reset_mock()
+    first.settle()
+    assert [call[0] for call in first.done.method_calls] == ["synchronize"]
 
 
 def test_threads_share_the_sessions(llm, device):
