@@ -77,7 +77,7 @@ def llm(device):
 POLICIES = [dkv.Decode(3), dkv.Decode(None, scope="block"), dkv.DualCache()]
 
 
-@pytest.mark.parametrize("policy, in_place", zip(POLICIES, (True, False, True), strict=True), ids=repr)
+@pytest.mark.parametrize("policy, in_place", [*zip(POLICIES, (True, False, True), strict=True)], ids=repr)
 def test_sequences_in_turn_are_each_cached(llm, policy, in_place, device):
     """Four at once, two of them with the same prompt and one of another length: each as it is alone."""
     inputs = [prompts(9, seed=0), prompts(9, seed=1), prompts(9, 9, seed=2), prompts(12, seed=3)]
