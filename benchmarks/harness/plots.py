@@ -30,7 +30,7 @@ def load_pyplot() -> ModuleType | None:
     try:
         import matplotlib
     except ImportError:
-        print("no picture: matplotlib is not installed (it comes with `pip install 'dkv[bench]'`)", file=sys.stderr)
+        print("no picture: matplotlib is not installed; run: pip install matplotlib", file=sys.stderr)
         return None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
