@@ -265,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
     common.finish(record, rows, stem)
     if stem:
         plots.accuracy(rows, environment, stem.with_suffix(".png"))
-        titles = {f"{family}: one problem under Decode(8)": one_history(family) for family in FAMILIES}
+        titles = {f"{plots.NAMES[family]}: one problem under Decode(8)": one_history(family) for family in FAMILIES}
         plots.maps(titles, stem.with_name("quality_maps.png"))
     return 0
 

@@ -34,3 +34,8 @@ __all__ = [
     "stream",
 ]
 __version__ = "0.1.0"
+
+
+def __dir__() -> list[str]:
+    # kernels is public too, but not for `from dkv import *`
+    return [*__all__, "kernels"]

@@ -42,3 +42,7 @@ __all__ = [
     "rope_cache_update",
     "swiglu",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

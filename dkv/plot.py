@@ -57,7 +57,7 @@ def plot_history(output: GenerateOutput, row: int = 0, ax: "Axes | None" = None)
 
     Raises:
         ValueError: a run without history, or a row that does not exist.
-        ImportError: matplotlib is not installed (`pip install 'dkv[plot]'`).
+        ImportError: matplotlib is not installed (`pip install matplotlib`).
 
     Example:
         >>> output = dkv.generate(model, input_ids, policy=dkv.Decode(8), output_history=True)
@@ -68,7 +68,7 @@ def plot_history(output: GenerateOutput, row: int = 0, ax: "Axes | None" = None)
         from matplotlib.colors import ListedColormap
         from matplotlib.patches import Patch
     except ImportError as error:
-        raise ImportError("plot_history draws with matplotlib: pip install 'dkv[plot]'.") from error
+        raise ImportError("plot_history draws with matplotlib; run: pip install matplotlib") from error
     kinds = step_map(output, row)
     if ax is None:
         _, ax = pyplot.subplots(figsize=(9, 5), layout="constrained")

@@ -501,8 +501,8 @@ def delayed_attention(
             packed by batch row; the last dim contiguous. headdim is 16, 32, 64 or 128.
         k_cache, v_cache: (batch, seqlen_cache, nheads_k, headdim), the dtype of q, any strides with the last dim
             contiguous. nheads is a multiple of nheads_k: query head h reads K/V head h // (nheads / nheads_k).
-        cu_seqlens_q: (batch + 1,) int32, non-decreasing; values beyond total are clamped. The queries of row b are
-            cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1 (a row may be empty). Queries of no row are padding: they get
+        cu_seqlens_q: (batch + 1,) int32 or int64, non-decreasing; values beyond total are clamped. The queries of row b
+            are cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1 (a row may be empty). Queries of no row are padding: they get
             zeros and lse -inf.
         max_seqlen_q: an upper bound, known on the host, of the number of queries of any row. None: total. If a row has
             more, some of its queries get NaN.
@@ -539,10 +539,10 @@ def delayed_attention(
     checks.check_shape("k_cache", k_cache, (None, None, None, headdim), cache_shape)
     checks.check_shape("v_cache", v_cache, k_cache.shape, cache_shape)
     batch, seqlen_cache, nheads_k, _ = k_cache.shape
-    checks.check_heads(nheads, nheads_k)
+    checks.check_heads(nheads, nheads_k, seqlen_cache)
     checks.check_same("q", q, k_cache=k_cache, v_cache=v_cache)
     checks.check_last_dim_contiguous(q=q, k_cache=k_cache, v_cache=v_cache)
-    checks.check_tensor("cu_seqlens_q", cu_seqlens_q, q, (batch + 1,), "(batch + 1,)")
+    checks.check_tensor("cu_seqlens_q", cu_seqlens_q, q, (batch + 1,), "(batch + 1,)", torch.int32, torch.int64)
     checks.check_tensor("cache_leftpad", cache_leftpad, q, (batch,), "(batch,)")
     checks.check_tensor("cache_seqlens", cache_seqlens, q, (batch,), "(batch,)")
     checks.check_tensor("key_index", key_index, q, (batch, None), "(batch, max_keys)")

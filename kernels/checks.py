@@ -77,12 +77,17 @@ def check_device(reference_name: str, reference: Tensor, **tensors: Tensor | Non
 def check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...], meaning: str) -> None:
     """A None in `shape` matches any size; `meaning` names the dims in the error."""
     have = tuple(tensor.shape)
-    if have == shape or (
-        len(have) == len(shape) and all(want in (None, size) for want, size in zip(shape, have, strict=True))
-    ):
+    if have == shape or _fits(have, shape):
         return
     want = ", ".join("*" if s is None else str(s) for s in shape)
-    raise ValueError(f"{name} must have shape {meaning} = ({want}), got {have}.")
+    # only caches have four dims
+    is_heads_first = len(have) == 4 and _fits(tuple(tensor.transpose(1, 2).shape), shape)
+    hint = f"; pass {name}.transpose(1, 2), which copies nothing" if is_heads_first else ""
+    raise ValueError(f"{name} must have shape {meaning} = ({want}), got {have}{hint}.")
+
+
+def _fits(have, shape):
+    return len(have) == len(shape) and all(want in (None, size) for want, size in zip(shape, have, strict=True))
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
@@ -142,16 +147,40 @@ def check_headdim(headdim: int) -> None:
         raise NotImplementedError(f"headdim must be one of {HEADDIMS}, got {headdim}.")
 
 
-def check_heads(nheads: int, nheads_k: int) -> None:
+def check_heads(nheads: int, nheads_k: int, seqlen_cache: int = 0) -> None:
+    """`seqlen_cache`: that of caches from which `nheads_k` was read, to notice the layout with heads first."""
     if nheads == 0 or nheads_k == 0 or nheads % nheads_k:
         raise ValueError(
-            f"nheads must be a positive multiple of nheads_k (grouped-query attention), got {nheads} and {nheads_k}."
+            f"nheads must be a positive multiple of nheads_k (grouped-query attention), got {nheads} and {nheads_k}"
+            f"{heads_first_hint(nheads, seqlen_cache)}."
         )
+
+
+def heads_first_hint(nheads: int, seqlen_cache: int) -> str:
+    """The end of an error about heads, if `seqlen_cache` would fit as nheads_k."""
+    if nheads <= 0 or seqlen_cache == 0 or nheads % seqlen_cache:
+        return ""
+    return (
+        "; if the caches are (batch, nheads_k, seqlen_cache, headdim), "
+        "pass k_cache.transpose(1, 2) and v_cache.transpose(1, 2), which copies nothing"
+    )
 
 
 def check_rope(cos: Tensor, sin: Tensor, headdim: int, reference: Tensor) -> None:
     """The tables of half-split RoPE."""
-    check_tensor("cos", cos, reference, (None, headdim // 2), "(max_position, headdim // 2)", torch.float32)
+    half = headdim // 2
+    if cos is None or sin is None:
+        raise TypeError(
+            "cos and sin must be tensors (max_position, headdim // 2), got None; for no rotation pass "
+            f"torch.ones(1, {half}) and torch.zeros(1, {half}) on the device of the other tensors."
+        )
+    if cos.dim() >= 2 and cos.shape[-1] == headdim:
+        index = "0, " * (cos.dim() - 2) + ":, : headdim // 2"
+        raise ValueError(
+            f"cos and sin must have shape (max_position, headdim // 2) = (*, {half}), got {tuple(cos.shape)}, where "
+            f"half-split RoPE has each angle twice; pass cos[{index}] and sin[{index}]."
+        )
+    check_tensor("cos", cos, reference, (None, half), "(max_position, headdim // 2)", torch.float32)
     check_tensor("sin", sin, reference, tuple(cos.shape), "(max_position, headdim // 2)", torch.float32)
     if cos.shape[0] == 0:
         raise ValueError("cos and sin must have a row for each position, at least one, got none.")

@@ -201,9 +201,9 @@ def commit_tokens(
             NaN counts as -inf. Probabilities if threshold or factor is given.
         slots: (total,) int64: row * seqlen + column of each entry, distinct. An entry whose slot x does not have, such
             as -1, is ranked like the others and never chosen.
-        cu_seqlens: (batch + 1,) int32, non-decreasing; values beyond total are clamped. The entries of row b are
-            cu_seqlens[b] .. cu_seqlens[b + 1] - 1 (a row may be empty). Entries beyond the seqlen-th of a row and those
-            of no row are padding, never chosen.
+        cu_seqlens: (batch + 1,) int32 or int64, non-decreasing; values beyond total are clamped. The entries of row b
+            are cu_seqlens[b] .. cu_seqlens[b + 1] - 1 (a row may be empty). Entries beyond the seqlen-th of a row and
+            those of no row are padding, never chosen.
         counts: (batch,) int32 or int64: the number of entries to commit in each row, or all if it has fewer. May be
             None with threshold or factor, which replace it.
         threshold: a float, or (batch,) float32 (float64 too for float64 scores), one for each row: commits the entries
@@ -239,7 +239,7 @@ def commit_tokens(
     total = tokens.shape[0]
     checks.check_tensor("scores", scores, x, (total,), "(total,)", torch.float32, torch.float64)
     checks.check_tensor("slots", slots, x, (total,), "(total,)", torch.int64)
-    checks.check_tensor("cu_seqlens", cu_seqlens, x, (x.shape[0] + 1,), "(batch + 1,)")
+    checks.check_tensor("cu_seqlens", cu_seqlens, x, (x.shape[0] + 1,), "(batch + 1,)", torch.int32, torch.int64)
     checks.check_tensor("counts", counts, x, (x.shape[0],), "(batch,)", torch.int64, torch.int32)
     if threshold is not None and factor is not None:
         raise ValueError("threshold and factor exclude each other; pass one of them.")

@@ -157,7 +157,7 @@ def _share_work(
     the weight in the L2. The remaining programs have nothing to do. batch is -1 if there is no cu_seqlens.
     """
     valid_rows = tl.load(cu_seqlens_ptr + batch, mask=batch >= 0, other=rows)
-    valid_rows = tl.maximum(tl.minimum(valid_rows, rows), 0)
+    valid_rows = tl.maximum(tl.minimum(valid_rows, rows), 0).to(rows.dtype)
     row_blocks = tl.cdiv(valid_rows, BLOCK_R)
     tiles = tl.cdiv(vocab, BLOCK_V)
     slices = tl.minimum(tl.minimum(programs // tl.maximum(row_blocks, 1), MAX_SLICES), tiles)
@@ -498,8 +498,8 @@ def lm_head_confidence(
             tensor. The noise of id v in a row depends on the row's key and on v alone.
         exclude_ids: ids that are never the token and have no probability; at least one id must be left. None: none.
         round_logits: whether to round the product to the dtype of weight first, like code that keeps the logits.
-        cu_seqlens: (batch + 1,) int32, as for the other operators: rows from cu_seqlens[-1] on are padding and not
-            computed. None: no padding.
+        cu_seqlens: (batch + 1,) int32 or int64, as for the other operators: rows from cu_seqlens[-1] on are padding and
+            not computed. None: no padding.
         impl: "auto" (Triton for CUDA tensors, PyTorch otherwise), "triton" or "reference".
 
     Returns:
@@ -537,7 +537,7 @@ def lm_head_confidence(
             "noise_scale > 0, or a tensor, needs noise_key; pass a key of dkv.kernels.noise.noise_key for each row."
         )
     checks.check_tensor("noise_key", noise_key, hidden, (rows,), "(rows,)", torch.int64)
-    checks.check_tensor("cu_seqlens", cu_seqlens, hidden, (None,), "(batch + 1,)")
+    checks.check_tensor("cu_seqlens", cu_seqlens, hidden, (None,), "(batch + 1,)", torch.int32, torch.int64)
     if cu_seqlens is not None and cu_seqlens.shape[0] == 0:
         raise ValueError("cu_seqlens must have shape (batch + 1,), at least one element, got (0,).")
     exclude_ids = _checked_ids(exclude_ids, weight.shape[0])

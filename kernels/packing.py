@@ -23,7 +23,8 @@ from dkv.kernels.rows import COUNTERS, FIRST_COLUMN, REQUEST, SEED, SIZE_CANDIDA
 @triton.jit
 def load_bound(cu_seqlens_ptr, row, total):
     """An element of cu_seqlens, the first entry of a row, clamped to 0 .. total."""
-    return tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + row), 0), total)
+    # cu_seqlens may be int64; a clamped element fits the type of total
+    return tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + row), 0), total).to(total.dtype)
 
 
 @triton.jit

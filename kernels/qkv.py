@@ -289,11 +289,13 @@ def linear_rope_cache_update(
     nheads_k, headdim = k_cache.shape[2:]
     checks.check_headdim(headdim)
     checks.check_shape("weight", weight, (None, in_features), "((nheads + 2 * nheads_k) * headdim, in_features)")
-    nheads = weight.shape[0] // headdim - 2 * nheads_k
+    heads = weight.shape[0] // headdim
+    nheads = heads - 2 * nheads_k
     if weight.shape[0] % headdim or nheads < 0:
+        heads_first = checks.heads_first_hint(heads - 2 * k_cache.shape[1], k_cache.shape[1])
         raise ValueError(
             f"weight must have (nheads + 2 * nheads_k) * headdim rows, for caches of {nheads_k} heads of {headdim} "
-            f"each, got {weight.shape[0]}."
+            f"each, got {weight.shape[0]}{heads_first}."
         )
     if nheads > 0 and nheads_k > 0:
         checks.check_heads(nheads, nheads_k)

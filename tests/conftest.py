@@ -126,7 +126,7 @@ def standing_clock(monkeypatch):
 def checkout(tmp_path_factory):
     """A copy of the repository: what builds leave behind does not touch the real one."""
     copy = tmp_path_factory.mktemp("checkout")
-    for name in ("pyproject.toml", "Makefile", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "MANIFEST.in", "Makefile", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     for name in ("kernels", "dkv", "benchmarks", "tests"):
         shutil.copytree(

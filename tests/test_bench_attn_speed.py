@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -384,6 +385,32 @@ def test_no_point_of_a_grid_comes_twice(grid):
     assert len(set(points)) == len(points)
     assert set(grid.flex) <= {(p.batch, p.seqlen, p.active) for p in points}
     assert all(group[0].active == max(p.active for p in group) for group in groups)
+
+
+def test_labels_of_the_picture_stay_inside_their_panels(monkeypatch, tmp_path):
+    """Many points or a single one, lines far apart or on top of each other, also at the upper edge."""
+    Text = pytest.importorskip("matplotlib.text").Text
+    monkeypatch.setattr(plots, "save", lambda figure, path: figure)
+    shapes = {"LLaDA-8B": [1, 8, 64, 2048], "Dream-7B": [32, 64], "single": [32]}
+    rows = [
+        {"model": model, "batch": 1, "seqlen": 2048, "ragged": False, "dtype": "float32", "family": family}
+        | {"active": active, "ms": ms, "ms_p20": ms, "ms_p80": ms, "floor_ms": 1.0}
+        for model, actives in shapes.items()
+        for active in actives
+        for i, family in enumerate(plots.STYLES)
+        for ms in [{"LLaDA-8B": 1 + i * active, "Dream-7B": 1 + i / 1000, "single": 100 + i}[model]]
+    ]
+    figure = plots.attention(rows, {"device": "CPU: x", "date": "2026-11-25 21:32 UTC"}, tmp_path)
+    figure.canvas.draw()
+    for axis in figure.axes:
+        assert len(axis.texts) == 1 + len(plots.STYLES)
+        boxes = [Text.get_window_extent(text) for text in axis.texts]  # of an annotation without its arrow
+        for box in boxes:
+            assert axis.bbox.x0 < box.x0 and axis.bbox.y0 < box.y0 and box.x1 < axis.bbox.x1 and box.y1 < axis.bbox.y1
+            first = axis.transData.transform((min(shapes[axis.get_title().split(",")[0]]), 1))
+            assert box.x1 < first[0]
+        boxes.sort(key=lambda box: box.y0)
+        assert all(below.y1 < above.y0 + 2 for below, above in itertools.pairwise(boxes))
 
 
 def test_without_matplotlib_there_is_a_message(monkeypatch, capsys, tmp_path):

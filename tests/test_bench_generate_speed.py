@@ -383,6 +383,7 @@ def test_a_run_from_elsewhere(tmp_path):
     options = ("--points", "Dream:1:8:8", "--policies", "Decode", "--budget", "0", "--no-plot")
     run = run_python(ROOT / "benchmarks" / "generate_speed.py", *options, "--out", tmp_path / "out", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
+    assert "profiler" not in run.stderr and "ERROR" not in run.stderr
     result = json.loads(run.stdout.splitlines()[-1])
     assert result["impl"] == "PyTorch implementation" and result["device"].startswith("CPU")
     assert [row["policy"] for row in result["rows"]] == [repr(dkv.Decode(8, shift="un"))]

@@ -251,6 +251,23 @@ def test_rows_of_the_plot():
     assert groups == set(plots.GROUPS)
 
 
+def test_the_picture_shows_differences_with_their_intervals(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(plots, "save", lambda figure, path: figure)
+    rows = json.loads(COMMITTED[0].read_text())["rows"]
+    figure = plots.accuracy(rows, {"device": "CPU: x", "date": "2026-11-25 21:32 UTC"}, tmp_path)
+    assert [axis.get_title() for axis in figure.axes] == ["LLaDA", "LLaDA", "Dream", "Dream"]
+    dream = [row for row in rows if row["model"] == "dream" and row["decoding"] != "threshold"]
+    drawn = {
+        (x, y, *bar[:, 1])
+        for points, _, (bars,) in figure.axes[2].containers
+        for x, y, bar in zip(*points.get_data(), bars.get_segments(), strict=True)
+    }
+    expected = {(row["cache_ratio"], *(100 * v for v in (row["difference"], *row["ci95"]))) for row in dream}
+    for found, want in zip(sorted(drawn), sorted(expected), strict=True):
+        assert found == pytest.approx(want)
+
+
 @pytest.mark.parametrize("argv", [["--problems", "2", "3"], ["--problems", "0", "0"], ["--problems", "2"]])
 def test_wrong_numbers_of_problems(argv, capsys):
     with pytest.raises(SystemExit):

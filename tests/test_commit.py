@@ -275,7 +275,7 @@ def call(device, **changes):
             ("scores shape", dict(scores=torch.zeros(4)), ValueError, r"scores must have shape \(total,\) = \(3\)"),
             ("slots dtype", dict(slots=torch.zeros(3).int()), TypeError, "slots must be int64, got torch.int32"),
             ("slots stride", dict(slots=torch.zeros(3, 2).long()[:, 0]), ValueError, "slots must be contiguous"),
-            ("cu dtype", dict(cu_seqlens=torch.zeros(3).long()), TypeError, "cu_seqlens must be int32"),
+            ("cu dtype", dict(cu_seqlens=torch.zeros(3)), TypeError, "cu_seqlens must be int32 or int64"),
             (
                 "cu shape",
                 dict(cu_seqlens=torch.zeros(2).int()),

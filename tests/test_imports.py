@@ -183,6 +183,11 @@ def test_type_checkers_see_what_python_imports():
     assert names == set(dkv.kernels.__all__)
 
 
+def test_completion_offers_public_names_only():
+    assert dir(dkv) == sorted([*dkv.__all__, "kernels"])
+    assert dir(dkv.kernels) == sorted(dkv.kernels.__all__)
+
+
 def test_the_typed_example_uses_every_public_name():
     tree = ast.parse((ROOT / "tests" / "public_api.py").read_text())
     used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}

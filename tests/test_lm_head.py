@@ -548,7 +548,7 @@ ERRORS = [
     ("scale stride", dict(logit_scale=zeros(4, 2)[:, 0]), ValueError, "last dim of logit_scale must be contiguous"),
     ("scale device", dict(logit_scale=zeros(4, device="meta")), ValueError, "logit_scale must be on the device"),
     ("scale grad", dict(noise_scale=zeros(4, requires_grad=True)), ValueError, "but noise_scale requires grad"),
-    ("counts dtype", dict(cu_seqlens=KEY), TypeError, "cu_seqlens must be int32, got torch.int64"),
+    ("counts dtype", dict(cu_seqlens=KEY.float()), TypeError, "cu_seqlens must be int32 or int64, got torch.f"),
     ("counts rank", dict(cu_seqlens=KEY.int()[None]), ValueError, r"cu_seqlens must have shape \(batch \+ 1,\)"),
     ("no counts", dict(cu_seqlens=KEY.int()[:0]), ValueError, r"cu_seqlens must have shape \(batch \+ 1,\), at least one element"),
     ("counts device", dict(cu_seqlens=KEY.int().to("meta")), ValueError, "cu_seqlens must be on the device"),

@@ -75,9 +75,9 @@ ATTENTION_ERRORS = [
     ("device", dict(k_cache=zeros(2, 20, 2, 32, device="meta")), ValueError, "k_cache must be on the device of q, cpu"),
     (
         "cu dtype",
-        dict(cu_seqlens_q=zeros(3, dtype=torch.int64)),
+        dict(cu_seqlens_q=zeros(3)),
         TypeError,
-        r"cu_seqlens_q must be int32.*\.to\(torch.int32",
+        r"cu_seqlens_q must be int32 or int64, got torch.float32; cast it with .to\(torch.int32",
     ),
     (
         "cu shape",
@@ -118,7 +118,7 @@ ROPE_ERRORS = [
     ("cos dtype", dict(cos=zeros(64, 16, dtype=torch.float16)), TypeError, "cos must be float32, got torch.float16"),
     (
         "cos shape",
-        dict(cos=zeros(64, 32)),
+        dict(cos=zeros(64, 17)),
         ValueError,
         r"cos must have shape \(max_position, headdim // 2\) = \(\*, 16\)",
     ),
@@ -352,6 +352,40 @@ def test_bad_input(operator, changes, error, message):
         operator(**(arguments | changes))
 
 
+@pytest.mark.parametrize("operator", [delayed_attention, rope_cache_update, linear_rope_cache_update])
+def test_caches_with_heads_first_get_the_line_that_fixes_them(operator):
+    arguments = valid_arguments(operator)
+    heads_first = {name: arguments[name].transpose(1, 2).contiguous() for name in ("k_cache", "v_cache")}
+    with pytest.raises(ValueError, match=r"k_cache\.transpose\(1, 2\)"):
+        operator(**(arguments | heads_first))
+    fixed = {name: cache.transpose(1, 2) for name, cache in heads_first.items()}
+    assert torch.equal(operator(**(arguments | fixed)), operator(**arguments))
+    with pytest.raises(ValueError, match=r"v_cache\.transpose\(1, 2\)"):
+        operator(**(arguments | {"v_cache": heads_first["v_cache"]}))
+
+
+@pytest.mark.parametrize("operator", [rope_cache_update, linear_rope_cache_update])
+def test_other_kinds_of_rope_tables_get_the_line_that_fixes_them(operator):
+    arguments = valid_arguments(operator)
+
+    def call(cos, sin):
+        return operator(**(arguments | {"cos": cos, "sin": sin}))
+
+    full = [torch.cat((arguments[name],) * 2, dim=-1) for name in ("cos", "sin")]
+    with pytest.raises(ValueError, match=r"got \(64, 32\).*pass cos\[:, : headdim // 2\] and sin\[:, : headdim // 2\]"):
+        call(*full)
+    with pytest.raises(ValueError, match=r"got \(1, 64, 32\).*pass cos\[0, :, : headdim // 2\]"):
+        call(*(table[None] for table in full))
+    headdim = 32
+    assert torch.equal(call(*(table[:, : headdim // 2] for table in full)), operator(**arguments))
+
+    for missing in ((None, None), (arguments["cos"], None)):
+        with pytest.raises(TypeError, match=r"got None.*pass torch\.ones\(1, 16\) and torch\.zeros\(1, 16\)"):
+            call(*missing)
+    if operator is rope_cache_update:
+        assert torch.equal(call(torch.ones(1, 16), torch.zeros(1, 16)), arguments["q"])
+
+
 def cast(value, dtype):
     """Casts float32 tensors; the sums of a `DeferredNorm` stay in float32 or become float64."""
     if isinstance(value, DeferredNorm):
@@ -457,6 +491,29 @@ def test_opcheck_of_products(device, impl, operator):
     torch.library.opcheck(getattr(torch.ops.dkv, operator.__name__), (*given, impl))
 
 
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_int64_cu_seqlens(device, impl):
+    """As cumsum gives them; values beyond int32 are clamped like others."""
+    case = AttentionCase.random([5, 0, 4], seqlen=40, padding=3, device=device)
+    x = torch.zeros(3, 5, dtype=torch.int64, device=device)
+    entries = torch.arange(12, device=device) % 15
+
+    def results(bounds):
+        for num_splits in (1, 2):
+            options = {"num_splits": num_splits, "return_softmax_lse": True, "impl": impl}
+            yield from delayed_attention(case.q, case.k_cache, case.v_cache, bounds, **options)
+        yield from lm_head_confidence(case.q[:, 0], case.k_cache[0, :, 0], cu_seqlens=bounds, impl=impl)
+        written = x.clone()
+        yield commit_tokens(written, entries, case.q[:, 0, 0].contiguous(), entries, bounds, bounds[1:] // 2, impl=impl)
+        yield written
+
+    for bounds in ([0, 5, 5, 9], [1, 5, 5, 2**31 - 1], [-1, 5, 9, 2**40 + 3]):
+        bounds = torch.tensor(bounds, device=device)
+        narrow = bounds.clamp(max=2**31 - 1).int()
+        for found, expected in zip(results(bounds), results(narrow), strict=True):
+            assert torch.equal(found, expected)
+
+
 def cached_layer(q, k, v, cos, sin, positions, slots, k_cache, v_cache, cu_seqlens_q):
     q = rope_cache_update(q, k, v, cos, sin, positions, slots, k_cache, v_cache)
     return delayed_attention(q * 1.0, k_cache, v_cache, cu_seqlens_q).flatten(1) + 1.0
@@ -477,7 +534,7 @@ def compile_and_find_copies(function, arguments, cache, operators):
 
 
 def test_compiles_without_a_graph_break_or_a_copy_of_the_cache(device):
-    arguments = [*rope_inputs([3, 39, 0, 20], device=device), torch.tensor([0, 2, 4], dtype=i32, device=device)]
+    arguments = [*rope_inputs([3, 39, 0, 20], device=device), torch.tensor([0, 2, 4], device=device)]
     expected_caches = [cache.clone() for cache in arguments[7:9]]
     expected = cached_layer(*arguments[:7], *expected_caches, arguments[9])
 

@@ -1,5 +1,7 @@
 """`plot_history`: the map of a run that is known in every cell, and the drawing of it."""
 
+import sys
+
 import pytest
 import torch
 from tiny import generate, model, prompts
@@ -52,6 +54,12 @@ def test_the_legend_names_the_kinds_in_the_map(device, tmp_path):
     _, mine = matplotlib.pyplot.subplots()
     assert dkv.plot_history(output, ax=mine) is mine
     matplotlib.pyplot.close("all")
+
+
+def test_without_matplotlib_the_error_says_what_to_run(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match="pip install matplotlib$"):
+        dkv.plot_history(None)
 
 
 def test_bad_input(device):

@@ -115,6 +115,8 @@ class PeakMemory:
     def __init__(self, model: nn.Module, device: torch.device):
         self.cuda = device.type == "cuda"
         if not self.cuda:
+            # above its highest level libkineto no longer reports every start, and missing GPUs, to stderr
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")
             self.held = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
             self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
 

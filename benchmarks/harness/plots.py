@@ -30,7 +30,7 @@ def load_pyplot() -> ModuleType | None:
     try:
         import matplotlib
     except ImportError:
-        print("no picture: matplotlib is not installed (it comes with `pip install 'dkv[bench]'`)", file=sys.stderr)
+        print("no picture: matplotlib is not installed; run: pip install matplotlib", file=sys.stderr)
         return None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -118,14 +118,10 @@ def _attention_panel(axis, rows):
     axis.set_ylabel("time per layer (milliseconds)")
     axis.grid(True, which="major", alpha=0.3)
     _milliseconds(axis)
-    # labels are left of the first point, each beside its line
-    axis.set_xlim(actives[0] / _label_room(actives), actives[-1] * 1.3)
-    _label(axis, actives[0], ends)
-
-
-def _label_room(actives):
-    """The factor by which the axis extends to the left of the first point: about 40 % of the width."""
-    return max(2.0, (actives[-1] / actives[0]) ** 0.75)
+    # labels are left of the first point, each beside its line, in about 40 % of the width
+    span = max(2.0, actives[-1] / actives[0])
+    axis.set_xlim(actives[0] / span**0.75, actives[-1] * span**0.05)
+    _label(axis, actives[0], actives[0] / span**0.04, ends)
 
 
 def _milliseconds(axis):
@@ -135,8 +131,8 @@ def _milliseconds(axis):
     axis.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
 
 
-def _label(axis, x, ends):
-    """Writes each label at the left end of its line; labels that would overlap move apart."""
+def _label(axis, x, right, ends):
+    """Writes each label at the left end of its line, up to `right`; labels that would overlap move apart."""
     low, high = axis.get_ylim()
     # on a log axis a label of two lines takes about 8 % of the height
     gap = (high / low) ** 0.085
@@ -146,13 +142,14 @@ def _label(axis, x, ends):
         axis.annotate(
             text,
             (x, y),
-            xytext=(x / 1.35, position),
+            xytext=(right, position),
             ha="right",
             va="center",
             fontsize=9.5,
             color=color,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.5},
+            arrowprops={"arrowstyle": "-", "relpos": (1, 0.5), "color": color, "linewidth": 0.6, "alpha": 0.5},
         )
+    axis.set_ylim(low, max(high, position * gap))
 
 
 # ---- generate_speed.py
@@ -230,6 +227,7 @@ def _bars(axis, rows):
 
 # ---- quality.py
 
+NAMES = {"llada": "LLaDA", "dream": "Dream"}
 # group of rows -> (colour, marker)
 GROUPS = {
     "no cache": ("#222222", "*"),
@@ -259,12 +257,13 @@ def group_of(row: dict[str, Any]) -> str | None:
 
 
 def accuracy(rows: Rows, env: dict[str, Any], path: Path) -> Path | None:
-    """Exact match over cache ratio and over time: a line of panels for each model."""
+    """What a policy costs, in exact match, over cache ratio and over time: a line of panels for each model."""
     plt = load_pyplot()
     if plt is None:
         return None
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axes = plt.subplots(len(models), 2, figsize=(13, 4.6 * len(models)), squeeze=False, layout="constrained")
+    size = (13, 4.6 * len(models))
+    figure, axes = plt.subplots(len(models), 2, figsize=size, sharey=True, squeeze=False, layout="constrained")
     for model, line in zip(models, axes, strict=True):
         shown = [r for r in rows if r["model"] == model and r["decoding"] != "threshold"]
         for axis, key, label in zip(
@@ -274,11 +273,14 @@ def accuracy(rows: Rows, env: dict[str, Any], path: Path) -> Path | None:
             strict=True,
         ):
             _accuracy_panel(axis, [row | {"ms": 1e3 * row["seconds"] / row["problems"]} for row in shown], key)
-            axis.set(xlabel=label, ylabel="exact match (%)", title=model)
+            axis.set(xlabel=label, title=NAMES[model])
+        line[0].set_ylabel("exact match against no cache\n(percentage points)")
     figure.legend(*axes[-1][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.suptitle(
-        f"Running sums, one token a step: right answers under every policy, {env['date'][:10]}\n{env['device']}",
-        fontsize=13,
+        "Running sums, one token a step: right answers lost or won by every policy, "
+        f"{env['date'][:10]}, {env['device']}\n"
+        "bars: 95 % bootstrap intervals, paired by problem; no bar where no problem changes, or all change alike",
+        fontsize=12,
     )
     return save(figure, path)
 
@@ -288,9 +290,17 @@ def _accuracy_panel(axis, rows, key):
         found = sorted((row for row in rows if group_of(row) == group), key=lambda row: row[key])
         if found:
             line = "-" if group in ("Decode", "Decode, no delay") else ""
-            x, y = [row[key] for row in found], [100 * row["exact_match"] for row in found]
-            axis.plot(x, y, color=color, marker=marker, linestyle=line, markersize=7, alpha=0.85, label=group)
-    axis.set_ylim(-3, 103)
+            x, y = [row[key] for row in found], [100 * row["difference"] for row in found]
+            bars = [[100 * abs(row["ci95"][end] - row["difference"]) for row in found] for end in (0, 1)]
+            style = {"color": color, "marker": marker, "linestyle": line, "markersize": 7, "alpha": 0.85}
+            # the default in front
+            axis.errorbar(x, y, bars, **style, elinewidth=1.2, capsize=3, label=group, zorder=2 + (group == "Decode"))
+    # losses may be of a tenth of a point, or of all answers
+    axis.set_yscale("symlog", linthresh=1)
+    axis.set_ylim(-150, 10)
+    ticks = (-100, -30, -10, -3, -1, -0.5, 0, 0.5, 1, 3, 10)
+    axis.set_yticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
+    axis.minorticks_off()
     axis.grid(True, alpha=0.3)
 
 
