@@ -11,7 +11,6 @@ import time
 import types
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -25,7 +24,7 @@ from dkv.memory import memory_of, separate
 from dkv.models import check_not_wrapped, view_of
 from dkv.models.view import ModelView
 from dkv.policy import Decode, NoCache, Policy, PolicyName, checked_policy
-from dkv.session import Session, sessions_of
+from dkv.session import PatchStats, sessions_of
 
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
 # a session serves these arguments; any other asks for more than logits, or changes them in a way no cache knows
@@ -33,27 +32,6 @@ _SERVED = ("input_ids", "attention_mask", "position_ids", "return_dict")
 # arguments that are taken from the config if they are None
 _FROM_CONFIG = ("output_attentions", "output_hidden_states")
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
-
-@dataclass(frozen=True)
-class PatchStats:
-    """What the calls of a patched model did, since `replace_attention`.
-
-    Attributes:
-        calls: all calls: those that follow.
-        full: calls that recomputed every position, such as the first one of each sequence.
-        cached: calls that read positions from the cache.
-        original: reason -> number of calls that ran the model's own forward for it, without a cache.
-        cache_ratio: the mean share of positions, over the full and cached calls, that were read from the cache.
-        seconds: the host's time in all calls. On a GPU a call ends before its work; the next one waits for that.
-    """
-
-    calls: int
-    full: int
-    cached: int
-    original: dict[str, int]
-    cache_ratio: float
-    seconds: float
 
 
 def replace_attention(
@@ -66,12 +44,10 @@ def replace_attention(
     """Replaces `model.forward` on this instance by one with a delayed K/V cache; the default policy is almost lossless.
 
     The model's own denoising loop, or yours, runs unchanged and recomputes less: `model(x, ...)` keeps its signature
-    and return type. Each call is compared with the previous one. It is a cached step if shape and attention mask are
-    the same and nothing changed except masks that became tokens. Anything else, even a changed weight, is a full step
-    and starts a new session. Logits of positions that were not recomputed are NaN. Steps run in the model's dtype, even
-    under autocast.
-
-    Up to four sequences, or batches of them, may be decoded in turn: a call is a step of the one that it continues.
+    and return type. Each call is compared with the last ones of up to four sequences, or batches of them, that the loop
+    decodes in turn. It is a cached step if shape and attention mask are the same as there and nothing changed except
+    masks that became tokens. Anything else is a full step and begins a new session; a changed weight ends all sessions.
+    Logits of positions that were not recomputed are NaN. Steps run in the model's dtype, even under autocast.
 
     Calls that no cache can serve run the model's own forward and end all sessions: in training mode; in grad mode; for
     more than logits; with an attention mask that does more than hide columns; with positions outside the model's range.
@@ -93,8 +69,9 @@ def replace_attention(
 
     Raises:
         ValueError: an unsupported model, or a policy that cannot run under a foreign loop. Calls raise it for hooks
-            that the cache would skip, and RuntimeError after a loop has taken tokens from logits that are NaN, or has
-            put tokens behind an unfinished block.
+            that the cache would skip, and RuntimeError after a loop has taken tokens from logits that are NaN or, if
+            the policy depends on blocks, has put tokens behind an unfinished block.
+        RuntimeError: as in `reset`, if the model was patched already; it is patched anew all the same.
 
     Example:
         >>> dkv.replace_attention(model, dkv.Decode(8), block_length=32)
@@ -113,13 +90,19 @@ def replace_attention(
         raise ValueError(f"{policy!r} depends on blocks: pass the block_length of your loop.")
     block_length = None if block_length is None else whole("block_length", block_length, minimum=1)
     one_of("impl", impl, checks.IMPLS)
-    restore_attention(model)
+    told = None
+    try:
+        restore_attention(model)
+    except RuntimeError as error:  # of the loop before
+        told = error
     before = {name: model.__dict__[name] for name in ("forward", "extra_repr") if name in model.__dict__}
     model._dkv = Patch(view, policy, block_length, impl, before, inspect.signature(model.forward))
     # the model is an argument, so that a copied or unpickled model is a patched model of its own
     model.forward = functools.partial(_forward, model)
     model.forward.__signature__ = model._dkv.signature
     model.extra_repr = functools.partial(_extra_repr, model)
+    if told is not None:
+        raise told
     return model
 
 
@@ -168,19 +151,7 @@ def stats(model: nn.Module) -> PatchStats:
     if _patch_of(model) is None:
         raise ValueError("stats needs a model of dkv.replace_attention; dkv.generate returns its own as output.stats.")
     sessions_of(model).check()
-    return _stats(model)
-
-
-def _stats(model):
-    tally, original = sessions_of(model).tally, dict(sessions_of(model).original)
-    return PatchStats(
-        calls=tally["full"] + tally["cached"] + sum(original.values()),
-        full=tally["full"],
-        cached=tally["cached"],
-        original=original,
-        cache_ratio=1 - tally["recomputed"] / tally["positions"] if tally["positions"] else 0.0,
-        seconds=float(tally["seconds"]),
-    )
+    return sessions_of(model).stats()
 
 
 def _forget(model):
@@ -204,7 +175,7 @@ def _forward(model, *args, **kwargs):
     """Takes the place of `model.forward`: serves a call from the cache or, where none can, by the original forward."""
     start, patch, sessions = time.perf_counter(), model._dkv, sessions_of(model)
     original = patch.before.get("forward") or types.MethodType(type(model).forward, model)
-    reason, is_asked_for = None, True
+    reason, warns = None, False
     if type(patch.policy) is NoCache:
         reason = "the policy is NoCache()"
     elif model.training:
@@ -217,11 +188,11 @@ def _forward(model, *args, **kwargs):
                 logits = patch.logits(model, arguments)
             output = patch.output(model, arguments, logits)
         except Uncached as why:
-            reason, is_asked_for = str(why), False
+            reason, warns = str(why), True
     if reason is not None:
         sessions.end()
         output = original(*args, **kwargs)
-    if sessions.count(time.perf_counter() - start, reason) == 1 and not is_asked_for:
+    if sessions.count(time.perf_counter() - start, reason) == 1 and warns:
         warnings.warn(
             f"a patched {type(model).__name__} ran its own forward, without the cache, as it will whenever {reason}.",
             stacklevel=stacklevel(),
@@ -233,10 +204,10 @@ def _extra_repr(model):
     patch = model._dkv
     own = patch.before["extra_repr"]() if "extra_repr" in patch.before else type(model).extra_repr(model)
     blocks = "" if patch.block_length is None else f", block_length={patch.block_length}"
-    found, calls = _stats(model), ""
+    found, calls = sessions_of(model).stats(), ""
     if found.calls:
-        others = found.calls - found.full - found.cached
-        calls = f", calls: {found.full} full, {found.cached} cached, {others} original"
+        original = sum(found.original.values())
+        calls = f", calls: {found.full} full, {found.cached} cached, {original} original"
     return ", ".join(filter(None, (own, f"dkv={patch.policy!r}{blocks}{calls}")))
 
 
@@ -307,14 +278,13 @@ class Patch:
         mask = mask if isinstance(mask, Tensor) else None
         sessions = sessions_of(model)
         session = sessions.next_step(x, mask, positions)
-        if session is None:
+        if session is not None:
+            session.step(x)
+        else:
             view = view_of(model)
             check_containers(model, view.called, runs_forward=True)
             first_call = FirstCall.read(view, x, mask, positions)
-            session = sessions.room_for(view, first_call)
-            if session is None:
-                session = Session(view, first_call, self.policy, self.block_length, self.impl)
-            session.start(first_call, sessions.fingerprint_of(model), sessions.kept)
+            session = sessions.begin(model, view, first_call, self.policy, self.block_length, self.impl)
         logits = session.logits()
         sessions.put(session)
         return logits

@@ -1,11 +1,12 @@
-"""`Sessions`: the caches of a patched model, one for each sequence that a foreign loop decodes.
+"""`Sessions`: the caches of a patched model, one for each sequence (or batch of them) that a foreign loop decodes.
 
-A call `model(x)` is the next step of a `Session` if nothing changed but masks that became tokens. To find it each
-session takes the call as its next step; one read from the device shows whose step it is, and the others take it back.
+A call `model(x)` is the next step of a `Session` if nothing changed but masks that became tokens. `Sessions.next_step`
+compares it with all sessions and reads once from the device whose step it is; `Session.step` takes it, and reads sizes.
 """
 
 import threading
-from collections import Counter as Tally
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,30 @@ from dkv.state import State
 MAX_SESSIONS = 4
 
 
+@dataclass
+class PatchStats:
+    """What the calls of a patched model did, since `replace_attention`.
+
+    Attributes:
+        calls: all of them; each is one of the following.
+        full: calls that recomputed every position, such as the first one of each sequence.
+        cached: calls that read positions from the cache.
+        original: reason -> number of calls that ran the model's own forward for it, without a cache.
+        cache_ratio: the mean share of positions, over the full and cached calls, that were read from the cache.
+        seconds: the host's time in all calls. On a GPU a call ends before its work; the next one waits for that.
+    """
+
+    full: int = 0
+    cached: int = 0
+    original: dict[str, int] = field(default_factory=dict)
+    cache_ratio: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def calls(self) -> int:
+        return self.full + self.cached + sum(self.original.values())
+
+
 def sessions_of(model: nn.Module) -> "Sessions":
     """The `Sessions` of a patched model."""
     memory = memory_of(model)
@@ -44,109 +69,128 @@ class Sessions:
 
     Attributes:
         kept: a list of sessions; the one that was used last is at the end.
-        fingerprint: of the model when the first of them began; None without sessions.
-        tally: the calls by "full" and "cached", and sums over them: "recomputed" of all "positions", "seconds".
-        original: reason -> number of calls that ran the model's own forward for it.
+        fingerprint: of the model when the first of them began; None before that.
     """
 
     def __init__(self) -> None:
         self.kept: list[Session] = []
         self.fingerprint: Fingerprint | None = None
-        self.tally: Tally[str] = Tally()
-        self.original: Tally[str] = Tally()
         self._lock = threading.RLock()
+        self._full = self._cached = self._recomputed = self._positions = 0
+        self._original: Counter[str] = Counter()
+        self._seconds = 0.0
 
     def next_step(self, x: Tensor, mask: Tensor | None, positions: Tensor | None) -> "Session | None":
         """Takes out the session whose next step this call is; None: it begins a new one. Reads once from the device.
 
         Raises:
-            RuntimeError: the loop has taken tokens that it must not take, see `Proposal`.
+            RuntimeError: the loop has taken tokens that it must not take, see `Match`.
         """
         with self._lock:
             if self.fingerprint is not None and not self.fingerprint.unchanged():
                 self.end()
             if not self.kept or self.kept[0].state.x.device != x.device:
                 return None
-            # none of them goes on if this fails in between
-            kept, self.kept = self.kept, []
-            for session in kept:
+            for session in self.kept:
                 session.settle()
-            found = [session.propose(x, mask, positions) for session in kept]
-            numbers = iter(torch.cat(found).tolist())
-            proposals = [Proposal.of([next(numbers) for _ in range(len(each))]) for each in found]
-            matching = [index for index, each in enumerate(proposals) if each.same]
-            # the one with fewest masks has come closest
-            best = min(matching, key=lambda index: proposals[index].decoded, default=None)
-            for index, (session, proposal) in enumerate(zip(kept, proposals, strict=True)):
-                if index != best:
-                    session.withdraw()
-                    session.is_over = session.is_over or not proposal.masks
-                    if not proposal.unseen_before:
-                        self.kept.append(session)
-            _check_unseen(sum(proposal.unseen_before for proposal in proposals))
-            if best is None:
+            found = [session.compare(x, mask, positions) for session in self.kept]
+            numbers = torch.cat(found).cpu().split([len(each) for each in found])
+            matches = {session: Match(*n.tolist()) for session, n in zip(self.kept, numbers, strict=True)}
+            for session, match in matches.items():
+                session.is_over = session.is_over or not match.left_before
+            # of several, the one with fewest masks has come closest
+            same = [session for session in self.kept if matches[session].same]
+            session = min(same, key=lambda session: matches[session].decoded, default=None)
+            if session is None:
+                self._tell([match.unseen_before for match in matches.values()])
                 return None
-            session, proposal = kept[best], proposals[best]
-            _check_unseen(proposal.unseen)
-            if proposal.outside:
+            self.kept.remove(session)
+            match = matches[session]
+            _check_unseen(match.unseen)
+            if match.outside:
                 raise RuntimeError(
-                    f"the loop put {proposal.outside} tokens behind a block that still has masks: the block_length of "
-                    f"replace_attention, {session.block_length}, must be the loop's."
+                    f"the loop put {match.outside} tokens behind a block that still has masks: the block_length of "
+                    f"replace_attention, {session.block_length}, must be the loop's, and the loop's blocks must begin "
+                    "at the first mask of the row where that comes last."
                 )
-            session.accept(x, proposal)
+            session.is_over = match.left <= match.decoded
             return session
 
-    def room_for(self, view: ModelView, first_call: FirstCall) -> "Session | None":
-        """Makes room for a new session, and takes out one whose memory it can use, or None.
-
-        Sessions that are over go, and the oldest ones while all caches take more than a quarter of the free memory.
-        """
+    def begin(
+        self,
+        model: nn.Module,
+        view: ModelView,
+        first_call: FirstCall,
+        policy: Policy,
+        block_length: int | None,
+        impl: checks.Impl,
+    ) -> "Session":
+        """A new session, in the memory of one that has ended if that fits."""
         with self._lock:
-            dropped = [session for session in self.kept if session.is_over]
-            kept = [session for session in self.kept if not session.is_over]
-            if len(kept) == MAX_SESSIONS:
-                dropped.append(kept.pop(0))
-            needed = view.cache_bytes(*first_call.x.shape)
-            while kept:
-                held = sum(session.cache.nbytes for session in kept)
-                free = free_memory(first_call.x.device) + sum(session.cache.nbytes for session in dropped)
-                if 4 * (held + needed) <= free + held:
-                    break
-                dropped.append(kept.pop(0))
-            self.kept = kept
-            for session in dropped:
-                session.settle()
-            return next((session for session in dropped if session.can_serve(view, first_call)), None)
-
-    def fingerprint_of(self, model: nn.Module) -> Fingerprint:
-        """The fingerprint that all sessions share; made for the first one, after its weights were merged."""
-        with self._lock:
-            if self.fingerprint is None:
+            session = self._make_room(view, first_call)
+            if session is None:
+                session = Session(view, first_call, policy, block_length, impl)
+            if self.fingerprint is None:  # now that the weights are merged
                 self.fingerprint = Fingerprint(list(model.modules()), values=True)
-            return self.fingerprint
+            alike = [other for other in self.kept if other.state.x.shape == first_call.x.shape]
+            session.start(first_call, self.fingerprint, alike[-1] if alike else None)
+            return session
+
+    def _make_room(self, view, first_call):
+        """Drops sessions that are over, and the oldest ones while all caches take more than a quarter of free memory.
+
+        Returns one of those whose memory the new session can use, or None.
+        """
+        dropped = [session for session in self.kept if session.is_over]
+        kept = [session for session in self.kept if not session.is_over]
+        if len(kept) == MAX_SESSIONS:
+            dropped.append(kept.pop(0))
+        needed = view.cache_bytes(*first_call.x.shape)
+        while kept:
+            held = sum(session.cache.nbytes for session in kept)
+            free = free_memory(first_call.x.device) + sum(session.cache.nbytes for session in dropped)
+            if 4 * (held + needed) <= free + held:
+                break
+            dropped.append(kept.pop(0))
+        self.kept = kept
+        for session in dropped:
+            session.settle()
+        return next((session for session in dropped if session.can_serve(view, first_call)), None)
 
     def put(self, session: "Session") -> None:
         """Keeps a session that has served a call, unless all sessions were ended meanwhile."""
-        kind = "full" if session.count == session.valid_count else "cached"
         with self._lock:
-            self.tally.update({kind: 1, "recomputed": session.count, "positions": session.valid_count})
+            is_full = session.count == session.computable
+            self._full, self._cached = self._full + is_full, self._cached + (not is_full)
+            self._recomputed, self._positions = self._recomputed + session.count, self._positions + session.computable
             if session.fingerprint is self.fingerprint:
-                self.kept = [*self.kept, session][-MAX_SESSIONS:]
+                self.kept.append(session)
+            while len(self.kept) > MAX_SESSIONS:
+                self.kept.pop(0).settle()
 
     def count(self, seconds: float, reason: str | None = None) -> int:
-        """Adds up the time of a call and, if it ran the model's own forward, its reason; how often that was so."""
+        """Adds the time of a call and, if it ran the model's own forward, its reason; returns how many had that."""
         with self._lock:
-            self.tally["seconds"] += seconds
-            self.original.update([reason] if reason else [])
-            return self.original[reason]
+            self._seconds += seconds
+            if reason is not None:
+                self._original[reason] += 1
+            return self._original[reason]
+
+    def stats(self) -> PatchStats:
+        with self._lock:
+            ratio = 1 - self._recomputed / self._positions if self._positions else 0.0
+            return PatchStats(self._full, self._cached, dict(self._original), ratio, self._seconds)
 
     def check(self) -> None:
         """Raises RuntimeError if a loop has taken tokens from NaN logits, as far as its last inputs show; told once."""
         with self._lock:
             for session in self.kept:
                 session.settle()
-            unseen = [int(session.look_back()[0]) for session in self.kept]
-            self.kept = [session for session, number in zip(self.kept, unseen, strict=True) if not number]
+            self._tell([int(session.look_back()[0]) for session in self.kept])
+
+    def _tell(self, unseen):
+        """unseen: `Match.unseen_before` of each session."""
+        self.kept = [session for session, number in zip(self.kept, unseen, strict=True) if not number]
         _check_unseen(sum(unseen))
 
     def end(self) -> None:
@@ -167,32 +211,26 @@ def _check_unseen(number):
         )
 
 
-class Proposal(NamedTuple):
+class Match(NamedTuple):
     """What the device says about a session and a call.
 
     Attributes:
         unseen_before: masks of the session's last input that are 0 now, although their logits were not computed.
-        masks: the masks that are left in the last input.
+        left_before: masks that the last input has now; 1 if it cannot tell.
         same: whether the call is the session's next step. The following are about the call.
         decoded: masks that became tokens.
         left: masks that are left of those to generate.
         unseen: masks that became 0, although their logits were not computed.
         outside: tokens behind the current block of their row, which still has masks.
-        active: a list of ints, the active positions of each row.
     """
 
     unseen_before: int
-    masks: int
+    left_before: int
     same: int = 0
     decoded: int = 0
     left: int = 0
     unseen: int = 0
     outside: int = 0
-    active: list[int] = []
-
-    @classmethod
-    def of(cls, numbers: list[int]) -> "Proposal":
-        return cls(*numbers[:7], *([numbers[7:]] if len(numbers) > 7 else ()))
 
 
 class Session:
@@ -207,9 +245,9 @@ class Session:
         is_over: whether the last call probably was the last step: no masks are left, or as few as a step decodes.
         active, positions, sizes: as in `dkv.run.Run`.
         count, longest_row: ints, the active positions of all rows, and an upper bound for one row.
-        valid_count: int, the positions of all rows that are not padding.
+        computable: int, the positions of rows with masks, without padding; at the first call those of all rows.
         home: the CUDA stream that allocated the memory; None on a CPU.
-        stream, done: the CUDA stream of the last work on it, and an event behind that; None on a CPU.
+        stream, done: the CUDA stream of the last call, and an event behind it; None on a CPU.
     """
 
     # inference tensors cannot be updated later outside inference mode, so allocate normal ones
@@ -222,7 +260,9 @@ class Session:
         self.view, self.policy, self.masking = view, policy, masking
         self.runner, self.longest = ModelRunner(view, first_call.longest, impl), first_call.longest
         self.block_length = block_length or x.shape[1]
-        self.end_ids = torch.tensor([*eos_ids_of(None, view), view.pad_token_id], device=x.device)
+        end_ids = [*eos_ids_of(None, view), view.pad_token_id]
+        # argmax of NaN logits gives token 0; where that ends a text or is padding, it says nothing
+        self.zero_is_end, self.end_ids = 0 in end_ids, torch.tensor(end_ids, device=x.device)
         self.state = State(
             *x.shape,
             mask_id=view.mask_id,
@@ -240,17 +280,11 @@ class Session:
         self.graphs = StepGraphs(x.device) if self.runner.can_be_recorded else None
         self.done = torch.cuda.Event() if x.is_cuda else None
         self.home = torch.cuda.current_stream(x.device) if x.is_cuda else None
-        self.stream = self._before = None
-        self.unchanged = torch.tensor([0, 1], device=x.device)  # look_back of an input that shows nothing
-
-    def _mark(self):
-        """Notes what `settle` waits for."""
-        if self.done is not None:
-            self.stream = torch.cuda.current_stream(self.state.x.device)
-            self.done.record(self.stream)
+        self.stream = None
+        self.shows_nothing = torch.tensor([0, 1], device=x.device)
 
     def settle(self) -> None:
-        """Waits for the last work if several streams take part, so that the memory may be used here, or freed."""
+        """Waits for the last call if several streams take part, so that the memory may be used here, or freed."""
         last = self.stream
         if last is not None and not self.home == last == torch.cuda.current_stream(last.device):
             self.done.synchronize()
@@ -260,8 +294,12 @@ class Session:
         same_kind = (self.state.x.shape, self.masking) == (first_call.x.shape, first_call.masking)
         return same_kind and self.longest >= first_call.longest and self.runner.is_current(view)
 
-    def start(self, first_call: FirstCall, fingerprint: Fingerprint, others: "list[Session]") -> None:
-        """Begins anew with a full step: everything valid is active. others: the sessions that are kept."""
+    def start(self, first_call: FirstCall, fingerprint: Fingerprint, other: "Session | None") -> None:
+        """Begins anew with a full step: everything valid is active.
+
+        other: the session of the same shape that was used last. If this sequence is that one with its prompt masked, as
+        for guidance, its blocks are the other's.
+        """
         self.fingerprint, self.is_over = fingerprint, False
         self.last_input, self.version = first_call.x, version_of(first_call.x)
         self.mask, self.given_positions = first_call.mask, first_call.given_positions
@@ -269,11 +307,10 @@ class Session:
         # rows of guidance, in place of them
         masked = (first_call.x == self.view.mask_id) & first_call.valid
         first_generated = masked.int().argmax(1).amax()
-        has_prompt = (first_call.valid & ~masked & (self.state.columns < first_generated)).any()
-        for state in (other.state for other in others if other.state.x.shape == first_call.x.shape):
-            # another session's sequence with its prompt masked, as for guidance: the blocks are that session's
-            is_blanked = ~has_prompt & ((first_call.x == state.x) | masked | ~first_call.valid).all()
-            first_generated = torch.where(is_blanked, state.first_generated.amax(), first_generated)
+        if other is not None:
+            has_prompt = (first_call.valid & ~masked & (self.state.columns < first_generated)).any()
+            is_blanked = ~has_prompt & ((first_call.x == other.state.x) | masked | ~first_call.valid).all()
+            first_generated = torch.where(is_blanked, other.state.first_generated.amax(), first_generated)
         self.state.start(
             first_call.x,
             first_call.valid,
@@ -291,16 +328,11 @@ class Session:
         self.active.copy_(first_call.valid)
         self.sizes[:, Size.ACTIVE] = first_call.valid.sum(1)
         self.count, self.longest_row = first_call.valid_count, first_call.x.shape[1]
-        self.valid_count = first_call.valid_count
+        self.computable = first_call.valid_count
 
-    def propose(self, x: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
-        """Takes the call as the next step, unless its shapes already tell that it is not; `withdraw` takes that back.
-
-        Returns:
-            The fields of `Proposal`, int64 on the device; the first two alone if the call is not taken.
-        """
-        state, self._before = self.state, None
-        looked_back = self.look_back(x)
+    def compare(self, x: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        """The fields of `Match`, int64 on the device; the first two if its shapes tell that it is not the next step."""
+        state, looked_back = self.state, self.look_back(x)
         if x.shape != state.x.shape:
             return looked_back
         same = ((x == state.x) | state.masked).all() & (x == state.mask_id).any()
@@ -310,58 +342,46 @@ class Session:
         if same is None:
             return looked_back
         outside = torch.zeros_like(state.x[0, 0])
-        if self.block_length < x.shape[1]:
+        if self.policy.needs_blocks:
             # an end of text or padding may be put anywhere behind a text that has ended
             is_end = torch.isin(x, self.end_ids)
             behind = state.masked & (x != state.mask_id) & (state.columns >= state.block_end) & ~is_end
             in_block = state.candidates & (x == state.mask_id) & (state.columns >= state.block_start)
-            # without a prompt it may be the unconditional part of guidance, whose blocks begin nobody knows where
+            # without a prompt this may be the unconditional part of guidance; the start of its blocks is unknown
             unfinished = in_block.any(1, keepdim=True) & (state.first_generated > state.first_column)
             outside = (behind & unfinished).sum()
-            if self.policy.needs_blocks:
-                # another sequence, some blocks ahead of this one, unless all that is token 0 of NaN logits
-                same = same & ~((behind & (x != 0)).any(1, keepdim=True) & ~unfinished).any()
+            # tokens behind a finished block: another sequence. Zeros may be answers of NaN instead
+            same = same & ~((behind & (x != 0)).any(1, keepdim=True) & ~unfinished).any()
         left = (state.masked & (x == state.mask_id) & (state.columns >= state.first_generated)).sum()
         flags = torch.stack((same, (x != state.x).sum(), left, self._unseen(x), outside))
-        self._before = [tensor.clone() for tensor in self._changing]
-        state.x.copy_(x)
-        self._decide()
-        return torch.cat((looked_back, flags, self.sizes[:, Size.ACTIVE]))
+        return torch.cat((looked_back, flags))
 
     def look_back(self, x: Tensor | None = None) -> Tensor:
-        """The first two fields of `Proposal`, int64 on the device; x: the input of the next call, if there is one."""
+        """The first two fields of `Match`, int64 on the device; x: the input of the next call, if there is one."""
         last, state = self.last_input, self.state
         if last is x or last.shape != state.x.shape or self.version == version_of(last) != UNKNOWN:
-            return self.unchanged
+            return self.shows_nothing
         same = ((last == state.x) | state.masked).all()
         return torch.stack((self._unseen(last) * same, (last == state.mask_id).sum()))
 
     def _unseen(self, x):
-        """The number of tokens that were taken from logits that were not computed."""
-        # argmax of NaN logits gives token 0; other tokens may come from elsewhere, such as padding after an end of text
+        """The number of masks that became token 0 in x, although their logits were not computed."""
         state = self.state
+        if self.zero_is_end:
+            return torch.zeros_like(state.x[0, 0])
+        # other tokens may come from elsewhere
         zeros = state.masked & (x == 0) & (x != state.mask_id)
         return (reference.predictors(zeros, state.first_column, shifted=state.shifted) & ~self.active).sum()
 
-    @property
-    def _changing(self):
-        """The tensors that a step changes."""
+    def step(self, x: Tensor) -> None:
+        """Takes x as the next step. Reads its sizes from the device."""
         state = self.state
-        return state.x, state.decoded_step, state.candidates, state.counters, self.active, self.sizes
-
-    def withdraw(self) -> None:
-        """The call is another session's step, or the first of a new one."""
-        if self._before is not None:
-            for tensor, before in zip(self._changing, self._before, strict=True):
-                tensor.copy_(before)
-            self._mark()
-
-    def accept(self, x: Tensor, proposal: "Proposal") -> None:
-        """The call is the next step."""
         self.last_input, self.version = x, version_of(x)
-        self.is_over = proposal.left <= proposal.decoded
-        self._before = None
-        self.count, self.longest_row = sum(proposal.active), max(proposal.active)
+        state.x.copy_(x)
+        self._decide()
+        computable = (state.valid & state.running).sum()[None]
+        self.computable, *rows = torch.cat((computable, self.sizes[:, Size.ACTIVE])).tolist()
+        self.count, self.longest_row = sum(rows), max(rows)
 
     def _decide(self):
         self.state.advance()
@@ -380,7 +400,9 @@ class Session:
         if self.count < state.x.numel():
             logits = values.new_full((state.x.numel(), values.shape[-1]), float("nan"))
             values = logits.index_copy_(0, slots[: self.count], values)
-        self._mark()
+        if self.done is not None:
+            self.stream = torch.cuda.current_stream(state.x.device)
+            self.done.record(self.stream)
         return values.reshape(*state.x.shape, -1)
 
     def _hidden(self, room):
