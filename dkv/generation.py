@@ -21,6 +21,8 @@ from dkv.policy import Policy, PolicyName
 from dkv.run import GenerateStats, Run, RunKey, StreamStep, capacity_for, take_run
 from dkv.sampling import Sampler
 
+_OF_GENERATE = {"output_history", "show_progress", "callback"}
+
 __all__ = ["GenerateOutput", "GenerateStats", "StreamStep", "generate", "prepare", "stream"]
 
 
@@ -105,8 +107,8 @@ def generate(
             (Dream's), "random", "topk_margin", "maskgit_plus" or "origin".
         temperature: 0 or None takes the most likely token. LLaDA scales the noise with it, Dream divides the logits by
             it. temperature, alg_temp, cfg_scale and factor are in 1e-20 .. 1e20, the range that float32 can compute
-            with, or (except factor) 0 or None for off.
-        top_p, top_k: keep only the most likely ids. None, or 1 and 0: all.
+            with, or 0 or None for off (a factor: None).
+        top_p, top_k: keep only the most likely ids. None (or top_p=1, top_k=0): all.
         alg_temp: randomness of the choice of commits, as in Dream.
         eps: the last time of Dream's schedule.
         cfg_scale: the scale of classifier-free guidance, as in LLaDA; 0: none.
@@ -215,9 +217,9 @@ def stream(
 ) -> Generator[StreamStep, None, None]:
     """`generate`, one step at a time: yields what each step left, to show the text as it forms.
 
-    The last `StreamStep` has the sequences of `generate` with the same arguments. Nothing here waits for the GPU: the
-    wait is your `.tolist()`, and a loop that leaves steps out waits less. An iterator that is dropped before its end
-    gives its memory back to the model, as does one that is closed.
+    The last `StreamStep` has the sequences of `generate` with the same arguments. It waits for the GPU only where
+    `generate` does: with a fixed number of commits the wait is your `.tolist()`, and a loop that leaves steps out waits
+    less. An iterator that is dropped before its end gives its memory back to the model, as does one that is closed.
 
     Args:
         model, input_ids, attention_mask: as in `generate`.
@@ -247,11 +249,11 @@ def _stream(model, input_ids, attention_mask, options):
 def _finish(run):
     sequences, stats = run.finish()
     rule = rule_of(run.policy, run.shifted)
-    caches = rule is None or rule.interval != 1 or rule.frozen_prompt
-    if caches and stats.cache_ratio == 0 and stats.steps > 1:
+    caches = rule is None or rule.interval != 1
+    if caches and run.forecasts and stats.cache_ratio == 0 and stats.steps > 1:
         warnings.warn(
             f"{run.policy!r} read nothing from the cache: all {stats.steps} steps were full ones. Blocks begin with "
-            "full steps; more steps, longer blocks, DualCache() or Decode(warmup_steps=1) leave others.",
+            "full steps: take more steps or longer blocks, or a policy with fewer of them.",
             stacklevel=stacklevel(),
         )
     return sequences, stats
@@ -272,6 +274,8 @@ def prepare(
     options: those of `GenerateConfig`; token_type_ids is ignored.
     """
     options.pop("token_type_ids", None)
+    for name in _OF_GENERATE & options.keys():
+        raise TypeError(f"{name} is an option of dkv.generate alone; leave it out.")
     check_names(options, [option.name for option in fields(GenerateConfig)])
     config = GenerateConfig(**options)
     if not (generator is None or isinstance(generator, torch.Generator)):

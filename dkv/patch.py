@@ -70,7 +70,7 @@ def replace_attention(
     Raises:
         ValueError: an unsupported model, or a policy that cannot run under a foreign loop. Calls raise it for hooks
             that the cache would skip, and RuntimeError after a loop has taken tokens from logits that are NaN or, if
-            the policy depends on blocks, has put tokens behind an unfinished block.
+            the policy computes the current block alone, has put tokens behind it before its end.
         RuntimeError: as in `reset`, if the model was patched already; it is patched anew all the same.
 
     Example:
@@ -157,8 +157,12 @@ def stats(model: nn.Module) -> PatchStats:
 def _forget(model):
     memory_of(model).take("run")
     model.__dict__.pop("_kept", None)  # a native model's view, which keeps modules alive
-    if memory_of(model).sessions is not None:
-        memory_of(model).sessions.end()
+    sessions = memory_of(model).sessions
+    if sessions is not None:
+        try:
+            sessions.end()
+        finally:
+            sessions.past.clear()
 
 
 def _patch_of(model):

@@ -69,7 +69,7 @@ class GenerateStats:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StreamStep:
     """What a step of a run left, as copies on the model's device: reading them waits for the step, dkv does not.
 

@@ -5,14 +5,14 @@ compares it with all sessions and reads once from the device whose step it is; `
 """
 
 import threading
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dkv.active import write_active
+from dkv.active import rule_of, write_active
 from dkv.cuda_graphs import StepGraphs
 from dkv.first_call import FirstCall
 from dkv.guard import UNKNOWN, Fingerprint, version_of
@@ -27,6 +27,7 @@ from dkv.rooms import Room, Rooms
 from dkv.state import State
 
 MAX_SESSIONS = 4
+MAX_TRACES = 16
 
 
 @dataclass
@@ -69,11 +70,13 @@ class Sessions:
 
     Attributes:
         kept: a list of sessions; the one that was used last is at the end.
+        past: the `Trace` of sessions that are gone although their sequences may go on.
         fingerprint: of the model when the first of them began; None before that.
     """
 
     def __init__(self) -> None:
         self.kept: list[Session] = []
+        self.past: deque[Trace] = deque(maxlen=MAX_TRACES)
         self.fingerprint: Fingerprint | None = None
         self._lock = threading.RLock()
         self._full = self._cached = self._recomputed = self._positions = 0
@@ -105,6 +108,9 @@ class Sessions:
                 self._tell([match.unseen_before for match in matches.values()])
                 return None
             self.kept.remove(session)
+            for other in self.kept:
+                if shares_memory(other.last_input, x):  # it shows this sequence from now on
+                    other.last_input = None
             match = matches[session]
             _check_unseen(match.unseen)
             if match.outside:
@@ -132,8 +138,8 @@ class Sessions:
                 session = Session(view, first_call, policy, block_length, impl)
             if self.fingerprint is None:  # now that the weights are merged
                 self.fingerprint = Fingerprint(list(model.modules()), values=True)
-            alike = [other for other in self.kept if other.state.x.shape == first_call.x.shape]
-            session.start(first_call, self.fingerprint, alike[-1] if alike else None)
+            traces = [*self.past, *(other.trace() for other in self.kept)]
+            session.start(first_call, self.fingerprint, traces)
             return session
 
     def _make_room(self, view, first_call):
@@ -155,6 +161,8 @@ class Sessions:
         self.kept = kept
         for session in dropped:
             session.settle()
+            if not session.is_over:
+                self.past.append(session.trace())
         return next((session for session in dropped if session.can_serve(view, first_call)), None)
 
     def put(self, session: "Session") -> None:
@@ -194,12 +202,18 @@ class Sessions:
         _check_unseen(sum(unseen))
 
     def end(self) -> None:
-        """Ends all sessions; raises as `check`."""
+        """Ends all sessions; raises as `check`. Their sequences may go on in new ones."""
         with self._lock:
             try:
                 self.check()
             finally:
+                self.past += [session.trace() for session in self.kept if not session.is_over]
                 self.kept, self.fingerprint = [], None
+
+
+def shares_memory(one: Tensor | None, other: Tensor) -> bool:
+    """Whether two tensors lie in the same storage."""
+    return one is not None and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _check_unseen(number):
@@ -209,6 +223,18 @@ def _check_unseen(number):
             "block_length must be the one that replace_attention was given, and it must take tokens of the current "
             "block only."
         )
+
+
+class Trace(NamedTuple):
+    """What a session knows of its sequence.
+
+    Attributes:
+        x: (batch, seqlen) int64, the last input.
+        first_generated: () int64, the column that blocks are counted from.
+    """
+
+    x: Tensor
+    first_generated: Tensor
 
 
 class Match(NamedTuple):
@@ -241,7 +267,8 @@ class Session:
         mask, given_positions: the first call's arguments; later steps must have the same.
         fingerprint: of the model, which must not change either.
         last_input, version: the tensor that the last call was given, and its version then. If the loop updates it in
-            place, it shows what the loop made of the answer.
+            place, it shows what the loop made of the answer. None: it is used for another sequence by now.
+        stays_in_block: whether the policy leaves out masks behind the current block.
         is_over: whether the last call probably was the last step: no masks are left, or as few as a step decodes.
         active, positions, sizes: as in `dkv.run.Run`.
         count, longest_row: ints, the active positions of all rows, and an upper bound for one row.
@@ -282,6 +309,8 @@ class Session:
         self.home = torch.cuda.current_stream(x.device) if x.is_cuda else None
         self.stream = None
         self.shows_nothing = torch.tensor([0, 1], device=x.device)
+        rule = rule_of(policy, view.family.shifted)
+        self.stays_in_block = rule is not None and rule.until_block_end
 
     def settle(self) -> None:
         """Waits for the last call if several streams take part, so that the memory may be used here, or freed."""
@@ -294,12 +323,8 @@ class Session:
         same_kind = (self.state.x.shape, self.masking) == (first_call.x.shape, first_call.masking)
         return same_kind and self.longest >= first_call.longest and self.runner.is_current(view)
 
-    def start(self, first_call: FirstCall, fingerprint: Fingerprint, other: "Session | None") -> None:
-        """Begins anew with a full step: everything valid is active.
-
-        other: the session of the same shape that was used last. If this sequence is that one with its prompt masked, as
-        for guidance, its blocks are the other's.
-        """
+    def start(self, first_call: FirstCall, fingerprint: Fingerprint, traces: list[Trace]) -> None:
+        """Begins anew with a full step: everything valid is active. traces: of other sessions."""
         self.fingerprint, self.is_over = fingerprint, False
         self.last_input, self.version = first_call.x, version_of(first_call.x)
         self.mask, self.given_positions = first_call.mask, first_call.given_positions
@@ -307,10 +332,9 @@ class Session:
         # rows of guidance, in place of them
         masked = (first_call.x == self.view.mask_id) & first_call.valid
         first_generated = masked.int().argmax(1).amax()
-        if other is not None:
-            has_prompt = (first_call.valid & ~masked & (self.state.columns < first_generated)).any()
-            is_blanked = ~has_prompt & ((first_call.x == other.state.x) | masked | ~first_call.valid).all()
-            first_generated = torch.where(is_blanked, other.state.first_generated.amax(), first_generated)
+        for trace in traces if self.block_length < first_call.x.shape[1] else ():
+            if (trace.x.shape, trace.x.device) == (first_call.x.shape, first_call.x.device):
+                first_generated = self._start_of_blocks(first_call, masked, first_generated, trace)
         self.state.start(
             first_call.x,
             first_call.valid,
@@ -330,6 +354,19 @@ class Session:
         self.count, self.longest_row = first_call.valid_count, first_call.x.shape[1]
         self.computable = first_call.valid_count
 
+    def _start_of_blocks(self, first_call, masked, first_generated, trace):
+        """That of the trace if the sequence is the trace's, further on or partly masked again; or first_generated."""
+        equal, start = (first_call.x == trace.x) | ~first_call.valid, trace.first_generated
+        goes_on = (equal | (trace.x == self.view.mask_id)).all()
+        has_masks_again = (equal | masked).all() & (first_generated >= start)
+        # for guidance
+        has_masked_prompt = (equal | (masked & (self.state.columns < start))).all()
+        has_prompt = (first_call.valid & (self.state.columns < start)).any()
+        return torch.where((goes_on | has_masks_again | has_masked_prompt) & has_prompt, start, first_generated)
+
+    def trace(self) -> Trace:
+        return Trace(self.state.x.clone(), self.state.first_generated.amax())
+
     def compare(self, x: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
         """The fields of `Match`, int64 on the device; the first two if its shapes tell that it is not the next step."""
         state, looked_back = self.state, self.look_back(x)
@@ -342,16 +379,17 @@ class Session:
         if same is None:
             return looked_back
         outside = torch.zeros_like(state.x[0, 0])
-        if self.policy.needs_blocks:
-            # an end of text or padding may be put anywhere behind a text that has ended
-            is_end = torch.isin(x, self.end_ids)
-            behind = state.masked & (x != state.mask_id) & (state.columns >= state.block_end) & ~is_end
+        if self.stays_in_block:
+            # an end of text may be put anywhere, and what is behind one may be filled with anything
+            is_end = torch.isin(x, self.end_ids) & (state.columns >= state.first_generated)
+            behind = state.masked & (x != state.mask_id) & (state.columns >= state.block_end) & (is_end.cumsum(1) == 0)
             in_block = state.candidates & (x == state.mask_id) & (state.columns >= state.block_start)
-            # without a prompt this may be the unconditional part of guidance; the start of its blocks is unknown
-            unfinished = in_block.any(1, keepdim=True) & (state.first_generated > state.first_column)
+            unfinished = in_block.any(1, keepdim=True)
             outside = (behind & unfinished).sum()
             # tokens behind a finished block: another sequence. Zeros may be answers of NaN instead
-            same = same & ~((behind & (x != 0)).any(1, keepdim=True) & ~unfinished).any()
+            is_other = ((behind & (x != 0)).any(1, keepdim=True) & ~unfinished).any()
+            # without a prompt this may be the unconditional part of guidance; the start of its blocks is unknown
+            same = same & ~is_other & (state.first_generated > state.first_column).all()
         left = (state.masked & (x == state.mask_id) & (state.columns >= state.first_generated)).sum()
         flags = torch.stack((same, (x != state.x).sum(), left, self._unseen(x), outside))
         return torch.cat((looked_back, flags))
@@ -359,7 +397,7 @@ class Session:
     def look_back(self, x: Tensor | None = None) -> Tensor:
         """The first two fields of `Match`, int64 on the device; x: the input of the next call, if there is one."""
         last, state = self.last_input, self.state
-        if last is x or last.shape != state.x.shape or self.version == version_of(last) != UNKNOWN:
+        if last is None or last is x or last.shape != state.x.shape or self.version == version_of(last) != UNKNOWN:
             return self.shows_nothing
         same = ((last == state.x) | state.masked).all()
         return torch.stack((self._unseen(last) * same, (last == state.mask_id).sum()))

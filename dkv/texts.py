@@ -21,7 +21,7 @@ Prompt = str | Sequence[Mapping[str, Any]]
 T = TypeVar("T")
 
 WINDOW = 64  # batches whose prompts are read and sorted together
-_OF_ONE_BATCH = ("order", "output_history", "callback")
+_OF_ONE_BATCH = ("attention_mask", "order", "output_history", "callback")
 
 
 @overload

@@ -177,5 +177,7 @@ def test_settings_that_give_nothing_are_told(family):
         for policy in asked_for:
             generate(family, ids, steps=4, policy=policy, **options)
         generate(family, ids, steps=1, policy="Decode", **options)
+        generate(family, ids, threshold=1e-6, policy="Decode", **options)
+        dkv.generate(model(family), ids[:, :0], gen_length=8, policy="Prefill")
         ids[0, 1] = MASK
         generate(family, ids, steps=9, policy="Decode", **options)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import random
 import threading
 import weakref
 from unittest import mock
@@ -138,14 +139,81 @@ def test_guidance_by_two_calls_without_a_cache(llm, cond_first, device):
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
-def test_guidance_in_the_other_order_runs(llm, policy, device):
+@pytest.mark.parametrize("prompt", [5, 9])
+def test_guidance_in_the_other_order_runs(llm, policy, prompt, device):
     """The unconditional sequence's blocks are unknown: if they matter, it is computed whole, and no error comes of it."""
-    ids = prompts(9, device=device)[0]
+    ids = prompts(prompt, device=device)[0]
     ids[0, 4] = 0  # comes in place of a mask of the other sequence, but not from NaN
     dkv.replace_attention(llm, policy, block_length=8)
     found = run(llm, Guided(ids, cond_first=False))[0][-1]
-    assert not (found == MASK).any() and torch.equal(found[:, :9], ids)
+    assert not (found == MASK).any() and torch.equal(found[:, :prompt], ids)
     assert dkv.stats(llm).cached >= 8
+
+
+def test_guidance_may_leave_a_part_of_the_prompt(llm, device):
+    """The blocks are those of the conditional sequence, not where the masks begin."""
+    dkv.replace_attention(llm, dkv.DualCache(), block_length=8)
+    loop = Guided(prompts(12, device=device)[0], cond_first=True)
+    loop.is_prompt[:, 0] = False
+    run(llm, loop)
+    assert dkv.stats(llm).full == 4 and dkv.stats(llm).cached == 28
+
+
+def random_order(llm, loops, seed=0):
+    order = random.Random(seed)
+    while left := [loop for loop in loops if loop.running()]:
+        order.choice(left).step(llm)
+
+
+class Drawn(Loop):
+    """It decodes its block in random order, so that blocks are begun anywhere."""
+
+    def logits(self, llm):
+        logits = super().logits(llm)
+        assert not logits[self.x == MASK][:1].isnan().any()
+        noise = torch.rand(self.x.shape, generator=torch.Generator().manual_seed(len(self.history)))
+        return logits * (1 + noise.to(logits.device)[..., None])
+
+
+@pytest.mark.parametrize("policy", POLICIES[1:], ids=repr)
+def test_a_sequence_whose_session_was_dropped_keeps_its_blocks(llm, policy, device):
+    """Its next session begins in the middle of a block: more sequences than sessions, and a call that ends all."""
+    dkv.replace_attention(llm, policy, block_length=8)
+    loops = [Drawn(prompts(9, seed=seed, device=device)[0]) for seed in range(session.MAX_SESSIONS + 2)]
+    random_order(llm, loops)
+    assert all((loop.x != MASK).all() for loop in loops) and dkv.stats(llm).cached > 16
+    loop = Drawn(prompts(9, device=device)[0])
+    while loop.running():
+        loop.step(llm)
+        if len(loop.history) % 3 == 0:
+            likelihood(llm)
+    assert (loop.x != MASK).all()
+
+
+def test_a_mask_that_is_put_back_leaves_the_blocks(llm, device):
+    dkv.replace_attention(llm, dkv.DualCache(), block_length=8)
+    loop = Drawn(prompts(9, device=device)[0])
+    while loop.running():
+        loop.step(llm)
+        if len(loop.history) in (3, 7, 12):
+            again = (loop.x[0, 9:] != MASK).nonzero()[0, 0]
+            loop.x[0, 9 + again] = MASK
+    assert len(loop.history) == 19
+
+
+def test_a_buffer_may_be_used_again(llm, device):
+    """For the same prompt, after a generation that was left: the earlier session knows the same tokens."""
+    ids = prompts(9, device=device)[0]
+    dkv.replace_attention(llm, dkv.DualCache(), block_length=8)
+    buffer = F.pad(ids, (0, 16), value=MASK)
+    with torch.no_grad():
+        for steps in (9, 16):
+            buffer[:, 9:] = MASK
+            for step in range(steps):
+                llm(buffer[:])
+                buffer[0, 9 + step] = 0
+    dkv.stats(llm)
+    next_prompt(llm)
 
 
 def test_one_generation_after_another_takes_one_memory(llm, device):
@@ -300,7 +368,7 @@ def test_a_token_behind_an_unfinished_block_proves_another_block_length(llm):
     with pytest.raises(RuntimeError, match=message):
         blocks(llm, {(0, 0): 5}, {(1, 7): 5})
     assert not blocks(llm).isnan().any()
-    for policy in (dkv.Decode(8), dkv.Prefill()):
+    for policy in (dkv.Decode(8), dkv.Prefill(), dkv.PrefixCache()):
         blocks(llm, {(0, 6): 5}, policy=policy)  # computes all masks
 
 
@@ -317,9 +385,10 @@ def test_blocks_that_begin_elsewhere_are_right_where_all_masks_are_computed(llm,
 
 
 def test_an_end_of_text_may_be_put_anywhere(llm):
-    """Loops fill what is behind it."""
-    commits = {(0, 1): EOS} | {(0, column): EOS for column in range(2, 16)}
-    assert blocks(llm, commits).isnan().any()
+    """Loops fill what is behind it, with whatever they take for padding."""
+    for padding in (EOS, 3):
+        commits = {(0, 1): EOS} | {(0, column): padding for column in range(2, 16)}
+        assert blocks(llm, commits).isnan().any()
 
 
 def test_whole_blocks_are_another_sequence(llm):
@@ -344,7 +413,7 @@ def test_a_prompt_that_begins_like_another_has_blocks_of_its_own(llm, device):
     alone = run(llm, copy.deepcopy(shorter))[0]
     full = dkv.stats(llm).full
     dkv.replace_attention(llm, dkv.DualCache(), block_length=8)
-    longer.step(llm)
+    longer.step(llm), longer.step(llm)
     assert torch.equal(run(llm, shorter)[0], alone) and dkv.stats(llm).full == full + 1
 
 

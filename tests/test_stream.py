@@ -98,6 +98,9 @@ def test_what_does_not_fit_is_refused_at_the_call(device):
     llm, ids = model("llada", device), prompts(4, device=device)[0]
     with pytest.raises(TypeError, match="unexpected keyword argument 'max_new_tokens'; pass gen_length"):
         dkv.stream(llm, ids, max_new_tokens=4)
+    for name in ("show_progress", "output_history", "callback"):
+        with pytest.raises(TypeError, match=f"{name} is an option of dkv.generate alone; leave it out"):
+            dkv.stream(llm, ids, **{name: None})
     with pytest.raises(ValueError, match="steps must be at least 1"):
         dkv.stream(llm, ids, steps=0)
     with pytest.raises(TypeError, match="callback must be a function"):
