@@ -57,6 +57,14 @@ def check_names(names: Iterable[str], allowed: Collection[str]) -> None:
             raise TypeError(f"generate() got an unexpected keyword argument {name!r}; {hint}.")
 
 
+def renamed(options: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The options by our names; names: other name -> ours."""
+    for name, own in names.items():
+        if name in options and own in options:
+            raise TypeError(f"{name} is another name of {own}, got both; pass one of them.")
+    return {names.get(name, name): value for name, value in options.items()}
+
+
 def ids_and_mask(
     input_ids: Tensor | Mapping[str, Tensor], attention_mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:

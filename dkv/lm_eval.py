@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import dkv
-from dkv.inputs import HINTS, one_of, whole
+from dkv.inputs import HINTS, one_of, renamed, whole
 from dkv.models import view_of
 from dkv.policy import POLICIES, Policy, PolicyName
 from dkv.texts import batches, check_for_model, continuations, encode
@@ -64,12 +64,7 @@ _HINTS = HINTS | {
 def _with_aliases(init):
     @functools.wraps(init)
     def wrapped(self, *args, **kwargs):
-        for alias, name in _ALIASES.items():
-            if alias in kwargs:
-                if name in kwargs:
-                    raise TypeError(f"{alias} and {name} are the same; pass one of them.")
-                kwargs[name] = kwargs.pop(alias)
-        init(self, *args, **kwargs)
+        init(self, *args, **renamed(kwargs, _ALIASES))
 
     return wrapped
 

@@ -14,7 +14,7 @@ the positions that the next step recomputes (`write_active`).
 
 import time
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ class GenerateStats:
     graphs: int = 0
     graph_seconds: float = 0.0
     tokens: int = 0
-    seconds: float = 0.0
+    seconds: float = field(default=0.0, compare=False)
 
     @property
     def tokens_per_second(self) -> float:

@@ -47,7 +47,7 @@ class PatchStats:
     cached: int = 0
     original: dict[str, int] = field(default_factory=dict)
     cache_ratio: float = 0.0
-    seconds: float = 0.0
+    seconds: float = field(default=0.0, compare=False)
 
     @property
     def calls(self) -> int:

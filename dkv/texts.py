@@ -81,7 +81,8 @@ def generate_texts(
 
     Raises:
         ValueError, TypeError: at the call: unsuitable options, an unsupported model, prompts that are no iterable of
-            prompts. When a window is read: a prompt that is neither a string nor a chat, or that is too long.
+            prompts. When a window is read, before any of its texts: a prompt that is neither a string nor a chat, or
+            that is too long.
 
     Example:
         >>> for text in dkv.generate_texts(model, tokenizer, ["Why?", "How?"], gen_length=128, block_length=32):
@@ -107,9 +108,12 @@ def generate_texts(
         raise ValueError("gen_length must be at least 1, got 0; call dkv.generate to fill in masks only.")
     view = view_of(model)
     check_for_model(config, view)
+    room = view.max_positions - config.gen_length
+    if room < 0:
+        raise ValueError(f"gen_length must fit the model's {view.max_positions} positions, got {config.gen_length}.")
     total = len(prompts) if isinstance(prompts, Sized) else None
     show = {"total": total, "disable": not switch("show_progress", show_progress)}
-    read = (_tokens(tokenizer, i, prompt, view.max_positions - config.gen_length) for i, prompt in enumerate(prompts))
+    read = (_tokens(tokenizer, i, prompt, room) for i, prompt in enumerate(prompts))
     texts = _texts(model, tokenizer, read, batch_size, config, generator, show)
     return _in_order(texts) if switch("ordered", ordered) else texts
 

@@ -8,14 +8,11 @@ terminal, the answer appears from left to right, as far as it is final. An empty
 """
 
 import argparse
-import shutil
 import sys
-import textwrap
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-import torch
 from transformers import AutoTokenizer
 
 import dkv
@@ -52,13 +49,15 @@ def read() -> str | None:
         return None
 
 
-def answers(model: Any, tokenizer: Any, messages: list[dict[str, str]], options: dict[str, Any]) -> Iterator[tuple]:
+def answers(
+    model: Any, tokenizer: Any, messages: list[dict[str, str]], options: dict[str, Any]
+) -> Iterator[tuple[str, str]]:
     """The answer after each step: the text of its final part, and all of it with a "░" for each mask."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
-    for step in dkv.stream(model, ids, torch.ones_like(ids), eos_early_stop=True, **options):
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    start = prompt["input_ids"].shape[1]
+    for step in dkv.stream(model, prompt.to(model.device), eos_early_stop=True, **options):
         # reading is what waits for the GPU
-        tokens, final = step.sequences[0, ids.shape[1] :].tolist(), int(step.prefix)
+        tokens, final = step.sequences[0, start:].tolist(), int(step.prefix)
         parts = []
         for is_mask, run in groupby(tokens, key=lambda token: token == model.config.mask_token_id):
             run = list(run)
@@ -67,16 +66,16 @@ def answers(model: Any, tokenizer: Any, messages: list[dict[str, str]], options:
 
 
 def redraw(steps: Iterator[tuple[str, str]]) -> str:
-    """Draws each step over the last one; returns the final text."""
-    final, up = "", ""
-    for step in steps:
-        final, text = step
-        width, height = shutil.get_terminal_size()
-        rows = [row for line in text.split("\n") for row in textwrap.wrap(line, width) or [""]]
-        rows = rows[-(height - 1) :]  # what has left the screen cannot be drawn over
-        print(f"{up}\x1b[J" + "\n".join(rows))
-        up = f"\x1b[{len(rows)}F"
-    print(f"{up}\x1b[J{final}")
+    """Draws each step over the last one, on the terminal's second screen; prints and returns the final text."""
+    final = ""
+    print("\x1b[?1049h", end="")
+    try:
+        for step in steps:
+            final, text = step
+            print(f"\x1b[H\x1b[J{text}", end="", flush=True)
+    finally:
+        print("\x1b[?1049l", end="")
+    print(final)
     return final
 
 

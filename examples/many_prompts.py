@@ -30,10 +30,12 @@ def main(model: str, prompts: str, folder: str, **options: Any) -> int:
     own = out / f"{rank}-of-{world}.jsonl"
     own.touch()
     os.truncate(own, own.read_bytes().rfind(b"\n") + 1)  # what an interruption left of a line
-    written = [text for file in out.glob("*.jsonl") for text in file.open() if text.endswith("\n")]
+    written = [text for file in out.glob("*.jsonl") for text in file.open(encoding="utf-8") if text.endswith("\n")]
     done = {json.loads(text)["line"] for text in written}
     with open(prompts, encoding="utf-8") as lines:
         todo = {i: json.loads(line) for i, line in enumerate(lines) if i % world == rank and i not in done}
+    if not todo:
+        return 0
 
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=True)
     texts = dkv.generate_texts(
@@ -45,12 +47,14 @@ def main(model: str, prompts: str, folder: str, **options: Any) -> int:
         **options,
     )
     numbers = list(todo)
-    with own.open("a") as file:
+    with own.open("a", encoding="utf-8") as file:
         for i, text in texts:
             print(json.dumps({"line": numbers[i], "text": text}), file=file, flush=True)
     return len(todo)
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
     count = main(*sys.argv[1:], batch_size=16, gen_length=256, block_length=32, policy=dkv.Decode(8))
     print(f"{count} texts written")

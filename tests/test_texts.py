@@ -150,14 +150,6 @@ def test_a_generator_repeats_the_texts():
 def test_progress_counts_prompts_and_tokens(calls, capsys):
     list(generate_texts(tiny.model("llada"), Letters(), PROMPTS, show_progress=True))
     assert "4/4" in (shown := capsys.readouterr().err) and "tokens/s" in shown
-    # a dropped iterator closes its bar
-    texts = generate_texts(tiny.model("llada"), Letters(), iter(PROMPTS), show_progress=True)
-    next(texts)
-    from tqdm.auto import tqdm
-
-    assert len(tqdm._instances) == 1
-    del texts
-    assert not tqdm._instances
 
 
 @pytest.mark.parametrize(
@@ -167,7 +159,7 @@ def test_progress_counts_prompts_and_tokens(calls, capsys):
         ({"ordered": 1}, TypeError, "ordered must be True or False"),
         ({"show_progress": "no"}, TypeError, "show_progress must be True or False"),
         ({"max_new_tokens": 8}, TypeError, "pass gen_length"),
-        ({"attention_mask": None}, TypeError, "unexpected keyword argument 'attention_mask'"),
+        ({"attention_mask": None}, TypeError, "attention_mask is about one batch"),
         ({"order": None}, TypeError, "order is about one batch of dkv.generate"),
         ({"output_history": True}, TypeError, "output_history is about one batch"),
         ({"callback": print}, TypeError, "callback is about one batch"),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from dkv.config import GenerateConfig
+from dkv.inputs import renamed
 from dkv.layers import Modules, after_attention
 from dkv.models import dream, llada
 from dkv.models.folder import CONFIG, GENERATION_CONFIG, INDEX, WEIGHTS, read_generation_config
@@ -335,9 +336,9 @@ class NativeModel(PreTrainedModel, GenerationMixin):
                 del saved["top_k"]
         else:
             saved = {name: value for name, value in saved.items() if name not in ("temperature", "top_p", "top_k")}
-        saved = _renamed({name: value for name, value in saved.items() if value is not None})
+        saved = renamed({name: value for name, value in saved.items() if value is not None}, OPTIONS)
         input_ids = options.pop("inputs", None) if input_ids is None else input_ids
-        return generate(self, input_ids, attention_mask, **saved | _renamed(options))
+        return generate(self, input_ids, attention_mask, **saved | renamed(options, OPTIONS))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **options: Any) -> Any:
@@ -427,14 +428,6 @@ def _loss(logits, labels, shifted):
     if shifted:
         logits = torch.cat((logits[:, :1], logits[:, :-1]), dim=1)
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
-
-
-def _renamed(options):
-    """The options by the names of `dkv.generate`."""
-    for name, own in OPTIONS.items():
-        if name in options and own in options:
-            raise TypeError(f"{name} is another name of {own}, got both; pass one of them.")
-    return {OPTIONS.get(name, name): value for name, value in options.items()}
 
 
 def generation_config_of(folder: Path) -> GenerationConfig | None:
