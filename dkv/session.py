@@ -268,6 +268,7 @@ class Session:
         fingerprint: of the model, which must not change either.
         last_input, version: the tensor that the last call was given, and its version then. If the loop updates it in
             place, it shows what the loop made of the answer. None: it is used for another sequence by now.
+        has_masked_prompt: () bool, whether it is another sequence with its prompt masked, as guidance has it.
         stays_in_block: whether the policy leaves out masks behind the current block.
         is_over: whether the last call probably was the last step: no masks are left, or as few as a step decodes.
         active, positions, sizes: as in `dkv.run.Run`.
@@ -332,6 +333,7 @@ class Session:
         # rows of guidance, in place of them
         masked = (first_call.x == self.view.mask_id) & first_call.valid
         first_generated = masked.int().argmax(1).amax()
+        self.has_masked_prompt = torch.zeros((), dtype=torch.bool, device=first_call.x.device)
         for trace in traces if self.block_length < first_call.x.shape[1] else ():
             if (trace.x.shape, trace.x.device) == (first_call.x.shape, first_call.x.device):
                 first_generated = self._start_of_blocks(first_call, masked, first_generated, trace)
@@ -356,19 +358,20 @@ class Session:
 
     def _start_of_blocks(self, first_call, masked, first_generated, trace):
         """That of the trace if the sequence is the trace's, further on or partly masked again; or first_generated."""
-        equal, start = (first_call.x == trace.x) | ~first_call.valid, trace.first_generated
-        goes_on = (equal | (trace.x == self.view.mask_id)).all()
+        start, mask_id = trace.first_generated, self.view.mask_id
+        equal, in_prompt = (first_call.x == trace.x) | ~first_call.valid, self.state.columns < start
+        goes_on = (equal | ((trace.x == mask_id) & ~in_prompt)).all()
         has_masks_again = (equal | masked).all() & (first_generated >= start)
-        # for guidance
-        has_masked_prompt = (equal | (masked & (self.state.columns < start))).all()
-        has_prompt = (first_call.valid & (self.state.columns < start)).any()
-        return torch.where((goes_on | has_masks_again | has_masked_prompt) & has_prompt, start, first_generated)
+        has_masked_prompt = (equal | (masked & in_prompt)).all() & (masked & in_prompt).any()
+        is_same = (goes_on | has_masks_again | has_masked_prompt) & (first_call.valid & in_prompt).any()
+        self.has_masked_prompt = self.has_masked_prompt | (has_masked_prompt & is_same)
+        return torch.where(is_same, start, first_generated)
 
     def trace(self) -> Trace:
         return Trace(self.state.x.clone(), self.state.first_generated.amax())
 
     def compare(self, x: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
-        """The fields of `Match`, int64 on the device; the first two if its shapes tell that it is not the next step."""
+        """The fields of `Match`, int64 on the device; the first two if shapes tell that it is another sequence."""
         state, looked_back = self.state, self.look_back(x)
         if x.shape != state.x.shape:
             return looked_back
@@ -378,20 +381,23 @@ class Session:
         same = _and_equal(same, positions, self.given_positions)
         if same is None:
             return looked_back
-        outside = torch.zeros_like(state.x[0, 0])
+        committed, in_prompt = state.masked & (x != state.mask_id), state.columns < state.first_generated
+        left, outside = state.masked & ~committed & ~in_prompt, torch.zeros_like(state.x[0, 0])
         if self.stays_in_block:
             # an end of text may be put anywhere, and what is behind one may be filled with anything
-            is_end = torch.isin(x, self.end_ids) & (state.columns >= state.first_generated)
-            behind = state.masked & (x != state.mask_id) & (state.columns >= state.block_end) & (is_end.cumsum(1) == 0)
-            in_block = state.candidates & (x == state.mask_id) & (state.columns >= state.block_start)
-            unfinished = in_block.any(1, keepdim=True)
-            outside = (behind & unfinished).sum()
-            # tokens behind a finished block: another sequence. Zeros may be answers of NaN instead
-            is_other = ((behind & (x != 0)).any(1, keepdim=True) & ~unfinished).any()
-            # without a prompt this may be the unconditional part of guidance; the start of its blocks is unknown
-            same = same & ~is_other & (state.first_generated > state.first_column).all()
-        left = (state.masked & (x == state.mask_id) & (state.columns >= state.first_generated)).sum()
-        flags = torch.stack((same, (x != state.x).sum(), left, self._unseen(x), outside))
+            is_end = torch.isin(x, self.end_ids) & ~in_prompt
+            behind = committed & (state.columns >= state.block_end) & (is_end.cumsum(1) == 0)
+            in_block = (state.columns >= state.block_start) & (state.columns < state.block_end)
+            is_unfinished = (left & in_block).any(1, keepdim=True)
+            outside = (behind & is_unfinished).sum()
+            # tokens behind a finished block, unless they are zeros, which may be answers of NaN
+            is_other = (behind & (x != 0)).any(1, keepdim=True) & ~is_unfinished
+            # tokens in place of a prompt that guidance has masked
+            is_other = is_other | (committed & in_prompt & self.has_masked_prompt)
+            # without a prompt it may be the unconditional part of guidance, and the start of its blocks is unknown
+            is_other = is_other | (state.first_generated == state.first_column)
+            same = same & ~is_other.any()
+        flags = torch.stack((same, committed.sum(), left.sum(), self._unseen(x), outside))
         return torch.cat((looked_back, flags))
 
     def look_back(self, x: Tensor | None = None) -> Tensor:
