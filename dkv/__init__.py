@@ -3,9 +3,10 @@
 from dkv.config import GenerateConfig
 from dkv.generation import GenerateOutput, GenerateStats, StreamStep, generate, stream
 from dkv.models import from_pretrained, register
-from dkv.patch import PatchStats, replace_attention, reset, restore_attention, stats
+from dkv.patch import replace_attention, reset, restore_attention, stats
 from dkv.plot import plot_history
 from dkv.policy import Decode, DualCache, Greedy, NoCache, Policy, Prefill, PrefillDecode, PrefixCache
+from dkv.sessions import PatchStats
 from dkv.texts import generate_texts
 
 __all__ = [

@@ -23,7 +23,7 @@ class Memory:
 
     Attributes:
         run: the `dkv.run.Run` that was given back last, or None.
-        sessions: the `dkv.session.Sessions` of a patched model, or None.
+        sessions: the `dkv.sessions.Sessions` of a patched model, or None.
         rope_tables: (headdim, theta) -> device -> cos and sin, of `dkv.models.view.ModelView.rope_tables`.
     """
 

@@ -24,7 +24,7 @@ from dkv.memory import memory_of, separate
 from dkv.models import check_not_wrapped, view_of
 from dkv.models.view import ModelView
 from dkv.policy import Decode, NoCache, Policy, PolicyName, checked_policy
-from dkv.session import PatchStats, sessions_of
+from dkv.sessions import PatchStats, sessions_of
 
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
 # a session serves these arguments; any other asks for more than logits, or changes them in a way no cache knows

@@ -16,8 +16,8 @@ from tiny import MASK_ID as MASK
 from tiny import llada_loop, model, prompts
 
 import dkv
-from dkv import session
 from dkv.memory import memory_of
+from dkv.sessions import MAX_SESSIONS
 
 
 class Loop:
@@ -139,7 +139,7 @@ def test_guidance_by_two_calls_without_a_cache(llm, cond_first, device):
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
-@pytest.mark.parametrize("prompt", [5, 9])
+@pytest.mark.parametrize("prompt", [9, 12])
 def test_guidance_in_the_other_order_runs(llm, policy, prompt, device):
     """The unconditional sequence's blocks are unknown: if they matter, it is computed whole, and no error comes of it."""
     ids = prompts(prompt, device=device)[0]
@@ -179,7 +179,7 @@ class Drawn(Loop):
 def test_a_sequence_whose_session_was_dropped_keeps_its_blocks(llm, policy, device):
     """Its next session begins in the middle of a block: more sequences than sessions, and a call that ends all."""
     dkv.replace_attention(llm, policy, block_length=8)
-    loops = [Drawn(prompts(9, seed=seed, device=device)[0]) for seed in range(session.MAX_SESSIONS + 2)]
+    loops = [Drawn(prompts(9, seed=seed, device=device)[0]) for seed in range(MAX_SESSIONS + 2)]
     random_order(llm, loops)
     assert all((loop.x != MASK).all() for loop in loops) and dkv.stats(llm).cached > 16
     loop = Drawn(prompts(9, device=device)[0])
@@ -188,6 +188,17 @@ def test_a_sequence_whose_session_was_dropped_keeps_its_blocks(llm, policy, devi
         if len(loop.history) % 3 == 0:
             likelihood(llm)
     assert (loop.x != MASK).all()
+
+
+@pytest.mark.parametrize("policy", POLICIES[1:], ids=repr)
+def test_without_a_prompt_blocks_begin_at_the_first_column(llm, policy, device):
+    dkv.replace_attention(llm, policy, block_length=8)
+    loop = Drawn(prompts(9, device=device)[0][:, :0])
+    run(llm, loop)
+    assert (dkv.stats(llm).full, dkv.stats(llm).cached) == (
+        2 if policy == dkv.DualCache() else 4,
+        14 if policy == dkv.DualCache() else 12,
+    )
 
 
 def test_a_mask_that_is_put_back_leaves_the_blocks(llm, device):
@@ -240,11 +251,11 @@ def test_one_generation_after_another_takes_one_memory(llm, device):
 
 def test_the_oldest_of_too_many_go(llm, device):
     dkv.replace_attention(llm, dkv.Decode(None, warmup_steps=1))
-    loops = [Loop(prompts(9, seed=seed, device=device)[0]) for seed in range(session.MAX_SESSIONS + 1)]
+    loops = [Loop(prompts(9, seed=seed, device=device)[0]) for seed in range(MAX_SESSIONS + 1)]
     for loop in loops:
         loop.step(llm)
     kept = memory_of(llm).sessions.kept
-    assert len(kept) == session.MAX_SESSIONS
+    assert len(kept) == MAX_SESSIONS
     loops[1].step(llm)
     assert dkv.stats(llm).cached == 1
     loops[0].step(llm)
@@ -264,7 +275,7 @@ def test_caches_take_a_quarter_of_the_free_memory(llm, device, monkeypatch):
         assert asked == loops[0].x.device
         return free - sum(each.cache.nbytes for each in memory_of(llm).sessions.kept)
 
-    monkeypatch.setattr(session, "free_memory", left)
+    monkeypatch.setattr("dkv.sessions.free_memory", left)
     for loop in loops[1:]:
         loop.step(llm)
     assert len(memory_of(llm).sessions.kept) == 2
@@ -420,7 +431,7 @@ def test_a_prompt_that_begins_like_another_has_blocks_of_its_own(llm, device):
 def test_other_streams_wait_for_the_last_call(llm, monkeypatch):
     """Before they compare anything with its session, or drop it."""
     dkv.replace_attention(llm, dkv.Decode(None))
-    loops = [Loop(prompts(9, seed=seed, device=llm.device)[0]) for seed in range(session.MAX_SESSIONS + 1)]
+    loops = [Loop(prompts(9, seed=seed, device=llm.device)[0]) for seed in range(MAX_SESSIONS + 1)]
     loops[0].step(llm)
     (first,) = memory_of(llm).sessions.kept
     streams = [mock.Mock(), mock.Mock()]
@@ -433,9 +444,9 @@ def test_other_streams_wait_for_the_last_call(llm, monkeypatch):
     first.done.synchronize.assert_called_once_with()
     sessions = memory_of(llm).sessions
     first.done.reset_mock()
-    for _ in range(session.MAX_SESSIONS - 1):
+    for _ in range(MAX_SESSIONS - 1):
         sessions.put(copy.copy(sessions.kept[1]))
-    assert first not in sessions.kept and len(sessions.kept) == session.MAX_SESSIONS
+    assert first not in sessions.kept and len(sessions.kept) == MAX_SESSIONS
     first.done.synchronize.assert_called_once_with()
 
 
