@@ -32,7 +32,7 @@ import dkv
 from benchmarks.harness.fake_gpu import fake_gpu, fake_model, fake_run
 from benchmarks.harness.launches import OnlyOnTheDevice
 from benchmarks.harness.models import with_layers
-from dkv import model_runner, patch, rooms, run
+from dkv import model_runner, rooms, run, session
 from dkv.cuda_graphs import recording
 from dkv.generation import prepare
 from dkv.kernels import reference
@@ -302,7 +302,7 @@ def test_replayed_steps_under_a_foreign_loop(family, monkeypatch, device):
         want = outputs()
         dkv.restore_attention(llm)
     if device == "cpu":
-        take_tapes(monkeypatch, patch.Session)
+        take_tapes(monkeypatch, session.Session)
     dkv.replace_attention(llm, dkv.Decode(4), block_length=4)
     for one, other in zip(outputs(), want, strict=True):
         torch.testing.assert_close(one, other, equal_nan=True, atol=1e-4, rtol=1e-4)
