@@ -123,7 +123,7 @@ def generate(
             and end of turn.
         mask_id: None: the model's.
         order: (batch, gen_length) int64, the decoding order for "random": indices into the generated part.
-        generator: seeds the noise and the random order; None: PyTorch's default generator.
+        generator: on any device; seeds the noise and the random order. None: PyTorch's default generator.
         impl: "auto", "triton" or "reference", see `dkv.kernels`.
         cuda_graphs: on a GPU, record steps as CUDA graphs and replay them; False: launch every kernel of every step.
         fused_products: True: steps of up to 256 positions, of all rows together, use dkv's own matrix products, which
@@ -132,7 +132,8 @@ def generate(
             ties may be decided differently.
         output_history: also return the sequences and the active positions of every step, see `dkv.plot_history`.
         show_progress: show a progress bar over the masks.
-        callback: called with the `StreamStep` of each step, after it; to end early, leave a `stream` instead.
+        callback: called with the `StreamStep` of each step, after it; what it returns is ignored. To end early, leave a
+            `stream` instead.
 
     Returns:
         `GenerateOutput`. All sequences are left-padded, even if the prompts were right-padded.
@@ -146,7 +147,7 @@ def generate(
 
     Warns:
         UserWarning: rows begin or end with the pad token, but there is no attention_mask; steps has another number of
-            steps than can be taken; a policy that caches read nothing from the cache.
+            steps than can be taken; a policy that caches read nothing from the cache, for the given steps.
 
     Source: Nie et al., LLaDA (arXiv 2502.09992); Ye et al., Dream (arXiv 2508.15487); Ma et al., dKV-Cache (arXiv
     2505.15781); Wu et al., Fast-dLLM (arXiv 2505.22618), for threshold and factor.
@@ -214,16 +215,20 @@ def stream(
     input_ids: Tensor | Mapping[str, Tensor],
     attention_mask: Tensor | None = None,
     **options: Any,
-) -> Generator[StreamStep, None, None]:
+) -> Generator[StreamStep, None, GenerateOutput]:
     """`generate`, one step at a time: yields what each step left, to show the text as it forms.
 
-    The last `StreamStep` has the sequences of `generate` with the same arguments. It waits for the GPU only where
-    `generate` does: with a fixed number of commits the wait is your `.tolist()`, and a loop that leaves steps out waits
-    less. An iterator that is dropped before its end gives its memory back to the model, as does one that is closed.
+    The steps and the last sequences are those of `generate` with the same arguments. It waits for the GPU only where
+    `generate` does: with a fixed number of commits the wait is your `.tolist()`, and whoever does not read every step
+    waits less often. An iterator that is dropped before its end, or closed, gives its memory back to the model.
 
     Args:
         model, input_ids, attention_mask: as in `generate`.
         options: those of `generate`, except output_history, show_progress and callback.
+
+    Returns:
+        A generator of `StreamStep`: step, sequences, and prefix, the number of leading tokens that are final. Its own
+        return value (of `yield from`) is the `GenerateOutput`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `generate`; for unsuitable arguments at once, not at the first step.
@@ -243,17 +248,18 @@ def _stream(model, input_ids, attention_mask, options):
         while run.running():
             run.step()
             yield run.last_step()
-        _finish(run)
+        return GenerateOutput(*_finish(run))
 
 
 def _finish(run):
     sequences, stats = run.finish()
     rule = rule_of(run.policy, run.shifted)
     caches = rule is None or rule.interval != 1
-    if caches and run.forecasts and stats.cache_ratio == 0 and stats.steps > 1:
+    took_all = not run.config.by_probability and stats.steps >= run.max_steps  # it did not end early
+    if caches and took_all and stats.cache_ratio == 0 and stats.steps > 1:
         warnings.warn(
             f"{run.policy!r} read nothing from the cache: all {stats.steps} steps were full ones. Blocks begin with "
-            "full steps: take more steps or longer blocks, or a policy with fewer of them.",
+            "full steps: take more steps or longer blocks, or a policy with fewer of them, such as DualCache().",
             stacklevel=stacklevel(),
         )
     return sequences, stats
@@ -335,7 +341,7 @@ def _check_steps(config, masks):
     blocks, steps = max(-(-config.gen_length // config.block_length), 1), config.steps
     problem = None
     if steps is not None and steps > masks:
-        problem = f"at most the masks of a row, {masks}, got {steps}: the other steps decode nothing."
+        problem = f"at most the masks of a row, {masks}, got {steps}: no more steps can decode something."
     elif steps is not None and steps < blocks:
         problem = f"at least the blocks, {blocks}, got {steps}: each block takes a step."
     if problem:

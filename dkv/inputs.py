@@ -22,6 +22,7 @@ HINTS = {  # keywords of other libraries, and what to do instead
     "max_denoising_steps": "pass steps",
     "diffusion_steps": "pass steps",
     "num_steps": "pass steps",
+    "num_inference_steps": "pass steps",
     "block_size": "pass block_length",
     "alg": "pass remasking",
     "cfg": "pass cfg_scale",
@@ -35,6 +36,10 @@ HINTS = {  # keywords of other libraries, and what to do instead
     "dual_cache": "pass policy='DualCache' for True, policy='PrefixCache' for False",
     "cache_type": "pass policy='Decode', 'Greedy', 'Prefill' or 'PrefillDecode'",
     "cache_steps": "pass it as the refresh_interval of a policy: policy=dkv.Decode(cache_steps)",
+    "refresh_interval": "pass it in the policy: policy=dkv.Decode(refresh_interval)",
+    "generation_logits_hook_func": "leave it out; a loop of your own under dkv.replace_attention can do that",
+    "generation_tokens_hook_func": "leave it out; a loop of your own under dkv.replace_attention can do that",
+    "stop_strings": "leave it out; cut the text yourself",
     "shift_type": "pass it as the shift of a policy: policy=dkv.Decode(shift=shift_type)",
     "streamer": "loop over dkv.stream, or pass callback",
     "return_dict_in_generate": "leave it out; the result always is a GenerateOutput",
@@ -54,7 +59,7 @@ def check_names(names: Iterable[str], allowed: Collection[str]) -> None:
     for name in names:
         if name not in allowed:
             hint = HINTS.get(name, "correct its name or leave it out")
-            raise TypeError(f"generate() got an unexpected keyword argument {name!r}; {hint}.")
+            raise TypeError(f"got an unexpected keyword argument {name!r}; {hint}.")
 
 
 def renamed(options: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

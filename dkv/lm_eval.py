@@ -248,12 +248,13 @@ class DiffusionLM(TemplateLM):
             until = [until] if isinstance(until, str) else until
             config = self._config(kwargs)
             fitting = [self._fitting(prompts[i], config.gen_length) for i in group]
-            for place, ids in continuations(self.model, fitting, self.batch_size, config):
-                i = group[place]
-                texts[i] = self._text(ids, until)
-                tokens += len(ids)
-                self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
-                progress.update()
+            for batch in continuations(self.model, fitting, self.batch_size, config):
+                for place, ids in batch:
+                    i = group[place]
+                    texts[i] = self._text(ids, until)
+                    tokens += len(ids)
+                    self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
+                progress.update(len(batch))
         progress.close()
         seconds = time.perf_counter() - start
         process = f", process {self.rank} of {self.world_size}" if self.world_size > 1 else ""

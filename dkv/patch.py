@@ -144,6 +144,10 @@ def reset(model: nn.Module) -> None:
 def stats(model: nn.Module) -> PatchStats:
     """What the calls of a patched model did: how many were cached, which were not, and why. Waits for the GPU.
 
+    Returns:
+        `PatchStats`: full, cached, original (reason -> calls that ran the model's own forward), calls (all of them),
+        cache_ratio and seconds.
+
     Raises:
         ValueError: the model is not patched.
         RuntimeError: as in `reset`.

@@ -76,7 +76,7 @@ class StreamStep:
     Attributes:
         step: the number of the step, from 0.
         sequences: (batch, seqlen) int64, prompts (left-padded), tokens and masks.
-        prefix: (batch,) int64, the generated columns before the row's first mask among them. They never change again.
+        prefix: (batch,) int64, the number of generated tokens before the row's first generated mask. They are final.
     """
 
     step: int

@@ -64,7 +64,7 @@ class Sessions:
     Attributes:
         kept: a list of sessions; the one that was used last is at the end.
         past: the `Trace` of sessions that are gone although their sequences may go on.
-        fingerprint: of the model when the first of them began; None before that.
+        fingerprint: of the model when the first of them began; None if none has begun since all were ended.
     """
 
     def __init__(self) -> None:

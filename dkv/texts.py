@@ -66,12 +66,12 @@ def generate_texts(
     Args:
         model: as in `dkv.generate`, in eval mode.
         tokenizer: the model's, of transformers.
-        prompts: strings, or chats: lists of messages {"role": ..., "content": ...}, which the tokenizer's chat template
-            turns into a prompt for the next answer. Any iterable, also an endless one. An empty string becomes the
-            tokenizer's BOS; without a BOS it is no prompt at all, and its text is unconditional.
+        prompts: strings, which are taken as they are, or chats, which the tokenizer's chat template turns into a prompt
+            for the next answer: lists of messages {"role": ..., "content": ...}. Any iterable, also an endless one. An
+            empty string becomes the tokenizer's BOS; without a BOS it is no prompt, and its text is unconditional.
         batch_size: prompts per batch.
-        ordered: True: texts in the order of the prompts. False: pairs (index of the prompt, text), as soon as they are
-            ready.
+        ordered: True: texts in the order of the prompts; the first may come at the end of the window. False: pairs
+            (index of the prompt, text), as soon as they are ready.
         show_progress: show a bar that counts prompts, and the tokens before ends of text per second.
         options: those of `dkv.generate`, except order, output_history and callback. eos_early_stop is on unless given.
 
@@ -125,11 +125,11 @@ def _texts(model, tokenizer, prompts, batch_size, config, generator, show):
     start, tokens, first = time.perf_counter(), 0, 0
     with tqdm(desc="generate_texts", unit="prompt", **show) as progress:
         for window in batches(prompts, WINDOW * batch_size):
-            for i, ids in continuations(model, window, batch_size, config, generator):
-                tokens += len(ids)
+            for batch in continuations(model, window, batch_size, config, generator):
+                tokens += sum(len(ids) for _, ids in batch)
                 progress.set_postfix_str(f"{tokens / (time.perf_counter() - start):.1f} tokens/s", refresh=False)
-                progress.update()
-                yield first + i, tokenizer.decode(ids, skip_special_tokens=True)
+                progress.update(len(batch))
+                yield from ((first + i, tokenizer.decode(ids, skip_special_tokens=True)) for i, ids in batch)
             first += len(window)
 
 
@@ -187,8 +187,8 @@ def continuations(
     batch_size: int,
     config: GenerateConfig,
     generator: torch.Generator | None = None,
-) -> Iterator[tuple[int, list[int]]]:
-    """(index of the prompt, generated ids before the first end of text) of each prompt, longest prompts first.
+) -> Iterator[list[tuple[int, list[int]]]]:
+    """Batches of (index of the prompt, generated ids before the first end of text), longest prompts first.
 
     Every batch is padded on the left. An empty prompt is allowed.
     """
@@ -208,8 +208,9 @@ def continuations(
             output = generate(
                 model, input_ids.to(device), attention_mask.to(device), generator=generator, **vars(config)
             )
-            for i, ids in zip(batch, output.sequences[:, width:].tolist(), strict=True):
-                yield i, ids[: next((n for n, token in enumerate(ids) if token in ends), None)]
+            rows = output.sequences[:, width:].tolist()
+            texts = [row[: next((n for n, token in enumerate(row) if token in ends), None)] for row in rows]
+            yield [*zip(batch, texts, strict=True)]
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

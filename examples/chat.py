@@ -4,7 +4,8 @@
     python examples/chat.py Dream-org/Dream-v0-Instruct-7B --steps 64 < questions.txt
 
 A diffusion model commits tokens anywhere in its answer: "░" is a place that is still masked. If the output is no
-terminal, the answer appears from left to right, as far as it is final. An empty line starts over, Ctrl-D ends.
+terminal, the answer appears from left to right, as far as it is final. An empty line starts over, Ctrl-C leaves an
+answer, Ctrl-D ends.
 """
 
 import argparse
@@ -37,8 +38,11 @@ def main(arguments: list[str] | None = None) -> None:
             messages = []
             continue
         messages.append({"role": "user", "content": question})
-        answer = show(answers(model, tokenizer, messages, options))
-        messages.append({"role": "assistant", "content": answer})
+        try:
+            answer = show(answers(model, tokenizer, messages, options))
+            messages.append({"role": "assistant", "content": answer})
+        except KeyboardInterrupt:
+            messages.pop()
 
 
 def read() -> str | None:

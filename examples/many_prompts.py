@@ -3,15 +3,17 @@
     torchrun --nproc_per_node 8 examples/many_prompts.py GSAI-ML/LLaDA-8B-Instruct prompts.jsonl texts/
     python examples/many_prompts.py GSAI-ML/LLaDA-8B-Instruct prompts.jsonl texts/    # one process, also on a CPU
 
-Each line of prompts.jsonl is a JSON string, or a chat: [{"role": "user", "content": "..."}]. Process r of n takes the
+Each line of prompts.jsonl is a JSON string, which is taken as it is, or a chat for an Instruct model:
+[{"role": "user", "content": "..."}]. Process r of n takes the
 lines r, r + n, r + 2n, ... and appends {"line": ..., "text": ...} to texts/r-of-n.jsonl when a text is ready. After an
 interruption run the same command again, perhaps with another number of processes: lines that have a text are skipped.
+A killed process may leave half a line at the end of its file.
 The processes do not talk to each other.
 """
 
+import argparse
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,8 @@ def main(model: str, prompts: str, folder: str, **options: Any) -> int:
     written = [text for file in out.glob("*.jsonl") for text in file.open(encoding="utf-8") if text.endswith("\n")]
     done = {json.loads(text)["line"] for text in written}
     with open(prompts, encoding="utf-8") as lines:
-        todo = {i: json.loads(line) for i, line in enumerate(lines) if i % world == rank and i not in done}
+        mine = ((i, line) for i, line in enumerate(lines) if i % world == rank and i not in done and line.strip())
+        todo = {i: json.loads(line) for i, line in mine}
     if not todo:
         return 0
 
@@ -54,7 +57,11 @@ def main(model: str, prompts: str, folder: str, **options: Any) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4:
-        sys.exit(__doc__)
-    count = main(*sys.argv[1:], batch_size=16, gen_length=256, block_length=32, policy=dkv.Decode(8))
-    print(f"{count} texts written")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "prompts", "folder"):
+        parser.add_argument(name)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--gen-length", type=int, default=256)
+    parser.add_argument("--block-length", type=int, default=32)
+    parser.add_argument("--policy", default="Decode", help="the name of a policy, such as DualCache")
+    print(f"{main(**vars(parser.parse_args()))} texts written")

@@ -155,7 +155,7 @@ def test_more_tokens_than_positions(gen_length):
 def test_more_steps_than_masks():
     """LLaDA's blocks end with their masks; Dream takes every step."""
     ids, options = prompts(3)[0], {"gen_length": 2, "policy": dkv.Prefill(), "output_history": False}
-    with pytest.warns(UserWarning, match="steps should be at most the masks of a row, 2, got 100000: the other"):
+    with pytest.warns(UserWarning, match="steps should be at most the masks of a row, 2, got 100000: no more"):
         assert generate("llada", ids, steps=10**5, **options).stats.steps == 2
     with pytest.warns(UserWarning, match="steps should be at most the masks of a row, 2, got 20"):
         assert generate("dream", ids, steps=20, **options).stats.steps == 20
@@ -171,8 +171,11 @@ def test_settings_that_give_nothing_are_told(family):
     assert [warning.filename for warning in told] == [tiny.__file__]
     with pytest.warns(UserWarning, match=r"DualCache\(\) read nothing from the cache: all 4 steps were full ones"):
         generate(family, ids, steps=4, block_length=2, policy="DualCache", **options)
+    with pytest.warns(UserWarning, match="all 4 steps were full ones"):
+        generate(family, ids, steps=4, block_length=2, policy="DualCache", eos_early_stop=True, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        generate(family, ids, policy="Decode", eos_early_stop=True, eos_token_id=list(range(250)), **options)
         asked_for = ("NoCache", dkv.Decode(1), dkv.PrefillDecode(1))
         for policy in asked_for:
             generate(family, ids, steps=4, policy=policy, **options)

@@ -76,7 +76,7 @@ def test_two_attention_masks(call):
 def test_a_wrong_name_is_answered_by_the_right_one(call, name, hint):
     with pytest.raises(TypeError) as found:
         call(model("llada"), IDS, **{name: 1})
-    assert str(found.value) == f"generate() got an unexpected keyword argument {name!r}; {hint}."
+    assert str(found.value) == f"got an unexpected keyword argument {name!r}; {hint}."
 
 
 def test_every_hint_leads_to_something_that_exists():

@@ -37,7 +37,13 @@ def test_a_stream_shows_every_step_of_generate(family, settings, device):
     torch.manual_seed(0)
     whole = dkv.generate(model(family, device), ids, real, output_history=True, callback=called.append, **options)
     torch.manual_seed(0)
-    steps = list(dkv.stream(model(family, device), ids, real, **options))
+    outputs = []
+
+    def consumer():
+        outputs.append((yield from dkv.stream(model(family, device), ids, real, **options)))
+
+    steps = list(consumer())
+    assert torch.equal(outputs[0].sequences, whole.sequences) and outputs[0].stats == whole.stats
     for found in (steps, called):
         assert [step.step for step in found] == list(range(whole.stats.steps))
         assert torch.equal(torch.stack([step.sequences for step in found]), whole.history)

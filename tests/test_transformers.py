@@ -365,6 +365,9 @@ def test_a_generation_config_samples_with_do_sample_only(family):
         ({"do_sample": True, "temperature": 0.7}, generated(temperature=0.7)),
     ):
         assert torch.equal(generated(generation_config=transformers.GenerationConfig(**options)), want)
+    assert torch.equal(generated(do_sample=True), sampled) and torch.equal(generated(do_sample=False), greedy)
+    with pytest.raises(ValueError, match="temperature must be 0 with do_sample=False, got 0.7; leave out one"):
+        generated(do_sample=False, temperature=0.7)
 
 
 def test_a_saved_adapter_loads(family, folder, tmp_path):

@@ -306,7 +306,7 @@ class NativeModel(PreTrainedModel, GenerationMixin):
         policy, temperature and threshold.
 
         Names of transformers and of Dream work too: inputs (input_ids), max_new_tokens (gen_length),
-        max_denoising_steps (steps), alg (remasking).
+        max_denoising_steps (steps), alg (remasking), do_sample.
 
         Args:
             generation_config: defaults of the options, other than token ids; a policy by its name. None:
@@ -330,12 +330,17 @@ class NativeModel(PreTrainedModel, GenerationMixin):
             )
         known = {option.name for option in fields(GenerateConfig)} - {"eos_token_id", "mask_id"}
         saved = {name: value for name, value in config.to_diff_dict().items() if OPTIONS.get(name, name) in known}
-        if config.do_sample:
+        do_sample = options.pop("do_sample", config.do_sample)
+        if do_sample:
             saved.setdefault("temperature", 1.0)
             if saved.get("top_k") == 50:  # transformers 4 leaves out its defaults, transformers 5 has none
                 del saved["top_k"]
         else:
             saved = {name: value for name, value in saved.items() if name not in ("temperature", "top_p", "top_k")}
+        if do_sample is False and options.get("temperature"):
+            raise ValueError(
+                f"temperature must be 0 with do_sample=False, got {options['temperature']}; leave out one."
+            )
         saved = renamed({name: value for name, value in saved.items() if value is not None}, OPTIONS)
         input_ids = options.pop("inputs", None) if input_ids is None else input_ids
         return generate(self, input_ids, attention_mask, **saved | renamed(options, OPTIONS))
