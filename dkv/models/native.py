@@ -330,14 +330,14 @@ class NativeModel(PreTrainedModel, GenerationMixin):
             )
         known = {option.name for option in fields(GenerateConfig)} - {"eos_token_id", "mask_id"}
         saved = {name: value for name, value in config.to_diff_dict().items() if OPTIONS.get(name, name) in known}
-        do_sample = options.pop("do_sample", config.do_sample)
-        if do_sample:
+        asked = options.pop("do_sample", None)
+        if config.do_sample if asked is None else asked:
             saved.setdefault("temperature", 1.0)
             if saved.get("top_k") == 50:  # transformers 4 leaves out its defaults, transformers 5 has none
                 del saved["top_k"]
         else:
             saved = {name: value for name, value in saved.items() if name not in ("temperature", "top_p", "top_k")}
-        if do_sample is False and options.get("temperature"):
+        if asked is False and options.get("temperature"):
             raise ValueError(
                 f"temperature must be 0 with do_sample=False, got {options['temperature']}; leave out one."
             )
