@@ -52,6 +52,10 @@ class Match(NamedTuple):
     unseen: int = 0
     outside: int = 0
 
+    def is_next_step(self, is_last: bool) -> bool:
+        """Whether the call is the session's next step, or a mistake of its loop; is_last: it was used last."""
+        return bool(self.same and (is_last or self.unseen >= self.outside))
+
 
 class Session:
     """The cache and the state of one sequence or batch of a foreign loop; another of the same shape reuses the memory.

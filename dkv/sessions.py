@@ -94,8 +94,9 @@ class Sessions:
             matches = {session: Match(*n.tolist()) for session, n in zip(self.kept, numbers, strict=True)}
             for session, match in matches.items():
                 session.is_over = session.is_over or not match.left_before
+            # a token behind an unfinished block may also mean that an older session is not this sequence's any more
+            same = [session for session in self.kept if matches[session].is_next_step(session is self.kept[-1])]
             # of several, the one with fewest masks has come closest
-            same = [session for session in self.kept if matches[session].same]
             session = min(same, key=lambda session: matches[session].decoded, default=None)
             if session is None:
                 self._tell([match.unseen_before for match in matches.values()])

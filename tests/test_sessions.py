@@ -165,24 +165,28 @@ def random_order(llm, loops, seed=0):
         order.choice(left).step(llm)
 
 
-class Drawn(Loop):
-    """It decodes its block in random order, so that blocks are begun anywhere."""
+class FromBothEnds(Loop):
+    """It decodes the first token of a block, then the others from the right: its masks begin where no block does."""
 
     def logits(self, llm):
-        logits = super().logits(llm)
-        assert not logits[self.x == MASK][:1].isnan().any()
-        noise = torch.rand(self.x.shape, generator=torch.Generator().manual_seed(len(self.history)))
-        return logits * (1 + noise.to(logits.device)[..., None])
+        logits, offset = super().logits(llm), torch.arange(self.x.shape[1], device=self.x.device) - self.start
+        blocks = offset // self.block_length
+        current = blocks[(self.x == MASK).any(0)].min()
+        assert not logits[:, blocks == current][self.x[:, blocks == current] == MASK].isnan().any()
+        priority = torch.where(offset % self.block_length == 0, self.block_length, offset % self.block_length)
+        logits = torch.zeros_like(logits)
+        logits[..., 5] = priority
+        return logits
 
 
 @pytest.mark.parametrize("policy", POLICIES[1:], ids=repr)
 def test_a_sequence_whose_session_was_dropped_keeps_its_blocks(llm, policy, device):
     """Its next session begins in the middle of a block: more sequences than sessions, and a call that ends all."""
     dkv.replace_attention(llm, policy, block_length=8)
-    loops = [Drawn(prompts(9, seed=seed, device=device)[0]) for seed in range(MAX_SESSIONS + 2)]
+    loops = [FromBothEnds(prompts(9, seed=seed, device=device)[0]) for seed in range(MAX_SESSIONS + 2)]
     random_order(llm, loops)
     assert all((loop.x != MASK).all() for loop in loops) and dkv.stats(llm).cached > 16
-    loop = Drawn(prompts(9, seed=99, device=device)[0])
+    loop = FromBothEnds(prompts(9, seed=99, device=device)[0])
     while loop.running():
         loop.step(llm)
         if len(loop.history) % 3 == 0:
@@ -193,7 +197,7 @@ def test_a_sequence_whose_session_was_dropped_keeps_its_blocks(llm, policy, devi
 @pytest.mark.parametrize("policy", POLICIES[1:], ids=repr)
 def test_without_a_prompt_blocks_begin_at_the_first_column(llm, policy, device):
     dkv.replace_attention(llm, policy, block_length=8)
-    loop = Drawn(prompts(9, device=device)[0][:, :0])
+    loop = FromBothEnds(prompts(9, device=device)[0][:, :0])
     run(llm, loop)
     assert (dkv.stats(llm).full, dkv.stats(llm).cached) == (
         2 if policy == dkv.DualCache() else 4,
@@ -203,7 +207,7 @@ def test_without_a_prompt_blocks_begin_at_the_first_column(llm, policy, device):
 
 def test_a_mask_that_is_put_back_leaves_the_blocks(llm, device):
     dkv.replace_attention(llm, dkv.DualCache(), block_length=8)
-    loop = Drawn(prompts(9, device=device)[0])
+    loop = FromBothEnds(prompts(9, device=device)[0])
     while loop.running():
         loop.step(llm)
         if len(loop.history) in (3, 7, 12):
