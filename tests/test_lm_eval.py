@@ -418,7 +418,7 @@ def test_long_prompts_keep_their_ends(harness, checkpoints):
         ({"use_cache": True}, ValueError, "use_cache is no argument of this model; pass policy='NoCache' for False"),
         ({"show_speed": True}, ValueError, "the speed is always logged"),
         ({"diffusion_steps": 8}, ValueError, "pass steps"),
-        ({"cfg": 1, "cfg_scale": 1}, TypeError, "cfg and cfg_scale are the same; pass one of them"),
+        ({"cfg": 1, "cfg_scale": 1}, TypeError, "cfg is another name of cfg_scale, got both; pass one of them"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
         ({"gen_length": "many"}, TypeError, "gen_length must be an int"),
         ({"mc_num": 0}, ValueError, "mc_num must be at least 1"),
