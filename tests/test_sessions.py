@@ -159,6 +159,17 @@ def test_guidance_may_leave_a_part_of_the_prompt(llm, device):
     assert dkv.stats(llm).full == 4 and dkv.stats(llm).cached == 28
 
 
+def test_a_prompt_in_place_of_masks_of_guidance_is_a_new_sequence(llm, device):
+    """The unconditional sequence keeps its masked prompt, so what fills it is another one's prompt."""
+    dkv.replace_attention(llm, dkv.DualCache(), block_length=8)
+    guided = Guided(prompts(9, device=device)[0], cond_first=True)
+    guided.step(llm)
+    other = Loop(prompts(5, seed=1, device=device)[0], gen_length=20)
+    other.step(llm)
+    assert (dkv.stats(llm).full, dkv.stats(llm).cached) == (3, 0)
+    run(llm, other, guided)
+
+
 def random_order(llm, loops, seed=0):
     order = random.Random(seed)
     while left := [loop for loop in loops if loop.running()]:
