@@ -132,6 +132,8 @@ class Sessions:
                 session = Session(view, first_call, policy, block_length, impl)
             if self.fingerprint is None:  # now that the weights are merged
                 self.fingerprint = Fingerprint(list(model.modules()), values=True)
+            for other in self.kept:  # another thread may have put it back since this call was compared
+                other.settle()
             traces = [*self.past, *(other.trace() for other in self.kept)]
             session.start(first_call, self.fingerprint, traces)
             return session
